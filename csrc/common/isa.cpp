@@ -1,0 +1,72 @@
+#include "common/isa.h"
+
+#include <cstdlib>
+#include <stdexcept>
+
+namespace transformer_ext {
+
+namespace {
+
+CpuFeatures detect() {
+  CpuFeatures f;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  f.avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  f.avx512 = f.avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+             __builtin_cpu_supports("avx512cd");
+  f.vnni = f.avx512 && __builtin_cpu_supports("avx512vnni");
+  f.bf16 = f.avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+  return f;
+}
+
+Isa choose() {
+  const Isa best = best_isa();
+  const char* wanted = std::getenv("TRANSFORMER_EXT_ISA");
+  if (wanted == nullptr || *wanted == '\0') return best;
+  for (int i = 0; i <= static_cast<int>(Isa::avx512_bf16); ++i) {
+    const Isa isa = static_cast<Isa>(i);
+    if (std::string(wanted) != isa_name(isa)) continue;
+    if (isa > best) {
+      throw std::runtime_error(std::string("TRANSFORMER_EXT_ISA=") + wanted +
+                               ": this machine does not have it; the best it has is " +
+                               isa_name(best));
+    }
+    return isa;
+  }
+  throw std::runtime_error(std::string("TRANSFORMER_EXT_ISA=") + wanted +
+                           ": expected one of baseline, avx2, avx512, avx512_bf16");
+}
+
+}  // namespace
+
+const CpuFeatures& cpu_features() {
+  static const CpuFeatures features = detect();
+  return features;
+}
+
+Isa best_isa() {
+  const CpuFeatures& f = cpu_features();
+  if (f.bf16 && f.vnni) return Isa::avx512_bf16;
+  if (f.avx512) return Isa::avx512;
+  if (f.avx2) return Isa::avx2;
+  return Isa::baseline;
+}
+
+Isa active_isa() {
+  static const Isa isa = choose();
+  return isa;
+}
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::baseline: return "baseline";
+    case Isa::avx2: return "avx2";
+    case Isa::avx512: return "avx512";
+    case Isa::avx512_bf16: return "avx512_bf16";
+  }
+  return "unknown";
+}
+
+}  // namespace transformer_ext

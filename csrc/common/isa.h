@@ -1,0 +1,67 @@
+// Run-time choice of the instruction set.
+//
+// Every `csrc/<subject>/<subject>_cpu.cpp` is compiled once per instruction set, each time with
+// TRANSFORMER_EXT_ISA set to one of the names below, and puts its kernels into the namespace of
+// that name behind one constant table of function pointers. The table is chosen once, at start.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace transformer_ext {
+
+// In ascending order: a machine that runs one runs all before it.
+enum class Isa : int {
+  baseline = 0,     // what the compiler's default target has (x86-64: SSE2, aarch64: NEON)
+  avx2 = 1,         // AVX2 + FMA + F16C
+  avx512 = 2,       // AVX-512 F, BW, DQ, VL, CD
+  avx512_bf16 = 3,  // the same + AVX512_BF16 + AVX512_VNNI
+};
+
+// Instruction sets beyond the levels, each its own flag because not every machine has all.
+struct CpuFeatures {
+  bool avx2 = false;
+  bool avx512 = false;
+  bool vnni = false;  // AVX512_VNNI
+  bool bf16 = false;  // AVX512_BF16
+  bool amx_bf16 = false;
+};
+
+const CpuFeatures& cpu_features();
+
+// The level in use. TRANSFORMER_EXT_ISA=<name> lowers it for tests. Throws std::runtime_error when
+// the variable names an unknown level or one that this machine (or this build) lacks.
+Isa active_isa();
+Isa best_isa();
+const char* isa_name(Isa isa);
+
+}  // namespace transformer_ext
+
+// TRANSFORMER_EXT_KERNELS(AttentionKernels, attention_kernels) declares the table
+// `<isa>::attention_kernels` of every level and `attention_kernels()`, the one in use.
+#if defined(__x86_64__)
+#define TRANSFORMER_EXT_KERNELS(Type, name)                                  \
+  namespace baseline {                                                       \
+  extern const Type name;                                                    \
+  }                                                                          \
+  namespace avx2 {                                                           \
+  extern const Type name;                                                    \
+  }                                                                          \
+  namespace avx512 {                                                         \
+  extern const Type name;                                                    \
+  }                                                                          \
+  namespace avx512_bf16 {                                                    \
+  extern const Type name;                                                    \
+  }                                                                          \
+  [[maybe_unused]] static const Type& name() {                               \
+    static const Type* const tables[] = {&baseline::name, &avx2::name,       \
+                                         &avx512::name, &avx512_bf16::name}; \
+    return *tables[static_cast<int>(active_isa())];                          \
+  }
+#else
+#define TRANSFORMER_EXT_KERNELS(Type, name) \
+  namespace baseline {                      \
+  extern const Type name;                   \
+  }                                         \
+  [[maybe_unused]] static const Type& name() { return baseline::name; }
+#endif
