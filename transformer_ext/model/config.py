@@ -1,0 +1,245 @@
+"""What a model is made of: every choice of architecture, in one dataclass without torch.
+
+The same dataclass describes the model to the trainer, to the files on disk (the ``model`` part of
+``config.json``) and to the compiled decoding engine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from typing import Any
+
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "swiglu", "geglu", "reglu")
+GATED_ACTIVATIONS = ("swiglu", "geglu", "reglu")
+NORMS = ("layer", "rms")
+POSITIONS = ("sinusoidal", "sinusoidal_halves", "learned", "rope", "none")
+TYINGS = ("none", "target", "all")
+
+
+@dataclass
+class TransformerConfig:
+    """Architecture of an encoder-decoder Transformer.
+
+    The defaults are the base model of "Attention Is All You Need" (table 3): post-norm, sinusoidal
+    positions, ReLU, all three embedding matrices shared.
+
+    Attributes:
+        src_vocab_size: rows of the source embedding.
+        tgt_vocab_size: rows of the target embedding and of the output projection.
+        d_model: width of every activation between sublayers.
+        nhead: query heads of each attention.
+        num_kv_heads: key/value heads; None means ``nhead``. Must divide ``nhead`` (grouped heads).
+        head_dim: width of one head; None means ``d_model // nhead``.
+        num_encoder_layers: depth of the encoder.
+        num_decoder_layers: depth of the decoder; may differ from the encoder's.
+        dim_feedforward: inner width of the position-wise network (paper section 3.3).
+        dropout: probability for embeddings and sublayer outputs (section 5.4).
+        attention_dropout: probability for attention weights; None means ``dropout``.
+        activation_dropout: probability inside the position-wise network; None means ``dropout``.
+        activation: one of ``relu, gelu, gelu_tanh, silu``, or gated: ``swiglu, geglu, reglu``
+            (the inner projection then has ``2 * dim_feedforward`` rows, the gate's first).
+        norm_first: False is ``norm(x + sublayer(x))`` (the paper), True is
+            ``x + sublayer(norm(x))``.
+        norm: ``layer`` (LayerNorm) or ``rms`` (RMSNorm, without bias).
+        layer_norm_eps: added to the variance before the square root.
+        positions: ``sinusoidal`` (section 3.5, sine and cosine interleaved),
+            ``sinusoidal_halves`` (all sines, then all cosines), ``learned``, ``rope`` (rotary, on
+            queries and keys of self-attention; dimension i of a head is paired with
+            i + head_dim / 2, base 10000), or ``none``.
+        max_positions: rows of the learned position tables; the other kinds have no limit.
+        tie: ``all`` shares source embedding, target embedding and output projection, ``target``
+            the latter two, ``none`` nothing.
+        scale_embedding: multiply embeddings by ``sqrt(d_model)`` (section 3.4).
+        embedding_norm: normalise the embeddings before the first layer.
+        final_norm: normalise after the last layer of each stack; None means ``norm_first``.
+        bias: whether projections have a bias.
+        output_bias: whether the output projection has a bias.
+        pad_id, unk_id, bos_id, eos_id: special tokens.
+        decoder_start_id: first token fed to the decoder; None means ``bos_id``.
+    """
+
+    src_vocab_size: int
+    tgt_vocab_size: int
+    d_model: int = 512
+    nhead: int = 8
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    num_encoder_layers: int = 6
+    num_decoder_layers: int = 6
+    dim_feedforward: int = 2048
+    dropout: float = 0.1
+    attention_dropout: float | None = None
+    activation_dropout: float | None = None
+    activation: str = "relu"
+    norm_first: bool = False
+    norm: str = "layer"
+    layer_norm_eps: float = 1e-5
+    positions: str = "sinusoidal"
+    max_positions: int = 1024
+    tie: str = "all"
+    scale_embedding: bool = True
+    embedding_norm: bool = False
+    final_norm: bool | None = None
+    bias: bool = True
+    output_bias: bool = False
+    pad_id: int = 0
+    unk_id: int = 1
+    bos_id: int = 2
+    eos_id: int = 3
+    decoder_start_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_kv_heads is None:
+            self.num_kv_heads = self.nhead
+        for name in (
+            "src_vocab_size",
+            "tgt_vocab_size",
+            "d_model",
+            "nhead",
+            "num_kv_heads",
+            "dim_feedforward",
+            "max_positions",
+        ):
+            _require_at_least(name, getattr(self, name), 1)
+        for name in ("num_encoder_layers", "num_decoder_layers"):
+            _require_at_least(name, getattr(self, name), 0)
+        if self.head_dim is None:
+            if self.d_model % self.nhead:
+                raise ValueError(
+                    f"nhead: {self.nhead} does not divide d_model {self.d_model}; "
+                    "choose one that does, or set head_dim"
+                )
+            self.head_dim = self.d_model // self.nhead
+        _require_at_least("head_dim", self.head_dim, 1)
+        if self.nhead % self.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads: expected a divisor of nhead ({self.nhead}), got {self.num_kv_heads}"
+            )
+        if self.attention_dropout is None:
+            self.attention_dropout = self.dropout
+        if self.activation_dropout is None:
+            self.activation_dropout = self.dropout
+        for name in ("dropout", "attention_dropout", "activation_dropout"):
+            value = getattr(self, name)
+            if not 0.0 <= value < 1.0:
+                raise ValueError(f"{name}: expected a probability in [0, 1), got {value!r}")
+        _require_one_of("activation", self.activation, ACTIVATIONS)
+        _require_one_of("norm", self.norm, NORMS)
+        _require_one_of("positions", self.positions, POSITIONS)
+        _require_one_of("tie", self.tie, TYINGS)
+        if self.tie == "all" and self.src_vocab_size != self.tgt_vocab_size:
+            raise ValueError(
+                "tie: 'all' needs one vocabulary for both sides, but src_vocab_size is "
+                f"{self.src_vocab_size} and tgt_vocab_size is {self.tgt_vocab_size}; "
+                "use 'target' or 'none'"
+            )
+        if self.positions == "rope" and self.head_dim % 2:
+            raise ValueError(f"positions: 'rope' needs an even head_dim, got {self.head_dim}")
+        if self.positions.startswith("sinusoidal") and self.d_model % 2:
+            raise ValueError(
+                f"positions: {self.positions!r} needs an even d_model, got {self.d_model}"
+            )
+        if self.final_norm is None:
+            self.final_norm = self.norm_first
+        if self.decoder_start_id is None:
+            self.decoder_start_id = self.bos_id
+
+    @property
+    def gated(self) -> bool:
+        """Whether the position-wise network has a gate."""
+        return self.activation in GATED_ACTIVATIONS
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TransformerConfig:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: an unknown key (the message has the nearest known one), a missing or an
+                impossible value.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"model configuration: unknown key {key!r}{hint}")
+        for key in ("src_vocab_size", "tgt_vocab_size"):
+            if key not in values:
+                raise ValueError(f"model configuration: {key} is missing")
+        return cls(**values)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "d_model": 128,
+        "nhead": 4,
+        "num_encoder_layers": 2,
+        "num_decoder_layers": 2,
+        "dim_feedforward": 512,
+    },
+    "small": {
+        "d_model": 256,
+        "nhead": 4,
+        "num_encoder_layers": 3,
+        "num_decoder_layers": 3,
+        "dim_feedforward": 1024,
+    },
+    "base": {
+        "d_model": 512,
+        "nhead": 8,
+        "num_encoder_layers": 6,
+        "num_decoder_layers": 6,
+        "dim_feedforward": 2048,
+    },
+    "big": {
+        "d_model": 1024,
+        "nhead": 16,
+        "num_encoder_layers": 6,
+        "num_decoder_layers": 6,
+        "dim_feedforward": 4096,
+        "dropout": 0.3,
+    },
+}
+
+
+def preset(
+    name: str, src_vocab_size: int, tgt_vocab_size: int, **changes: Any
+) -> TransformerConfig:
+    """The configuration of a named size: ``tiny``, ``small``, and the paper's ``base`` and ``big``.
+
+    Args:
+        name: a key of :data:`PRESETS`.
+        src_vocab_size: size of the source vocabulary.
+        tgt_vocab_size: size of the target vocabulary.
+        changes: any other field of :class:`TransformerConfig`.
+
+    Raises:
+        ValueError: an unknown name or an impossible value.
+    """
+    _require_one_of("preset", name, tuple(PRESETS))
+    return TransformerConfig.from_dict(
+        {
+            **PRESETS[name],
+            "src_vocab_size": src_vocab_size,
+            "tgt_vocab_size": tgt_vocab_size,
+            **changes,
+        }
+    )
+
+
+def _require_at_least(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+
+
+def _require_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}{hint}")

@@ -1,0 +1,141 @@
+"""Which implementation of an op runs: the compiled one, or its twin in plain PyTorch.
+
+``auto`` (the default) takes the compiled one wherever this build has it for the device and dtype at
+hand, else the twin, and says so once. ``reference`` forces the twins: to step through with a
+debugger, to find whose NaN it is, or to run on a device without compiled kernels. ``compiled``
+makes a missing kernel an error. The environment variable ``TRANSFORMER_EXT_BACKEND`` sets the
+choice at start, :func:`set_backend` at any time.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+from torch import Tensor
+
+from transformer_ext._native import load_ops, ops_error
+
+BACKENDS = ("auto", "compiled", "reference")
+
+# Which dtypes the compiled kernels take, by device type.
+_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+_DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+
+_loaded = load_ops()
+_known: dict[tuple[str, str], bool] = {}
+_said: set[str] = set()
+
+
+def _checked(name: str, where: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{where}: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+_backend = _checked(
+    os.environ.get("TRANSFORMER_EXT_BACKEND", "auto") or "auto", "TRANSFORMER_EXT_BACKEND"
+)
+
+
+def backend() -> str:
+    """The choice in force: ``auto``, ``compiled`` or ``reference``."""
+    return _backend
+
+
+class set_backend:  # noqa: N801 - called like a function, used like a context manager
+    """Choose the implementation of all ops: ``set_backend("reference")``.
+
+    As a context manager (``with set_backend("reference"):``) the former choice comes back at the
+    end of the block.
+
+    Raises:
+        ValueError: the name is not one of ``auto``, ``compiled``, ``reference``.
+    """
+
+    def __init__(self, name: str):
+        global _backend
+        self._former = _backend
+        _backend = _checked(name, "set_backend")
+
+    def __enter__(self) -> set_backend:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        global _backend
+        _backend = self._former
+
+
+def has_kernel(op: str, device_type: str) -> bool:
+    """Whether this build has the raw op ``transformer_ext::<op>`` for the device type."""
+    key = (op, device_type)
+    known = _known.get(key)
+    if known is None:
+        dispatch_key = _DISPATCH_KEYS.get(device_type)
+        known = (
+            _loaded
+            and dispatch_key is not None
+            and hasattr(torch.ops.transformer_ext, op)
+            and torch._C._dispatch_has_kernel_for_dispatch_key(
+                f"transformer_ext::{op}", dispatch_key
+            )
+        )
+        _known[key] = known
+    return known
+
+
+def use_compiled(op: str, *tensors: Tensor | None) -> bool:
+    """Whether the raw op ``transformer_ext::<op>`` is to be used for these tensors.
+
+    Args:
+        op: name of the raw op.
+        tensors: the tensors whose device and dtype decide; None is passed over.
+
+    Raises:
+        RuntimeError: the backend is ``compiled`` and this build has no kernel for them.
+    """
+    if _backend == "reference":
+        return False
+    reason = ""
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        device = tensor.device.type
+        if not has_kernel(op, device):
+            reason = _why_no_kernel(op, device)
+            break
+        if tensor.dtype not in _DTYPES[device]:
+            reason = f"{op}: no compiled kernel for {tensor.dtype} on {device}"
+            break
+    if not reason:
+        return True
+    if _backend == "compiled":
+        raise RuntimeError(reason)
+    if not torch.compiler.is_compiling():
+        _say_once(reason)
+    return False
+
+
+def _why_no_kernel(op: str, device: str) -> str:
+    if not _loaded:
+        return f"no compiled kernels: {ops_error()}"
+    if device == "cpu":
+        return f"{op}: this build has no compiled kernel for cpu; reinstall with: pip install ."
+    return (
+        f"{op}: this build has no compiled kernel for {device} "
+        "(python -m transformer_ext.info says why)"
+    )
+
+
+def _say_once(reason: str) -> None:
+    if reason in _said:
+        return
+    _said.add(reason)
+    print(
+        f"transformer_ext: {reason}; running the plain PyTorch reference instead",
+        file=sys.stderr,
+    )
