@@ -40,23 +40,23 @@ const char* isa_name(Isa isa);
 // TRANSFORMER_EXT_KERNELS(AttentionKernels, attention_kernels) declares the table
 // `<isa>::attention_kernels` of every level and `attention_kernels()`, the one in use.
 #if defined(__x86_64__)
-#define TRANSFORMER_EXT_KERNELS(Type, name)                                  \
-  namespace baseline {                                                       \
-  extern const Type name;                                                    \
-  }                                                                          \
-  namespace avx2 {                                                           \
-  extern const Type name;                                                    \
-  }                                                                          \
-  namespace avx512 {                                                         \
-  extern const Type name;                                                    \
-  }                                                                          \
-  namespace avx512_bf16 {                                                    \
-  extern const Type name;                                                    \
-  }                                                                          \
-  [[maybe_unused]] static const Type& name() {                               \
-    static const Type* const tables[] = {&baseline::name, &avx2::name,       \
-                                         &avx512::name, &avx512_bf16::name}; \
-    return *tables[static_cast<int>(active_isa())];                          \
+#define TRANSFORMER_EXT_KERNELS(Type, name)                                           \
+  namespace baseline {                                                                \
+  extern const Type name;                                                             \
+  }                                                                                   \
+  namespace avx2 {                                                                    \
+  extern const Type name;                                                             \
+  }                                                                                   \
+  namespace avx512 {                                                                  \
+  extern const Type name;                                                             \
+  }                                                                                   \
+  namespace avx512_bf16 {                                                             \
+  extern const Type name;                                                             \
+  }                                                                                   \
+  [[maybe_unused]] static const Type& name() {                                        \
+    static const Type* const tables[] = {&baseline::name, &avx2::name, &avx512::name, \
+                                         &avx512_bf16::name};                         \
+    return *tables[static_cast<int>(active_isa())];                                   \
   }
 #else
 #define TRANSFORMER_EXT_KERNELS(Type, name) \

@@ -113,8 +113,7 @@ typedef uint16_t VecH __attribute__((vector_size(kWidth * 2)));
 // Sum and maximum over the lanes, by halves: the order is fixed for a given width.
 [[maybe_unused]] inline float reduce_add(VecF v) {
 #if defined(__AVX512F__)
-  __m256 a = _mm256_add_ps(_mm512_castps512_ps256((__m512)v),
-                           _mm512_extractf32x8_ps((__m512)v, 1));
+  __m256 a = _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
   __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
 #elif defined(__AVX2__)
   __m128 b = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
@@ -130,8 +129,7 @@ typedef uint16_t VecH __attribute__((vector_size(kWidth * 2)));
 
 [[maybe_unused]] inline float reduce_max(VecF v) {
 #if defined(__AVX512F__)
-  __m256 a = _mm256_max_ps(_mm512_castps512_ps256((__m512)v),
-                           _mm512_extractf32x8_ps((__m512)v, 1));
+  __m256 a = _mm256_max_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
   __m128 b = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
 #elif defined(__AVX2__)
   __m128 b = _mm_max_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));

@@ -1,0 +1,232 @@
+// What every op needs to stand between torch and a kernel: threads, checks, allocation, types.
+// For `*_op.cpp` and `*_op_cuda.cpp` only. Nothing here leaves the LibTorch stable ABI of 2.11.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <atomic>
+#include <cstdint>
+#include <exception>
+#include <initializer_list>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <string>
+#include <type_traits>
+
+#include "common/bfloat16.h"
+#include "common/parallel.h"
+
+namespace transformer_ext {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Kernels on torch's own threads (as many as torch.get_num_threads() says), so that the process
+// has one set of threads. Tasks are handed out one by one, not cut into equal ranges beforehand:
+// a thread that a busy neighbour holds up takes fewer.
+class TorchParallel final : public Parallel {
+ public:
+  int threads() const override {
+    uint32_t count = 1;
+    TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&count));
+    return static_cast<int>(count);
+  }
+
+  void for_each(int64_t count, FunctionRef<void(int64_t)> task) override {
+    if (count <= 1) {
+      if (count == 1) task(0);
+      return;
+    }
+    Job job{task, count};
+    const int64_t workers = threads() < count ? threads() : count;
+    TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, workers, 1, &Job::work, &job));
+    if (job.error) std::rethrow_exception(job.error);
+  }
+
+ private:
+  struct Job {
+    FunctionRef<void(int64_t)> task;
+    const int64_t count;
+    std::atomic<int64_t> next{0};
+    std::mutex error_mutex{};
+    std::exception_ptr error{};
+
+    // The range given is of workers, not of tasks; torch may give several workers' share to one.
+    static void work(int64_t, int64_t, void* context) {
+      Job& job = *static_cast<Job*>(context);
+      for (int64_t i; (i = job.next.fetch_add(1, std::memory_order_relaxed)) < job.count;) {
+        try {
+          job.task(i);
+        } catch (...) {
+          const std::lock_guard<std::mutex> lock(job.error_mutex);
+          if (!job.error) job.error = std::current_exception();
+          job.next.store(job.count, std::memory_order_relaxed);
+        }
+      }
+    }
+  };
+};
+
+// ---- Types ----------------------------------------------------------------------------------
+
+template <class T>
+constexpr ScalarType scalar_type_of() {
+  if constexpr (std::is_same_v<T, float>) return ScalarType::Float;
+  if constexpr (std::is_same_v<T, bfloat16>) return ScalarType::BFloat16;
+  if constexpr (std::is_same_v<T, int64_t>) return ScalarType::Long;
+  if constexpr (std::is_same_v<T, int32_t>) return ScalarType::Int;
+  if constexpr (std::is_same_v<T, uint8_t>) return ScalarType::Byte;
+  if constexpr (std::is_same_v<T, bool>) return ScalarType::Bool;
+}
+
+template <class T>
+struct TypeTag {
+  using type = T;
+};
+
+// Calls f(TypeTag<float>{}) or f(TypeTag<bfloat16>{}) by the type of `x`; an error names the
+// argument for any other. In f: `using T = typename decltype(tag)::type;`.
+template <class F>
+auto dispatch_float(const Tensor& x, const char* argument, F&& f) {
+  const ScalarType type = x.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, argument, ": got ",
+                  torch::headeronly::toString(type), ", expected float32 or bfloat16");
+  return type == ScalarType::Float ? f(TypeTag<float>{}) : f(TypeTag<bfloat16>{});
+}
+
+// ---- Checks: each error names the argument, what came, and what was expected ------------------
+
+inline std::string shape_string(std::span<const int64_t> sizes) {
+  std::string text = "[";
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    text += (i ? ", " : "") + std::to_string(sizes[i]);
+  }
+  return text + "]";
+}
+
+inline std::span<const int64_t> sizes_of(const Tensor& x) {
+  return {x.sizes().data(), x.sizes().size()};
+}
+
+inline void check_type(const Tensor& x, const char* argument, ScalarType expected) {
+  STD_TORCH_CHECK(x.scalar_type() == expected, argument, ": got ",
+                  torch::headeronly::toString(x.scalar_type()), ", expected ",
+                  torch::headeronly::toString(expected));
+}
+
+inline void check_dim(const Tensor& x, const char* argument, int64_t expected) {
+  STD_TORCH_CHECK(x.dim() == expected, argument, ": got shape ", shape_string(sizes_of(x)),
+                  ", expected ", expected, " dimensions");
+}
+
+// -1 stands for any size.
+inline void check_shape(const Tensor& x, const char* argument,
+                        std::initializer_list<int64_t> expected) {
+  bool ok = x.dim() == static_cast<int64_t>(expected.size());
+  for (size_t i = 0; ok && i < expected.size(); ++i) {
+    const int64_t want = expected.begin()[i];
+    ok = want == -1 || x.size(static_cast<int64_t>(i)) == want;
+  }
+  STD_TORCH_CHECK(ok, argument, ": got shape ", shape_string(sizes_of(x)), ", expected ",
+                  shape_string({expected.begin(), expected.size()}), " (-1: any)");
+}
+
+inline void check_contiguous(const Tensor& x, const char* argument) {
+  STD_TORCH_CHECK(x.is_contiguous(), argument, ": got strides ",
+                  shape_string({x.strides().data(), x.strides().size()}),
+                  ", expected a contiguous tensor");
+}
+
+// ---- Memory ---------------------------------------------------------------------------------
+
+// Typed pointer to the first element; the type is checked.
+template <class T>
+const T* data(const Tensor& x, const char* argument) {
+  check_type(x, argument, scalar_type_of<T>());
+  return static_cast<const T*>(x.const_data_ptr());
+}
+
+template <class T>
+T* mutable_data(const Tensor& x, const char* argument) {
+  check_type(x, argument, scalar_type_of<T>());
+  return static_cast<T*>(x.mutable_data_ptr());
+}
+
+template <class T>
+const T* data_or_null(const std::optional<Tensor>& x, const char* argument) {
+  return x ? data<T>(*x, argument) : nullptr;
+}
+
+// An uninitialised contiguous tensor on the device of `like`. Through the shim for AOTInductor, not
+// stable::new_empty, which goes boxed through the dispatcher (0.5 us against 1.5 us).
+inline Tensor empty(std::span<const int64_t> sizes, ScalarType type, const Tensor& like) {
+  constexpr size_t kMaxDim = 16;
+  STD_TORCH_CHECK(sizes.size() <= kMaxDim, "a tensor of more than 16 dimensions");
+  int64_t strides[kMaxDim];
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= sizes[i] > 1 ? sizes[i] : 1;
+  }
+  int32_t device_type = 0;
+  int32_t device_index = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle handle = nullptr;
+  int32_t dtype = 0;
+  switch (type) {
+    case ScalarType::Float:
+      dtype = aoti_torch_dtype_float32();
+      break;
+    case ScalarType::BFloat16:
+      dtype = aoti_torch_dtype_bfloat16();
+      break;
+    case ScalarType::Half:
+      dtype = aoti_torch_dtype_float16();
+      break;
+    case ScalarType::Long:
+      dtype = aoti_torch_dtype_int64();
+      break;
+    case ScalarType::Int:
+      dtype = aoti_torch_dtype_int32();
+      break;
+    case ScalarType::Byte:
+      dtype = aoti_torch_dtype_uint8();
+      break;
+    case ScalarType::Char:
+      dtype = aoti_torch_dtype_int8();
+      break;
+    case ScalarType::Bool:
+      dtype = aoti_torch_dtype_bool();
+      break;
+    default:
+      STD_TORCH_CHECK(false, "empty: type ", torch::headeronly::toString(type));
+  }
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                  strides, dtype, device_type, device_index,
+                                                  &handle));
+  return Tensor(handle);
+}
+
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type, const Tensor& like) {
+  return empty(std::span<const int64_t>(sizes.begin(), sizes.size()), type, like);
+}
+
+// Contiguous, whatever the strides of `like`.
+inline Tensor empty_like(const Tensor& like) {
+  return empty(sizes_of(like), like.scalar_type(), like);
+}
+
+inline Tensor zeros(std::initializer_list<int64_t> sizes, ScalarType type, const Tensor& like) {
+  Tensor x = empty(sizes, type, like);
+  TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(x.get()));
+  return x;
+}
+
+}  // namespace transformer_ext

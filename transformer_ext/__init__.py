@@ -1,0 +1,28 @@
+"""The encoder-decoder Transformer of "Attention Is All You Need", trained and run from compiled ops.
+
+Importing this package imports neither torch nor numpy; each name below is loaded when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+__version__ = "0.1.0"
+
+# Public name -> module that defines it.
+_LAZY: dict[str, str] = {}
+
+__all__ = ["__version__"]
+__all__ += list(_LAZY)
+
+
+def __getattr__(name: str) -> object:
+    if name in _LAZY:
+        value = getattr(importlib.import_module(_LAZY[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -1,0 +1,184 @@
+"""Finds and loads the compiled files: `_C` (no torch), `_ops.so` and `_ops_cuda.so` (for torch).
+
+They lie together in one folder, which is one of
+- `transformer_ext/_compiled` beside this file: the installed package;
+- `build/dev/compiled` in a source tree: `cmake --preset dev && cmake --build --preset dev`;
+- `transformer_ext/_compiled` of the installed package, when this file is that of a source tree: so
+  Python started in the repository works after a plain `pip install .` although the source folder
+  hides the installed one.
+In a source tree the folder made from this very source wins.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.machinery
+import importlib.metadata
+import importlib.util
+import json
+import sys
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from transformer_ext._build_stamp import source_stamp
+
+_PACKAGE = Path(__file__).resolve().parent
+_ROOT = _PACKAGE.parent
+_IS_SOURCE_TREE = (_ROOT / "csrc" / "ops.cpp").is_file()
+
+
+class NativeError(ImportError):
+    """The compiled part is missing or does not load; the message says how to mend that."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A folder of compiled files and the `build_info.json` in it."""
+
+    folder: Path
+    info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def stale(self) -> bool:
+        """True if this is a source tree and the files were made from another state of it."""
+        return _IS_SOURCE_TREE and self.info.get("stamp") != _stamp()
+
+
+@functools.cache
+def _stamp() -> str:
+    return source_stamp(_ROOT)
+
+
+def repair_command() -> str:
+    """The command that makes the compiled part fit."""
+    if _IS_SOURCE_TREE:
+        if (_ROOT / "build" / "dev").is_dir():
+            command = "cmake --preset dev && cmake --build --preset dev"
+        else:
+            command = "pip install ."
+        return f"cd '{_ROOT}' && {command}"
+    return "pip install --force-reinstall --no-deps <the folder of the repository>"
+
+
+def _candidates() -> list[Path]:
+    folders = [_PACKAGE / "_compiled"]
+    if _IS_SOURCE_TREE:
+        folders.append(_ROOT / "build" / "dev" / "compiled")
+        try:
+            distribution = importlib.metadata.distribution("transformer-ext")
+        except importlib.metadata.PackageNotFoundError:
+            pass
+        else:
+            folders.append(Path(str(distribution.locate_file("transformer_ext/_compiled"))))
+    return folders
+
+
+@functools.cache
+def find_compiled() -> Compiled | None:
+    """The folder of compiled files in use, or None where there is none."""
+    found = []
+    for folder in _candidates():
+        try:
+            info = json.loads((folder / "build_info.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        found.append(Compiled(folder, info))
+    return min(found, key=lambda compiled: compiled.stale) if found else None
+
+
+@functools.cache
+def _compiled() -> Compiled:
+    compiled = find_compiled()
+    if compiled is None:
+        looked = ", ".join(str(folder) for folder in _candidates())
+        raise NativeError(
+            f"transformer_ext: no compiled files (looked in {looked}).\n"
+            f"To build them: {repair_command()}"
+        )
+    if compiled.stale:
+        warnings.warn(
+            f"transformer_ext: the compiled files in {compiled.folder} were made from another "
+            f"state of this source tree.\nTo build them anew: {repair_command()}",
+            stacklevel=3,
+        )
+    return compiled
+
+
+@functools.cache
+def native() -> ModuleType:
+    """The module `_C`: everything compiled that does not need torch.
+
+    Raises:
+        NativeError: it is missing, or does not load in this Python.
+    """
+    compiled = _compiled()
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        path = compiled.folder / f"_C{suffix}"
+        if path.is_file():
+            break
+    else:
+        raise NativeError(
+            f"transformer_ext: {compiled.folder} holds no _C for Python "
+            f"{sys.version_info.major}.{sys.version_info.minor} (it was built for Python "
+            f"{compiled.info.get('python')}).\nTo build it: {repair_command()}"
+        )
+    name = "transformer_ext._C"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    try:
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        sys.modules.pop(name, None)
+        raise NativeError(
+            f"transformer_ext: {path} does not load: {error}\nTo build it anew: {repair_command()}"
+        ) from error
+    return module
+
+
+@dataclass(frozen=True)
+class LoadedOps:
+    """Which op libraries are in this process, and for those that are not, why."""
+
+    cpu: bool
+    cuda: bool
+    why_not_cpu: str = ""
+    why_not_cuda: str = ""
+
+
+@functools.cache
+def loaded_ops() -> LoadedOps:
+    """Loads `_ops.so`, and `_ops_cuda.so` where it was built and torch has CUDA; never raises."""
+    try:
+        import torch
+    except ImportError as error:
+        why = f"torch is not installed ({error})"
+        return LoadedOps(False, False, why, why)
+    try:
+        folder = _compiled().folder
+        torch.ops.load_library(str(folder / "_ops.so"))
+    except (NativeError, OSError) as error:
+        why = str(error)
+        if not isinstance(error, NativeError):
+            why += f"\nTo build it anew: {repair_command()}"
+        return LoadedOps(False, False, why, why)
+    if torch.version.cuda is None:
+        return LoadedOps(True, False, why_not_cuda="this torch was built without CUDA")
+    cuda = folder / "_ops_cuda.so"
+    if not cuda.is_file():
+        reason = _compiled().info.get("cuda_reason", "the CUDA part was not built")
+        return LoadedOps(True, False, why_not_cuda=reason)
+    try:
+        torch.ops.load_library(str(cuda))
+    except OSError as error:
+        return LoadedOps(True, False, why_not_cuda=f"{cuda} does not load: {error}")
+    return LoadedOps(True, True)
+
+
+def load_ops() -> bool:
+    """True once the ops for CPU tensors are registered as `torch.ops.transformer_ext.*`."""
+    return loaded_ops().cpu
