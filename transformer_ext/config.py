@@ -1,0 +1,860 @@
+"""Configuration: dataclasses are the one definition, YAML files and the command line its readers.
+
+A configuration is a dataclass of plain fields and of groups (fields that are dataclasses
+themselves)::
+
+    @dataclass
+    class TrainingOptions:
+        max_steps: int | None = option(None, help="optimizer steps", unit="steps", minimum=1)
+
+The field is ``--max-steps 4000`` on the command line, ``training: {max_steps: 4000}`` in YAML.
+The command line wins over the YAML file, the file over the defaults. A field of an optional type
+whose value is None is left to the program (its help says how it is then chosen); ``auto`` on the
+command line or ``null`` in YAML asks for that again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import inspect
+import math
+import re
+import sys
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn, TypeVar
+
+from transformer_ext.model.config import PRESETS, TransformerConfig
+
+ConfigT = TypeVar("ConfigT")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used: which key, what came, what was expected."""
+
+
+def option(
+    default: Any,
+    *,
+    help: str,
+    unit: str = "",
+    choices: Sequence[str] = (),
+    minimum: float | None = None,
+    maximum: float | None = None,
+    auto: str = "",
+) -> Any:
+    """A dataclass field with what the command line and the YAML file need to know about it.
+
+    Args:
+        default: the value where neither file nor command line give one; a list is copied.
+        help: one sentence without a full stop.
+        unit: what the number counts, for example ``tokens`` or ``minutes``.
+        choices: the strings allowed (a ``Literal`` annotation says the same).
+        minimum: least number allowed.
+        maximum: greatest number allowed.
+        auto: for a default of None, what happens then, in a few words.
+    """
+    metadata = {
+        "help": help,
+        "unit": unit,
+        "choices": tuple(choices),
+        "minimum": minimum,
+        "maximum": maximum,
+        "auto": auto,
+    }
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def group(cls: Callable[[], Any], *, help: str) -> Any:
+    """A field that is a dataclass of options."""
+    return dataclasses.field(default_factory=cls, metadata={"help": help})
+
+
+def overrides(cls: type, *, help: str, exclude: Sequence[str] = ()) -> Any:
+    """A field of type ``dict`` that holds only the given fields of ``cls``, checked as that says.
+
+    Args:
+        cls: a dataclass.
+        help: one sentence without a full stop.
+        exclude: fields of ``cls`` that are not options.
+    """
+    metadata = {"help": help, "overrides": cls, "exclude": tuple(exclude)}
+    return dataclasses.field(default_factory=dict, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option as found in a configuration dataclass.
+
+    Attributes:
+        group: name of the group, empty at the top.
+        name: field name.
+        kind: the plain type: bool, int, float or str.
+        optional: whether None is allowed.
+        length: 0 for a single value, -1 for a list, n for a tuple of n values.
+        default: value where none is given; None too where ``partial``.
+        partial: whether the option is one of an overrides group, absent unless given.
+        help, unit, choices, minimum, maximum, auto: see :func:`option`.
+    """
+
+    group: str
+    name: str
+    kind: type
+    optional: bool
+    length: int
+    default: Any
+    partial: bool
+    help: str
+    unit: str
+    choices: tuple[str, ...]
+    minimum: float | None
+    maximum: float | None
+    auto: str
+
+    @property
+    def key(self) -> str:
+        """The name in messages, ``group.name``."""
+        return f"{self.group}.{self.name}" if self.group else self.name
+
+    @property
+    def flag(self) -> str:
+        """The name on the command line."""
+        return "--" + self.name.replace("_", "-")
+
+    def expected(self, absent: str = "null") -> str:
+        """What a value has to be, in words; ``absent`` stands for None."""
+        if self.choices:
+            text = "one of " + ", ".join(self.choices)
+        else:
+            text = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}[
+                self.kind
+            ]
+            if self.minimum is not None and self.maximum is not None:
+                text += f" from {self.minimum} to {self.maximum}"
+            elif self.minimum is not None:
+                text += f" of at least {self.minimum}"
+            elif self.maximum is not None:
+                text += f" of at most {self.maximum}"
+        if self.length:
+            text = ("a list, each " if self.length < 0 else f"{self.length} values, each ") + text
+        return text + (f", or {absent}" if self.optional else "")
+
+    def description(self) -> str:
+        """Help, unit, choices and default in one line."""
+        parts = [self.unit] if self.unit else []
+        if self.choices:
+            parts.append(" | ".join(self.choices))
+        if self.default is not None and self.default != [] and not self.partial:
+            default = self.default
+            if isinstance(default, (list, tuple)):
+                default = " ".join(str(value) for value in default)
+            elif isinstance(default, bool):
+                default = "yes" if default else "no"
+            parts.append(f"default: {default}")
+        elif self.auto:
+            parts.append(f"default: {self.auto}")
+        return self.help + (f" ({'; '.join(parts)})" if parts else "")
+
+    def check(self, value: Any, where: str = "") -> Any:
+        """The value as the field holds it.
+
+        Args:
+            value: as read from YAML or given in Python.
+            where: the file it came from, for the message.
+
+        Raises:
+            ConfigError: it is not what :meth:`expected` says.
+        """
+        if value is None and self.optional:
+            return None
+        if self.length:
+            values = [value] if self.length < 0 and isinstance(value, str) else value
+            wrong = not isinstance(values, (list, tuple))
+            if wrong or (self.length > 0 and len(values) != self.length):
+                self._refuse(value, where)
+            checked = [self._check_one(item, value, where) for item in values]
+            return checked if self.length < 0 else tuple(checked)
+        return self._check_one(value, value, where)
+
+    def parse(self, text: str) -> Any:
+        """One value of the command line.
+
+        Raises:
+            ConfigError: it is not what :meth:`expected` says.
+        """
+        if text == "auto" and self.optional:
+            return None
+        value: Any = text
+        try:
+            if self.kind is int:
+                value = int(text)
+            elif self.kind is float:
+                value = float(text)
+        except ValueError:
+            self._refuse(text, absent="auto")
+        return self._check_one(value, value, absent="auto")
+
+    def _check_one(self, value: Any, whole: Any, where: str = "", absent: str = "null") -> Any:
+        if self.kind is float and not isinstance(value, bool):
+            # YAML 1.1 reads 1e-3, which has no dot, as a string.
+            if isinstance(value, str) and re.fullmatch(r"[-+]?[0-9.]+e[-+]?[0-9]+", value.lower()):
+                value = float(value)
+            elif isinstance(value, int):
+                value = float(value)
+        if type(value) is not self.kind:
+            self._refuse(whole, where, absent)
+        if self.choices and value not in self.choices:
+            self._refuse(whole, where, absent)
+        if isinstance(value, (int, float)) and not (
+            math.isfinite(value)
+            and (self.minimum is None or value >= self.minimum)
+            and (self.maximum is None or value <= self.maximum)
+        ):
+            self._refuse(whole, where, absent)
+        return value
+
+    def _refuse(self, value: Any, where: str = "", absent: str = "null") -> NoReturn:
+        prefix = f"{where}: " if where else ""
+        hint = ""
+        if self.choices and isinstance(value, str):
+            hint = nearest(value, self.choices)
+        raise ConfigError(
+            f"{prefix}{self.key}: got {value!r}, expected {self.expected(absent)}{hint}"
+        )
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """``; did you mean 'x'?`` with the known name most like ``name``, or nothing."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _docstring_help(cls: type) -> dict[str, str]:
+    """The texts of the ``Attributes:`` section of a docstring, by field name."""
+    lines = inspect.cleandoc(cls.__doc__ or "").split("\n")
+    if "Attributes:" not in lines:
+        return {}
+    texts: dict[str, str] = {}
+    names: list[str] = []
+    for line in lines[lines.index("Attributes:") + 1 :]:
+        if line and not line.startswith(" "):
+            break
+        head = re.match(r"    ([a-z_][\w, ]*): (.*)", line)
+        if head:
+            names = [name.strip() for name in head[1].split(",")]
+            texts.update(dict.fromkeys(names, head[2]))
+        elif names:
+            texts.update({name: f"{texts[name]} {line.strip()}" for name in names})
+    return {name: text.replace("``", "").strip().rstrip(".") for name, text in texts.items()}
+
+
+def _plain_type(hint: Any, where: str) -> tuple[type, bool, int, tuple[str, ...]]:
+    """(kind, optional, length, choices) of an annotation."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType) and type(None) in args and len(args) == 2:
+        inner = next(arg for arg in args if arg is not type(None))
+        kind, _, length, choices = _plain_type(inner, where)
+        return kind, True, length, choices
+    if origin is Literal:
+        return str, False, 0, args
+    if origin is list:
+        kind, _, _, choices = _plain_type(args[0], where)
+        return kind, False, -1, choices
+    if origin is tuple and len(set(args)) == 1:
+        kind, _, _, choices = _plain_type(args[0], where)
+        return kind, False, len(args), choices
+    if hint in (bool, int, float, str):
+        return hint, False, 0, ()
+    raise TypeError(f"{where}: an option cannot have the type {hint!r}")
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None
+
+
+def _group_options(
+    cls: type, name: str, partial: bool = False, exclude: Sequence[str] = ()
+) -> Iterator[Option]:
+    hints = typing.get_type_hints(cls)
+    texts = _docstring_help(cls)
+    for field in dataclasses.fields(cls):
+        if field.name in exclude or _group_class(field, hints) is not None:
+            continue
+        kind, optional, length, choices = _plain_type(hints[field.name], field.name)
+        metadata = field.metadata
+        yield Option(
+            group=name,
+            name=field.name,
+            kind=kind,
+            optional=optional,
+            length=length,
+            default=_default(field),
+            partial=partial,
+            help=metadata.get("help", texts.get(field.name, "")),
+            unit=metadata.get("unit", ""),
+            choices=metadata.get("choices") or choices,
+            minimum=metadata.get("minimum"),
+            maximum=metadata.get("maximum"),
+            auto=metadata.get("auto", ""),
+        )
+
+
+def _group_class(field: dataclasses.Field[Any], hints: Mapping[str, Any]) -> type | None:
+    if "overrides" in field.metadata:
+        return typing.cast(type, field.metadata["overrides"])
+    hint = hints[field.name]
+    return hint if dataclasses.is_dataclass(hint) and isinstance(hint, type) else None
+
+
+def _groups(cls: type) -> dict[str, tuple[str, tuple[Option, ...]]]:
+    """Help text and options by group name; the fields at the top are the group ``""``."""
+    hints = typing.get_type_hints(cls)
+    groups = {"": ("", tuple(_group_options(cls, "")))}
+    for field in dataclasses.fields(cls):
+        inner = _group_class(field, hints)
+        if inner is not None:
+            partial = "overrides" in field.metadata
+            exclude = field.metadata.get("exclude", ())
+            found = tuple(_group_options(inner, field.name, partial, exclude))
+            groups[field.name] = (field.metadata.get("help", ""), found)
+    return groups
+
+
+def options(cls: type) -> list[Option]:
+    """Every option of a configuration dataclass, those of its groups too, in order."""
+    return [found for _, group_options in _groups(cls).values() for found in group_options]
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain values (tuples become lists) for YAML and JSON, as :func:`from_dict` takes."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    return typing.cast("dict[str, Any]", plain(dataclasses.asdict(config)))
+
+
+def from_dict(cls: type[ConfigT], values: Mapping[str, Any], where: str = "") -> ConfigT:
+    """A configuration from nested plain values.
+
+    Args:
+        cls: the dataclass.
+        values: by group name, then by field name; absent ones take the default.
+        where: the file they came from, for messages.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest known one), or a value of a wrong type or out
+            of its range.
+    """
+    prefix = f"{where}: " if where else ""
+    groups = _groups(cls)
+    top = {found.name: found for found in groups[""][1]}
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        if key in top:
+            result[key] = top[key].check(value, where)
+        elif key in groups and key:
+            result[key] = _group_from_dict(cls, key, value, where)
+        else:
+            owners = [found for found in options(cls) if found.name == key and found.group]
+            if owners:
+                hint = f"; it belongs under {owners[0].group!r}"
+            else:
+                hint = nearest(str(key), [*top, *filter(None, groups)])
+            raise ConfigError(f"{prefix}unknown key {key!r}{hint}")
+    try:
+        return cls(**result)
+    except ConfigError as error:
+        raise ConfigError(f"{prefix}{error}") from None
+
+
+def _group_from_dict(cls: type, name: str, values: Any, where: str) -> Any:
+    prefix = f"{where}: " if where else ""
+    known = {found.name: found for found in _groups(cls)[name][1]}
+    if values is None:
+        values = {}
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{prefix}{name}: got {values!r}, expected a group of keys")
+    checked = {}
+    for key, value in values.items():
+        if key not in known:
+            hint = nearest(str(key), list(known))
+            others = [found for found in options(cls) if found.name == key]
+            if others:
+                place = f"under {others[0].group!r}" if others[0].group else "at the top"
+                hint = f"; it belongs {place}"
+            raise ConfigError(f"{prefix}unknown key {f'{name}.{key}'!r}{hint}")
+        checked[key] = known[key].check(value, where)
+    field = next(field for field in dataclasses.fields(cls) if field.name == name)
+    if "overrides" in field.metadata:
+        return checked
+    try:
+        inner = _group_class(field, typing.get_type_hints(cls))
+        assert inner is not None
+        return inner(**checked)
+    except ConfigError as error:
+        raise ConfigError(f"{prefix}{error}") from None
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: no such file, not YAML, a key given twice, or something else than a mapping.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """PyYAML keeps the last of two equal keys; here that is an error."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            seen = set()
+            for key_node, _ in node.value:
+                if key_node.value in seen:
+                    line = key_node.start_mark.line + 1
+                    raise ConfigError(f"{path}:{line}: the key {key_node.value!r} is given twice")
+                seen.add(key_node.value)
+            return super().construct_mapping(node, deep)
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = yaml.load(file, Loader)  # noqa: S506 (a subclass of SafeLoader)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: got {type(values).__name__}, expected a mapping of keys")
+    return values
+
+
+def from_yaml(cls: type[ConfigT], path: str) -> ConfigT:
+    """A configuration from a YAML file.
+
+    Raises:
+        ConfigError: see :func:`read_yaml` and :func:`from_dict`.
+    """
+    return from_dict(cls, read_yaml(path), path)
+
+
+def to_commented_yaml(config: Any) -> str:
+    """The configuration as YAML in which every option stands under its help text.
+
+    Reading it back gives an equal configuration. Options of an overrides group that are not given
+    stand there commented out.
+    """
+    import yaml
+
+    def scalar(value: Any) -> str:
+        text: str = yaml.safe_dump(
+            value, default_flow_style=True, width=math.inf, allow_unicode=True
+        )
+        return text.removesuffix("\n").removesuffix("\n...")
+
+    values = to_dict(config)
+    lines: list[str] = []
+    for name, (text, found) in _groups(type(config)).items():
+        indent = "  " if name else ""
+        if name:
+            lines += ["", f"# {text}", f"{name}:"]
+        group_values = values[name] if name else values
+        for entry in found:
+            lines += textwrap.wrap(
+                entry.description(),
+                96,
+                initial_indent=f"{indent}# ",
+                subsequent_indent=f"{indent}# ",
+            )
+            if entry.partial and entry.name not in group_values:
+                lines.append(f"{indent}# {entry.name}: {scalar(entry.default)}")
+            else:
+                lines.append(f"{indent}{entry.name}: {scalar(group_values[entry.name])}")
+    return "\n".join(lines) + "\n"
+
+
+def add_arguments(parser: argparse.ArgumentParser, cls: type) -> None:
+    """Add every option of a configuration dataclass to a parser, a section for each group.
+
+    The parsed namespace holds only the options given; :func:`given` collects them.
+    """
+    for name, (text, found) in _groups(cls).items():
+        section = parser.add_argument_group(name or "general", text or None)
+        for entry in found:
+            help = entry.description().replace("%", "%%")
+            keywords: dict[str, Any] = {"dest": _dest(entry), "default": argparse.SUPPRESS}
+            if entry.kind is bool:
+                section.add_argument(
+                    entry.flag, action=argparse.BooleanOptionalAction, help=help, **keywords
+                )
+                continue
+            if entry.length:
+                keywords["nargs"] = "+" if entry.length < 0 else entry.length
+            kind = {int: "N", float: "X", str: "TEXT"}[entry.kind]
+            section.add_argument(
+                entry.flag, type=_Parse(entry), metavar=kind, help=help, **keywords
+            )
+
+
+def _dest(entry: Option) -> str:
+    return f"option:{entry.key}"
+
+
+@dataclass(frozen=True, eq=False)
+class _Parse:
+    """Parses one command line value; argparse shows the message of the error."""
+
+    entry: Option
+
+    def __call__(self, text: str) -> Any:
+        try:
+            return self.entry.parse(text)
+        except ConfigError as error:
+            message = str(error).removeprefix(f"{self.entry.key}: ")
+            raise argparse.ArgumentTypeError(message) from None
+
+
+def given(namespace: argparse.Namespace, cls: type) -> dict[str, Any]:
+    """The options that the command line gave, nested by group."""
+    result: dict[str, Any] = {}
+    for entry in options(cls):
+        if hasattr(namespace, _dest(entry)):
+            value = getattr(namespace, _dest(entry))
+            target = result.setdefault(entry.group, {}) if entry.group else result
+            target[entry.name] = value
+    return result
+
+
+def merge(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values of both, those of ``upper`` where both have them."""
+    result = dict(lower)
+    for key, value in upper.items():
+        if isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
+            result[key] = merge(result[key], value)
+        else:
+            result[key] = value
+    return result
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, with the nearest option in the message for an unknown one, and short usage."""
+
+    def __init__(self, **keywords: Any) -> None:
+        keywords.setdefault("usage", "%(prog)s [options]")
+        super().__init__(allow_abbrev=False, **keywords)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's; exits with status 2 and one message on a wrong command line."""
+        result, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            known = [text for action in self._actions for text in action.option_strings]
+            self.error(f"unknown option {unknown[0]!r}{nearest(flag, known)}")
+        return result
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and exit with status 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n(--help lists the options)\n")
+
+
+def parse_arguments(
+    cls: type[ConfigT], argv: Sequence[str] | None, *, prog: str, description: str
+) -> ConfigT:
+    """A command's configuration: defaults, then the file of ``--config``, then the command line.
+
+    ``--print-config`` prints it as commented YAML and exits. A wrong option or file ends the
+    process with status 2 and one message on stderr.
+
+    Args:
+        cls: the configuration dataclass.
+        argv: the arguments; None takes the process's.
+        prog: the command as the user typed it.
+        description: the text at the top of ``--help``.
+    """
+    parser = ArgumentParser(prog=prog, description=description)
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of the options below")
+    parser.add_argument(
+        "--print-config",
+        action="store_true",
+        help="print every option as a commented YAML file, which --config reads back, and exit",
+    )
+    add_arguments(parser, cls)
+    namespace = parser.parse_args(argv)
+    try:
+        values = given(namespace, cls)
+        if namespace.config is not None:
+            # Read on its own first: its mistakes are then reported with its name.
+            from_yaml(cls, namespace.config)
+            values = merge(read_yaml(namespace.config), values)
+        config = from_dict(cls, values)
+    except ConfigError as error:
+        parser.error(str(error))
+    if namespace.print_config:
+        sys.stdout.write(to_commented_yaml(config))
+        parser.exit()
+    return config
+
+
+FROM_PRESET = "follows from the preset"
+FROM_DATA = "follows from the data"
+
+
+@dataclass
+class DataConfig:
+    """The text, how it is cut into tokens, and which sentence pairs are used."""
+
+    src_train: list[str] = option(
+        [], help="source side of the training text: one or more files, plain, .gz or .xz"
+    )
+    tgt_train: list[str] = option(
+        [], help="target side, as many files as --src-train, aligned line by line"
+    )
+    src_dev: list[str] = option(
+        [], help="source side of the text for validation; without it a part of the training text"
+    )
+    tgt_dev: list[str] = option([], help="target side of the text for validation")
+    src_test: list[str] = option([], help="source side of the text for the final BLEU")
+    tgt_test: list[str] = option([], help="target side of the text for the final BLEU")
+    held_out: float = option(
+        0.01,
+        help="part of the training pairs held out for validation where no dev files are given, "
+        "at most 2000 pairs",
+        minimum=0.0,
+        maximum=0.5,
+    )
+    bad_lines: Literal["error", "skip"] = option(
+        "error",
+        help="what to do with a pair that has an empty line or undecodable bytes: stop at the "
+        "first, or skip all and report how many",
+    )
+    max_length: int = option(
+        256, help="longer training pairs are skipped and counted", unit="tokens a side", minimum=1
+    )
+    max_length_ratio: float | None = option(
+        None,
+        help="training pairs in which one side has this many times the tokens of the other are "
+        "skipped and counted",
+        minimum=1.0,
+        auto="no limit",
+    )
+    tokenizer_type: Literal["bpe", "unigram"] = option(
+        "bpe", help="kind of SentencePiece model to train"
+    )
+    vocab_size: int | None = option(
+        None, help="size of the vocabulary", unit="pieces", minimum=264, auto=FROM_DATA
+    )
+    joint_vocab: bool = option(
+        True, help="one vocabulary for both languages; without it one for each"
+    )
+    character_coverage: float = option(
+        1.0,
+        help="part of the characters in the text that get a piece of their own; the rest falls "
+        "back to bytes (0.9995 suits Chinese and Japanese)",
+        minimum=0.9,
+        maximum=1.0,
+    )
+    tokenizer: str | None = option(
+        None, help="a SentencePiece model of yours for both languages", auto="one is trained"
+    )
+    src_tokenizer: str | None = option(
+        None, help="a SentencePiece model of yours for the source", auto="one is trained"
+    )
+    tgt_tokenizer: str | None = option(
+        None, help="a SentencePiece model of yours for the target", auto="one is trained"
+    )
+    cache: str | None = option(
+        None,
+        help="folder for token ids, kept from run to run",
+        auto="$TRANSFORMER_EXT_CACHE, else ~/.cache/transformer_ext",
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("train", "dev", "test"):
+            src, tgt = getattr(self, f"src_{name}"), getattr(self, f"tgt_{name}")
+            if len(src) != len(tgt):
+                raise ConfigError(
+                    f"data.src_{name} has {len(src)} files and data.tgt_{name} {len(tgt)}, "
+                    "expected as many of each"
+                )
+        if (self.src_dev or self.src_test) and not self.src_train:
+            raise ConfigError("data.src_train: got no file, expected one beside dev or test files")
+        if (self.src_tokenizer is None) != (self.tgt_tokenizer is None):
+            raise ConfigError("data.src_tokenizer and data.tgt_tokenizer: expected both or neither")
+        if self.tokenizer is not None and self.src_tokenizer is not None:
+            raise ConfigError("data.tokenizer: expected it or src_tokenizer and tgt_tokenizer")
+
+
+@dataclass
+class OptimizerConfig:
+    """Adam, the learning rate and the loss."""
+
+    learning_rate: float | None = option(
+        None,
+        help="highest learning rate (for the noam schedule: the factor before its formula)",
+        minimum=0.0,
+        auto=FROM_PRESET,
+    )
+    schedule: Literal["noam", "inverse_sqrt", "cosine", "linear", "constant"] | None = option(
+        None,
+        help="course of the learning rate after warm-up; noam is that of the paper, section 5.3",
+        auto=FROM_PRESET,
+    )
+    warmup_steps: int | None = option(
+        None,
+        help="steps in which the learning rate rises from 0",
+        unit="steps",
+        minimum=0,
+        auto=FROM_PRESET,
+    )
+    betas: tuple[float, float] = option(
+        (0.9, 0.98), help="Adam's decay of the two moments", minimum=0.0, maximum=1.0
+    )
+    eps: float = option(1e-9, help="Adam's denominator offset", minimum=0.0)
+    weight_decay: float = option(0.0, help="decoupled weight decay", minimum=0.0)
+    clip_norm: float = option(
+        1.0, help="gradients are scaled down to this norm; 0 is never", minimum=0.0
+    )
+    label_smoothing: float = option(
+        0.1, help="label smoothing of the training loss, section 5.4", minimum=0.0, maximum=1.0
+    )
+
+
+@dataclass
+class TrainingConfig:
+    """Batches, length of the training, device."""
+
+    max_tokens: int | None = option(
+        None,
+        help="size of a batch without padding",
+        unit="target tokens a device",
+        minimum=1,
+        auto=FROM_PRESET,
+    )
+    accum_steps: int = option(
+        1, help="batches whose gradients are added up for one step", unit="batches", minimum=1
+    )
+    max_steps: int | None = option(
+        None, help="end after this many steps", unit="steps", minimum=1, auto=FROM_PRESET
+    )
+    max_epochs: int | None = option(
+        None, help="end after this many passes over the data", minimum=1, auto="no limit"
+    )
+    max_minutes: float | None = option(
+        None, help="end after this long", unit="minutes", minimum=0.0, auto="no limit"
+    )
+    validate_every: int | None = option(
+        None, help="steps between validations", unit="steps", minimum=1, auto=FROM_PRESET
+    )
+    early_stop_patience: int | None = option(
+        None,
+        help="end after this many validations without a better result",
+        unit="validations",
+        minimum=1,
+        auto=FROM_PRESET,
+    )
+    log_every: int = option(
+        50, help="steps between lines of a log that is not a terminal", unit="steps", minimum=1
+    )
+    seed: int = option(
+        1, help="of weights, order of batches and dropout", minimum=0, maximum=2**63 - 1
+    )
+    device: str = option(
+        "auto", help="auto, cpu, cuda, cuda:1, mps; auto takes a GPU if there is one"
+    )
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", help="type of the activations; weights are always float32"
+    )
+    threads: int | None = option(
+        None, help="CPU threads", minimum=1, auto="the physical cores this process may use"
+    )
+
+
+@dataclass
+class EvaluationConfig:
+    """How validation and the final test translate."""
+
+    beam_size: int = option(4, help="beam size of the final test", unit="hypotheses", minimum=1)
+    length_penalty: float = option(0.6, help="GNMT length penalty of the final test", minimum=0.0)
+    validation_beam_size: int = option(
+        1, help="beam size at each validation; 1 is greedy", unit="hypotheses", minimum=1
+    )
+    validation_sentences: int = option(
+        300, help="dev sentences translated at each validation", unit="sentences", minimum=0
+    )
+
+
+@dataclass
+class OutputConfig:
+    """Where the model goes, and what is kept."""
+
+    output: str | None = option(
+        None, help="folder of the run: models, checkpoints, log, results", auto="a new one in runs/"
+    )
+    overwrite: bool = option(False, help="replace the run that lies in the output folder")
+    resume: bool = option(False, help="go on with the run that lies in the output folder")
+    dry_run: bool = option(
+        False, help="load everything, run 20 steps, estimate time and memory, write no model"
+    )
+    checkpoint_every: int | None = option(
+        None, help="steps between checkpoints", unit="steps", minimum=1, auto="at each validation"
+    )
+    keep_checkpoints: int = option(5, help="newest checkpoints kept", minimum=1)
+    average_last: int = option(
+        5, help="newest checkpoints averaged into the final model; 1 is none", minimum=1
+    )
+
+    def __post_init__(self) -> None:
+        if self.overwrite and self.resume:
+            raise ConfigError("output.overwrite and output.resume: expected one of them")
+
+
+@dataclass
+class TrainConfig:
+    """Everything that ``python -m transformer_ext.train`` can be told.
+
+    A value of None is chosen by the trainer from the preset, the data and the device.
+    """
+
+    task: Literal["translate", "copy"] = option(
+        "translate", help="what to learn; copy repeats random symbols, to see that all works"
+    )
+    preset: str | None = option(
+        None,
+        help="size of the model, with a schedule that suits it",
+        choices=tuple(PRESETS),
+        auto="follows from the number of pairs and the device",
+    )
+    data: DataConfig = group(DataConfig, help="Text and tokens; without files, the shipped corpus.")
+    model: dict[str, Any] = overrides(
+        TransformerConfig,
+        help="The model; what is not given follows from the preset.",
+        exclude=(
+            "src_vocab_size",
+            "tgt_vocab_size",
+            "pad_id",
+            "unk_id",
+            "bos_id",
+            "eos_id",
+            "decoder_start_id",
+        ),
+    )
+    optimizer: OptimizerConfig = group(OptimizerConfig, help="Adam, learning rate, loss.")
+    training: TrainingConfig = group(TrainingConfig, help="Batches, length of training, device.")
+    evaluation: EvaluationConfig = group(
+        EvaluationConfig, help="Translation at validation and in the final test."
+    )
+    output: OutputConfig = group(OutputConfig, help="Where the model goes, and what is kept.")
