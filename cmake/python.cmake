@@ -1,4 +1,4 @@
-# What Python loads: _ops.so (ops for torch), _C (pybind11, without torch), build_info.json.
+# What Python loads: _ops.so and _ops_cuda.so (ops for torch), _C (pybind11, without torch), build_info.json.
 
 # A .venv in the repository is used without being activated.
 if(NOT DEFINED Python_EXECUTABLE AND NOT DEFINED ENV{VIRTUAL_ENV}
@@ -24,6 +24,8 @@ if(NOT EXISTS "${TRANSFORMER_EXT_TORCH}/include/torch/csrc/stable/library.h")
 endif()
 file(STRINGS "${TRANSFORMER_EXT_TORCH}/version.py" torch_version REGEX "^__version__ = ")
 string(REGEX REPLACE "^__version__ = ['\"](.*)['\"]$" "\\1" torch_version "${torch_version}")
+file(STRINGS "${TRANSFORMER_EXT_TORCH}/version.py" torch_cuda REGEX "^cuda(:.*)? = ['\"]")
+string(REGEX REPLACE "^cuda.* = ['\"](.*)['\"]$" "\\1" torch_cuda "${torch_cuda}")
 message(STATUS "Torch ${torch_version} in ${TRANSFORMER_EXT_TORCH}")
 
 # Only the stable ABI of torch 2.11 may be used; the macro makes any other torch header an error.
@@ -38,6 +40,30 @@ file(GLOB sources CONFIGURE_DEPENDS csrc/ops.cpp csrc/*/*_op.cpp)
 add_library(_ops MODULE ${sources})
 set_target_properties(_ops PROPERTIES PREFIX "" LIBRARY_OUTPUT_DIRECTORY "${compiled_dir}")
 target_link_libraries(_ops PRIVATE transformer_ext_kernels transformer_ext_torch)
+set(compiled_targets _ops _C)
+
+include(cmake/cuda.cmake)
+if(TRANSFORMER_EXT_WITH_CUDA)
+  file(GLOB device_sources CONFIGURE_DEPENDS csrc/*/*_cuda.cu)
+  file(GLOB sources CONFIGURE_DEPENDS csrc/*/*_op_cuda.cpp)
+  # Kernels see neither torch nor its headers: a unit of torch headers takes nvcc half a minute.
+  # nvcc 13 compiles C++20, but CMake 3.25 does not know that it does.
+  add_library(transformer_ext_cuda_kernels OBJECT ${device_sources})
+  set_target_properties(transformer_ext_cuda_kernels PROPERTIES CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON)
+  target_link_libraries(transformer_ext_cuda_kernels PRIVATE transformer_ext_settings)
+  target_compile_options(transformer_ext_cuda_kernels PRIVATE -O3 --extended-lambda
+    $<$<BOOL:${TRANSFORMER_EXT_WERROR}>:-Werror=all-warnings>)
+
+  # The CUDA runtime is linked in (CMake's default), so that nothing ties the file to the version of
+  # torch's. libtorch.so is needed although no symbol of it is: it brings libtorch_cuda.so, where
+  # there is one, for the weak symbols of csrc/common/torch_op_cuda.h.
+  add_library(_ops_cuda MODULE ${sources} $<TARGET_OBJECTS:transformer_ext_cuda_kernels>)
+  set_target_properties(_ops_cuda PROPERTIES PREFIX "" LIBRARY_OUTPUT_DIRECTORY "${compiled_dir}"
+                        LINKER_LANGUAGE CUDA)
+  target_link_libraries(_ops_cuda PRIVATE transformer_ext_torch
+    -Wl,--no-as-needed "${TRANSFORMER_EXT_TORCH}/lib/libtorch${CMAKE_SHARED_LIBRARY_SUFFIX}" -Wl,--as-needed)
+  list(APPEND compiled_targets _ops_cuda)
+endif()
 
 execute_process(
   COMMAND "${Python_EXECUTABLE}" -m pybind11 --cmakedir
@@ -60,10 +86,11 @@ add_custom_command(
           "isas=${isas}" "torch=${torch_version}" "build_type=${CMAKE_BUILD_TYPE}"
           "compiler=${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}"
           "python=${Python_VERSION}" "platform=${CMAKE_SYSTEM_NAME} ${CMAKE_SYSTEM_PROCESSOR}"
-          "build_dir=${CMAKE_BINARY_DIR}"
-  DEPENDS ${stamped} _ops _C
+          "cuda=${CMAKE_CUDA_COMPILER_VERSION}" "cuda_architectures=${cuda_architectures}"
+          "cuda_reason=${cuda_reason}"
+  DEPENDS ${stamped} ${compiled_targets}
   VERBATIM)
 add_custom_target(build_info ALL DEPENDS "${compiled_dir}/build_info.json")
 
-install(TARGETS _ops _C LIBRARY DESTINATION transformer_ext/_compiled)
+install(TARGETS ${compiled_targets} LIBRARY DESTINATION transformer_ext/_compiled)
 install(FILES "${compiled_dir}/build_info.json" DESTINATION transformer_ext/_compiled)

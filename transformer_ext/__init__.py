@@ -1,4 +1,4 @@
-"""The encoder-decoder Transformer of "Attention Is All You Need", trained and run from compiled ops.
+"""The encoder-decoder Transformer of "Attention Is All You Need", on compiled C++ and CUDA ops.
 
 Importing this package imports neither torch nor numpy; each name below is loaded when first used.
 """

@@ -2,7 +2,8 @@
 
 They lie together in one folder, which is one of
 - `transformer_ext/_compiled` beside this file: the installed package;
-- `build/dev/compiled` in a source tree: `cmake --preset dev && cmake --build --preset dev`;
+- `build/dev/compiled` (or `build/cuda/compiled`) in a source tree, made there by
+  `cmake --preset dev && cmake --build --preset dev`;
 - `transformer_ext/_compiled` of the installed package, when this file is that of a source tree: so
   Python started in the repository works after a plain `pip install .` although the source folder
   hides the installed one.
@@ -16,6 +17,7 @@ import importlib.machinery
 import importlib.metadata
 import importlib.util
 import json
+import shlex
 import sys
 import warnings
 from dataclasses import dataclass, field
@@ -27,6 +29,7 @@ from transformer_ext._build_stamp import source_stamp
 
 _PACKAGE = Path(__file__).resolve().parent
 _ROOT = _PACKAGE.parent
+_PRESETS = ("cuda", "dev")
 _IS_SOURCE_TREE = (_ROOT / "csrc" / "ops.cpp").is_file()
 
 
@@ -55,18 +58,18 @@ def _stamp() -> str:
 def repair_command() -> str:
     """The command that makes the compiled part fit."""
     if _IS_SOURCE_TREE:
-        if (_ROOT / "build" / "dev").is_dir():
-            command = "cmake --preset dev && cmake --build --preset dev"
-        else:
-            command = "pip install ."
-        return f"cd '{_ROOT}' && {command}"
+        command = "pip install ."
+        for preset in _PRESETS:
+            if (_ROOT / "build" / preset).is_dir():
+                command = f"cmake --preset {preset} && cmake --build --preset {preset}"
+        return f"cd {shlex.quote(str(_ROOT))} && {command}"
     return "pip install --force-reinstall --no-deps <the folder of the repository>"
 
 
 def _candidates() -> list[Path]:
     folders = [_PACKAGE / "_compiled"]
     if _IS_SOURCE_TREE:
-        folders.append(_ROOT / "build" / "dev" / "compiled")
+        folders += [_ROOT / "build" / preset / "compiled" for preset in _PRESETS]
         try:
             distribution = importlib.metadata.distribution("transformer-ext")
         except importlib.metadata.PackageNotFoundError:
@@ -167,11 +170,11 @@ def loaded_ops() -> LoadedOps:
             why += f"\nTo build it anew: {repair_command()}"
         return LoadedOps(False, False, why, why)
     if torch.version.cuda is None:
-        return LoadedOps(True, False, why_not_cuda="this torch was built without CUDA")
+        return LoadedOps(True, False, why_not_cuda=f"torch {torch.__version__} has no CUDA")
     cuda = folder / "_ops_cuda.so"
     if not cuda.is_file():
-        reason = _compiled().info.get("cuda_reason", "the CUDA part was not built")
-        return LoadedOps(True, False, why_not_cuda=reason)
+        reason = _compiled().info.get("cuda_reason")
+        return LoadedOps(True, False, why_not_cuda=f"the CUDA ops were not built: {reason}")
     try:
         torch.ops.load_library(str(cuda))
     except OSError as error:
@@ -182,3 +185,8 @@ def loaded_ops() -> LoadedOps:
 def load_ops() -> bool:
     """True once the ops for CPU tensors are registered as `torch.ops.transformer_ext.*`."""
     return loaded_ops().cpu
+
+
+def ops_error() -> str:
+    """Why :func:`load_ops` is False, and the command that mends it; empty where it is True."""
+    return loaded_ops().why_not_cpu
