@@ -47,7 +47,7 @@ def backend() -> str:
     return _backend
 
 
-class set_backend:  # noqa: N801 - called like a function, used like a context manager
+class set_backend:
     """Choose the implementation of all ops: ``set_backend("reference")``.
 
     As a context manager (``with set_backend("reference"):``) the former choice comes back at the

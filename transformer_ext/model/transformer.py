@@ -1,0 +1,594 @@
+"""The encoder-decoder Transformer of "Attention Is All You Need" (Vaswani et al. 2017)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from transformer_ext import ops
+from transformer_ext.model.attention import (
+    Attend,
+    CrossAttention,
+    DenseAttention,
+    PackedAttention,
+    SelfAttention,
+)
+from transformer_ext.model.config import TransformerConfig
+from transformer_ext.model.layers import (
+    Embedding,
+    FeedForward,
+    Generator,
+    Norm,
+    Positions,
+    Sites,
+)
+from transformer_ext.packed import Packed
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class _Layer(nn.Module):
+    """What encoder and decoder layers share: a sublayer inside its residual connection.
+
+    Post-norm (the paper): ``norm(x + dropout(sublayer(x)))``; pre-norm:
+    ``x + dropout(sublayer(norm(x)))``.
+    """
+
+    def __init__(self, config: TransformerConfig, sites: Sites):
+        super().__init__()
+        self.norm_first = config.norm_first
+        self.dropout = config.dropout
+        self.feed_forward = FeedForward(
+            config.d_model,
+            config.dim_feedforward,
+            config.activation,
+            config.gated,
+            config.activation_dropout,
+            config.bias,
+            sites,
+        )
+
+    def _connect(
+        self,
+        x: Tensor,
+        sublayer: Callable[[Tensor], Tensor],
+        norm: Norm,
+        rng: Tensor | None,
+        site: int,
+    ) -> Tensor:
+        p = self.dropout if self.training else 0.0
+        if self.norm_first:
+            return ops.residual_dropout(sublayer(norm(x)), x, dropout_p=p, rng=rng, site=site)
+        return norm.after_residual(sublayer(x), x, p, rng, site)[1]
+
+
+class EncoderLayer(_Layer):
+    """Self-attention, then the position-wise network (paper section 3.1, figure 1 left)."""
+
+    def __init__(self, config: TransformerConfig, sites: Sites, name: str):
+        super().__init__(config, sites)
+        self.self_attention = SelfAttention(
+            config.d_model,
+            config.nhead,
+            config.num_kv_heads,
+            config.head_dim,
+            config.attention_dropout,
+            config.bias,
+            sites,
+            f"{name}.self_attention",
+            rotary=config.positions == "rope",
+        )
+        self.self_attention_norm = Norm(config.d_model, config.norm, config.layer_norm_eps)
+        self.feed_forward_norm = Norm(config.d_model, config.norm, config.layer_norm_eps)
+        self.sites = (sites.next(), sites.next())
+
+    def forward(self, x: Tensor, attend: Attend, rng: Tensor | None = None) -> Tensor:
+        """``[..., d_model]`` -> ``[..., d_model]``."""
+        x = self._connect(
+            x,
+            lambda y: self.self_attention(y, attend, rng),
+            self.self_attention_norm,
+            rng,
+            self.sites[0],
+        )
+        return self._connect(
+            x, lambda y: self.feed_forward(y, rng), self.feed_forward_norm, rng, self.sites[1]
+        )
+
+
+class DecoderLayer(_Layer):
+    """Masked self-attention, attention to the memory, the position-wise network (figure 1 right)."""
+
+    def __init__(self, config: TransformerConfig, sites: Sites, name: str):
+        super().__init__(config, sites)
+        heads = (config.d_model, config.nhead, config.num_kv_heads, config.head_dim)
+        self.self_attention = SelfAttention(
+            *heads,
+            config.attention_dropout,
+            config.bias,
+            sites,
+            f"{name}.self_attention",
+            rotary=config.positions == "rope",
+        )
+        self.cross_attention = CrossAttention(
+            *heads, config.attention_dropout, config.bias, sites, f"{name}.cross_attention"
+        )
+        self.self_attention_norm = Norm(config.d_model, config.norm, config.layer_norm_eps)
+        self.cross_attention_norm = Norm(config.d_model, config.norm, config.layer_norm_eps)
+        self.feed_forward_norm = Norm(config.d_model, config.norm, config.layer_norm_eps)
+        self.sites = (sites.next(), sites.next(), sites.next())
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor,
+        attend_self: Attend,
+        attend_memory: Attend,
+        rng: Tensor | None = None,
+    ) -> Tensor:
+        """``x`` ``[..., d_model]`` and the encoder's output -> ``[..., d_model]``."""
+        x = self._connect(
+            x,
+            lambda y: self.self_attention(y, attend_self, rng),
+            self.self_attention_norm,
+            rng,
+            self.sites[0],
+        )
+        x = self._connect(
+            x,
+            lambda y: self.cross_attention(y, memory, attend_memory, rng),
+            self.cross_attention_norm,
+            rng,
+            self.sites[1],
+        )
+        return self._connect(
+            x, lambda y: self.feed_forward(y, rng), self.feed_forward_norm, rng, self.sites[2]
+        )
+
+
+class _Stack(nn.Module):
+    """What encoder and decoder share: embedding of the input, final norm."""
+
+    def __init__(self, config: TransformerConfig, sites: Sites):
+        super().__init__()
+        self.dropout = config.dropout
+        self.scale = config.d_model**0.5 if config.scale_embedding else 1.0
+        self.positions = Positions(config.positions, config.d_model, config.max_positions)
+        self.embedding_norm = (
+            Norm(config.d_model, config.norm, config.layer_norm_eps)
+            if config.embedding_norm
+            else None
+        )
+        self.norm = (
+            Norm(config.d_model, config.norm, config.layer_norm_eps) if config.final_norm else None
+        )
+        self.embedding_site = sites.next()
+
+    def embed(
+        self,
+        ids: Tensor,
+        weight: Tensor,
+        positions: Tensor,
+        max_length: int,
+        rng: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """``ids`` of any shape -> ``[..., d_model]``: scaled embedding + positions, dropout."""
+        p = self.dropout if self.training else 0.0
+        normed = self.embedding_norm is not None
+        table = self.positions.up_to(max_length)
+        x = ops.embedding(
+            ids,
+            weight,
+            scale=self.scale,
+            positions=positions if table is not None else None,
+            position_table=table,
+            dropout_p=0.0 if normed else p,
+            rng=rng,
+            site=self.embedding_site,
+            dtype=dtype,
+        )
+        if self.embedding_norm is not None:
+            x = ops.dropout(self.embedding_norm(x), p, rng, self.embedding_site)
+        return x
+
+
+class Encoder(_Stack):
+    """The stack of encoder layers."""
+
+    def __init__(self, config: TransformerConfig, sites: Sites):
+        super().__init__(config, sites)
+        self.layers = nn.ModuleList(
+            EncoderLayer(config, sites, f"encoder.layers.{i}")
+            for i in range(config.num_encoder_layers)
+        )
+
+    def forward(self, x: Tensor, attend: Attend, rng: Tensor | None = None) -> Tensor:
+        """Embedded source ``[..., d_model]`` -> memory ``[..., d_model]``."""
+        for layer in self.layers:
+            x = layer(x, attend, rng)
+        return x if self.norm is None else self.norm(x)
+
+
+class Decoder(_Stack):
+    """The stack of decoder layers."""
+
+    def __init__(self, config: TransformerConfig, sites: Sites):
+        super().__init__(config, sites)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, sites, f"decoder.layers.{i}")
+            for i in range(config.num_decoder_layers)
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor,
+        attend_self: Attend,
+        attend_memory: Attend,
+        rng: Tensor | None = None,
+    ) -> Tensor:
+        """Embedded target and memory, ``[..., d_model]`` each -> decoder states."""
+        for layer in self.layers:
+            x = layer(x, memory, attend_self, attend_memory, rng)
+        return x if self.norm is None else self.norm(x)
+
+
+class Transformer(nn.Module):
+    """Encoder-decoder Transformer over token ids.
+
+    Take it from a :class:`TransformerConfig` (``Transformer(preset("base", 32000, 32000))``), or in
+    the words of ``torch.nn.Transformer``::
+
+        Transformer(src_vocab_size=8000, tgt_vocab_size=8000, d_model=256, nhead=4,
+                    num_encoder_layers=3, num_decoder_layers=3, dim_feedforward=1024)
+
+    Parameters are float32. Activations have the type chosen by :meth:`set_precision`.
+
+    Attributes:
+        config: what it was built from.
+        rng: ``[3]`` int64 (seed, step, microstep), the whole state of dropout. :meth:`forward`
+            advances the step by itself in training mode; a training loop that calls
+            :meth:`forward_packed` sets it.
+    """
+
+    rng: Tensor
+
+    def __init__(self, config: TransformerConfig | None = None, **fields: object):
+        super().__init__()
+        if config is None:
+            config = TransformerConfig.from_dict(fields)
+        elif fields:
+            raise TypeError(f"Transformer: give a config or its fields, not both: {list(fields)}")
+        self.config = config
+        sites = Sites()
+        self.source_embedding = Embedding(config.src_vocab_size, config.d_model)
+        self.target_embedding = Embedding(config.tgt_vocab_size, config.d_model)
+        self.encoder = Encoder(config, sites)
+        self.decoder = Decoder(config, sites)
+        self.generator = Generator(config.tgt_vocab_size, config.d_model, config.output_bias)
+        if config.tie == "all":
+            self.target_embedding.weight = self.source_embedding.weight
+        if config.tie != "none":
+            self.generator.weight = self.target_embedding.weight
+        self.activation_dtype = torch.float32
+        self.register_buffer("rng", torch.zeros(3, dtype=torch.int64), persistent=False)
+        self.seed_dropout(int(torch.randint(2**62, ()).item()))
+
+    def seed_dropout(self, seed: int) -> None:
+        """Start dropout anew from ``seed`` (64 bits), step 0."""
+        with torch.no_grad():
+            self.rng.copy_(torch.tensor([seed, 0, 0]))
+
+    def set_precision(self, name: str) -> Transformer:
+        """Type of the activations: ``float32``, ``bfloat16`` or ``float16``; returns self.
+
+        Parameters and their gradients stay float32.
+
+        Raises:
+            ValueError: another name.
+        """
+        if name not in _DTYPES:
+            raise ValueError(f"precision: expected one of {', '.join(_DTYPES)}, got {name!r}")
+        self.activation_dtype = _DTYPES[name]
+        return self
+
+    def _embed(
+        self,
+        stack: _Stack,
+        table: Embedding,
+        ids: Tensor,
+        positions: Tensor,
+        max_length: int,
+        rng: Tensor | None,
+    ) -> Tensor:
+        # A model moved to float64 (for comparisons) computes in float64 throughout.
+        weight = table.weight
+        dtype = weight.dtype if weight.dtype == torch.float64 else self.activation_dtype
+        return stack.embed(ids, weight, positions, max_length, rng, dtype)
+
+    # --- packed: what the trainer calls ---------------------------------------------------------
+
+    def encode_packed(self, src_ids: Tensor, src: Packed, rng: Tensor | None = None) -> Tensor:
+        """Source ids ``[capacity]`` int64 -> memory ``[capacity, d_model]``."""
+        x = self._embed(
+            self.encoder, self.source_embedding, src_ids, src.positions, src.max_length, rng
+        )
+        return self.encoder(x, PackedAttention(src, src), rng)
+
+    def decode_packed(
+        self, tgt_ids: Tensor, tgt: Packed, memory: Tensor, src: Packed, rng: Tensor | None = None
+    ) -> Tensor:
+        """Target ids ``[capacity]`` int64 and the memory -> states ``[capacity, d_model]``."""
+        x = self._embed(
+            self.decoder, self.target_embedding, tgt_ids, tgt.positions, tgt.max_length, rng
+        )
+        return self.decoder(
+            x, memory, PackedAttention(tgt, tgt, causal=True), PackedAttention(tgt, src), rng
+        )
+
+    def forward_packed(self, src_ids: Tensor, src: Packed, tgt_ids: Tensor, tgt: Packed) -> Tensor:
+        """Decoder states for packed ids.
+
+        Args:
+            src_ids: ``[src.capacity]`` int64.
+            src: where the source sentences lie.
+            tgt_ids: ``[tgt.capacity]`` int64, each sentence beginning with the start token.
+            tgt: where the target sentences lie.
+
+        Returns:
+            ``[tgt.capacity, d_model]`` in the type of the activations; state i of a sentence is
+            what predicts its token i + 1.
+        """
+        # A copy, so that what backward reads is what forward read, whatever the caller does next.
+        rng = self.rng.clone() if self.training else None
+        memory = self.encode_packed(src_ids, src, rng)
+        return self.decode_packed(tgt_ids, tgt, memory, src, rng)
+
+    # --- padded: everybody else -----------------------------------------------------------------
+
+    def forward(
+        self,
+        src_ids: Tensor,
+        tgt_ids: Tensor,
+        src_mask: Tensor | None = None,
+        tgt_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Decoder states for padded ids, to be given to :attr:`generator`.
+
+        Without masks the sentences must be padded on the right with ``pad_id``; they are packed on
+        entry, so padding costs nothing. With masks the padded layout is kept.
+
+        Args:
+            src_ids: ``[batch, src_length]`` int64.
+            tgt_ids: ``[batch, tgt_length]`` int64, each beginning with the start token.
+            src_mask: keep-mask (True = may attend) ``[batch, 1, src_length]``.
+            tgt_mask: keep-mask ``[batch, tgt_length, tgt_length]``, causal already.
+
+        Returns:
+            ``[batch, tgt_length, d_model]``; 0 in padding where no masks were given.
+
+        Raises:
+            ValueError: shapes that do not fit, or padding in the middle of a sentence.
+        """
+        _check_ids("src_ids", src_ids)
+        _check_ids("tgt_ids", tgt_ids)
+        if src_ids.shape[0] != tgt_ids.shape[0]:
+            raise ValueError(
+                f"tgt_ids: expected as many sentences as src_ids has ({src_ids.shape[0]}), "
+                f"got {tgt_ids.shape[0]}"
+            )
+        if src_mask is not None or tgt_mask is not None:
+            memory = self.encode(src_ids, src_mask)
+            return self.decode(memory, src_mask, tgt_ids, tgt_mask)
+        self._advance()
+        src = self._packed("src_ids", src_ids)
+        tgt = self._packed("tgt_ids", tgt_ids)
+        hidden = self.forward_packed(src.pack(src_ids), src, tgt.pack(tgt_ids), tgt)
+        return tgt.unpack(hidden, tgt_ids.shape[1])
+
+    def logits(self, src_ids: Tensor, tgt_ids: Tensor) -> Tensor:
+        """Unnormalised scores ``[batch, tgt_length, tgt_vocab_size]`` for padded ids."""
+        return self.generator.logits(self(src_ids, tgt_ids))
+
+    def encode(self, src_ids: Tensor, src_mask: Tensor | None = None) -> Tensor:
+        """Memory ``[batch, src_length, d_model]`` of padded ids under a keep-mask.
+
+        Args:
+            src_ids: ``[batch, src_length]`` int64.
+            src_mask: ``[batch, 1, src_length]``, True = may be attended to; None: everything that
+                is not ``pad_id``.
+        """
+        _check_ids("src_ids", src_ids)
+        self._advance()
+        return self._encode_dense(src_ids, DenseAttention(self._heads_mask(src_ids, src_mask)))
+
+    def decode(
+        self,
+        memory: Tensor,
+        src_mask: Tensor | None,
+        tgt_ids: Tensor,
+        tgt_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Decoder states ``[batch, tgt_length, d_model]`` of padded ids under keep-masks.
+
+        Args:
+            memory: ``[batch, src_length, d_model]`` from :meth:`encode`.
+            src_mask: ``[batch, 1, src_length]`` or None (all of the memory).
+            tgt_ids: ``[batch, tgt_length]`` int64.
+            tgt_mask: ``[batch, tgt_length, tgt_length]`` or broadcastable, causal already; None:
+                causal.
+        """
+        _check_ids("tgt_ids", tgt_ids)
+        attend_memory = DenseAttention(None if src_mask is None else _add_heads(src_mask))
+        attend_self = DenseAttention(
+            None if tgt_mask is None else _add_heads(tgt_mask), causal=tgt_mask is None
+        )
+        return self._decode_dense(tgt_ids, memory, attend_self, attend_memory)
+
+    def attention_weights(self, src_ids: Tensor, tgt_ids: Tensor) -> dict[str, Tensor]:
+        """Attention weights of every layer, for pictures.
+
+        Args:
+            src_ids: ``[batch, src_length]`` int64, padded on the right.
+            tgt_ids: ``[batch, tgt_length]`` int64, padded on the right.
+
+        Returns:
+            by name (``encoder.layers.0.self_attention``, ``decoder.layers.0.cross_attention``, ...)
+            ``[batch, nhead, queries, keys]``, each row a distribution over the keys.
+        """
+        weights: dict[str, Tensor] = {}
+        src_mask = self._heads_mask(src_ids, None)
+        tgt_mask = self._heads_mask(tgt_ids, None)
+        training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                memory = self._encode_dense(src_ids, DenseAttention(src_mask, weights=weights))
+                self._decode_dense(
+                    tgt_ids,
+                    memory,
+                    DenseAttention(tgt_mask, causal=True, weights=weights),
+                    DenseAttention(src_mask, weights=weights),
+                )
+        finally:
+            self.train(training)
+        return weights
+
+    # --- step by step: what the plain Python search calls ---------------------------------------
+
+    def encode_padded(self, src_ids: Tensor) -> Tensor:
+        """Memory ``[batch, src_length, d_model]`` of ids padded on the right, without masks."""
+        src = self._packed("src_ids", src_ids)
+        memory = self.encode_packed(src.pack(src_ids), src)
+        return src.unpack(memory, src_ids.shape[1])
+
+    def decode_logits(self, tgt_prefix: Tensor, memory: Tensor, src_lengths: Tensor) -> Tensor:
+        """Log-probabilities of the token after each prefix.
+
+        Args:
+            tgt_prefix: ``[batch, length]`` int64, all of one length.
+            memory: ``[batch, src_length, d_model]`` from :meth:`encode_padded`.
+            src_lengths: ``[batch]`` source lengths.
+
+        Returns:
+            ``[batch, tgt_vocab_size]`` float32.
+        """
+        src = Packed.from_lengths(src_lengths, device=memory.device)
+        batch, length = tgt_prefix.shape
+        lengths = torch.full((batch,), length, dtype=torch.int32, device=memory.device)
+        tgt = Packed.from_lengths(lengths, batch * length, max_length=length)
+        hidden = self.decode_packed(tgt_prefix.flatten(), tgt, src.pack(memory), src)
+        last = hidden.view(batch, length, -1)[:, -1].contiguous()
+        return torch.log_softmax(self.generator.logits(last).float(), dim=-1)
+
+    # --------------------------------------------------------------------------------------------
+
+    def _advance(self) -> None:
+        if self.training:
+            with torch.no_grad():
+                self.rng[1] += 1
+
+    def _dense_positions(self, ids: Tensor) -> Tensor:
+        return torch.arange(ids.shape[1], dtype=torch.int32, device=ids.device).expand_as(ids)
+
+    def _encode_dense(self, src_ids: Tensor, attend: DenseAttention) -> Tensor:
+        rng = self.rng.clone() if self.training else None
+        positions = self._dense_positions(src_ids)
+        x = self._embed(
+            self.encoder, self.source_embedding, src_ids, positions, src_ids.shape[1], rng
+        )
+        return self.encoder(x, attend, rng)
+
+    def _decode_dense(
+        self,
+        tgt_ids: Tensor,
+        memory: Tensor,
+        attend_self: DenseAttention,
+        attend_memory: DenseAttention,
+    ) -> Tensor:
+        rng = self.rng.clone() if self.training else None
+        positions = self._dense_positions(tgt_ids)
+        x = self._embed(
+            self.decoder, self.target_embedding, tgt_ids, positions, tgt_ids.shape[1], rng
+        )
+        return self.decoder(x, memory, attend_self, attend_memory, rng)
+
+    def _heads_mask(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        return _add_heads((ids != self.config.pad_id)[:, None, :] if mask is None else mask)
+
+    def _packed(self, name: str, ids: Tensor) -> Packed:
+        real = ids != self.config.pad_id
+        lengths = real.sum(1, dtype=torch.int32)
+        if torch.compiler.is_compiling():
+            # No value may be read back inside a compiled graph: all rows are kept, the last ones
+            # as slack.
+            return Packed.from_lengths(lengths, ids.numel(), max_length=ids.shape[1])
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        if not torch.equal(real, columns < lengths[:, None]):
+            raise ValueError(
+                f"{name}: padding (id {self.config.pad_id}) stands before a token; "
+                "sentences must be padded on the right, or masks be given"
+            )
+        return Packed.from_lengths(lengths)
+
+
+def make_model(
+    src_vocab: int,
+    tgt_vocab: int,
+    N: int = 6,
+    d_model: int = 512,
+    d_ff: int = 2048,
+    h: int = 8,
+    dropout: float = 0.1,
+) -> Transformer:
+    """The model of the Annotated Transformer, in that notebook's words.
+
+    Norm order: pre-norm (``x + sublayer(norm(x))``) with a norm after each stack, as the notebook's
+    code has it; the paper's own is post-norm, which ``Transformer(preset("base", ...))`` gives.
+    Embeddings are not shared, and the generator has a bias.
+
+    Args:
+        src_vocab: size of the source vocabulary.
+        tgt_vocab: size of the target vocabulary.
+        N: layers of encoder and of decoder.
+        d_model: width of the model.
+        d_ff: inner width of the position-wise network.
+        h: attention heads.
+        dropout: probability.
+    """
+    return Transformer(
+        TransformerConfig(
+            src_vocab_size=src_vocab,
+            tgt_vocab_size=tgt_vocab,
+            d_model=d_model,
+            nhead=h,
+            num_encoder_layers=N,
+            num_decoder_layers=N,
+            dim_feedforward=d_ff,
+            dropout=dropout,
+            norm_first=True,
+            layer_norm_eps=1e-6,
+            tie="none",
+            output_bias=True,
+        )
+    )
+
+
+def _check_ids(name: str, ids: Tensor) -> None:
+    if ids.dim() != 2 or ids.dtype != torch.int64:
+        raise ValueError(
+            f"{name}: expected int64 [batch, length], got {ids.dtype} {list(ids.shape)}"
+        )
+
+
+def _add_heads(mask: Tensor) -> Tensor:
+    """``[batch, queries, keys]`` keep-mask -> ``[batch, 1, queries, keys]`` bool."""
+    if mask.dim() != 3:
+        raise ValueError(
+            "mask: expected [batch, queries or 1, keys] (True = may attend), "
+            f"got shape {list(mask.shape)}"
+        )
+    return mask.bool()[:, None]
