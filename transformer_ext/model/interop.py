@@ -1,0 +1,70 @@
+"""Weights from and to PyTorch's own ``nn.Transformer``."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from transformer_ext.model.transformer import DecoderLayer, EncoderLayer, Transformer
+
+
+def copy_nn_transformer(model: Transformer, source: nn.Transformer) -> None:
+    """Copy the weights of an ``nn.Transformer`` into a model of the same sizes.
+
+    ``nn.Transformer`` holds the two stacks only: embeddings and the output projection of ``model``
+    stay as they are. It always normalises after each stack, so ``model`` needs ``final_norm=True``.
+
+    Args:
+        model: of the same d_model, heads, depths and norm order.
+        source: the module to copy from.
+
+    Raises:
+        ValueError: the two are not of one architecture.
+    """
+    if model.encoder.norm is None or model.decoder.norm is None:
+        raise ValueError("model: nn.Transformer has a norm after each stack; set final_norm=True")
+    for ours, theirs, name in (
+        (model.encoder.layers, source.encoder.layers, "encoder"),
+        (model.decoder.layers, source.decoder.layers, "decoder"),
+    ):
+        if len(ours) != len(theirs):
+            raise ValueError(f"model: expected {len(theirs)} {name} layers, has {len(ours)}")
+    with torch.no_grad():
+        for ours, theirs in zip(model.encoder.layers, source.encoder.layers, strict=True):
+            _copy_layer(ours, theirs)
+        for ours, theirs in zip(model.decoder.layers, source.decoder.layers, strict=True):
+            _copy_layer(ours, theirs)
+            _copy_cross_attention(ours, theirs.multihead_attn)
+            _copy(ours.cross_attention_norm, theirs.norm2)
+        _copy(model.encoder.norm, source.encoder.norm)
+        _copy(model.decoder.norm, source.decoder.norm)
+
+
+def _copy(ours: nn.Module, theirs: nn.Module) -> None:
+    """Copy ``weight`` and ``bias``, whose names are the same in both."""
+    ours.load_state_dict(theirs.state_dict())
+
+
+def _copy_layer(ours: EncoderLayer | DecoderLayer, theirs: nn.Module) -> None:
+    attention = theirs.self_attn
+    ours.self_attention.in_projection.load_state_dict(
+        {"weight": attention.in_proj_weight, "bias": attention.in_proj_bias}
+    )
+    _copy(ours.self_attention.out_projection, attention.out_proj)
+    _copy(ours.self_attention_norm, theirs.norm1)
+    _copy(ours.feed_forward.in_projection, theirs.linear1)
+    _copy(ours.feed_forward.out_projection, theirs.linear2)
+    last_norm = theirs.norm3 if isinstance(ours, DecoderLayer) else theirs.norm2
+    _copy(ours.feed_forward_norm, last_norm)
+
+
+def _copy_cross_attention(ours: DecoderLayer, theirs: nn.MultiheadAttention) -> None:
+    width = theirs.embed_dim
+    cross = ours.cross_attention
+    cross.query_projection.load_state_dict(
+        {"weight": theirs.in_proj_weight[:width], "bias": theirs.in_proj_bias[:width]}
+    )
+    cross.key_value_projection.load_state_dict(
+        {"weight": theirs.in_proj_weight[width:], "bias": theirs.in_proj_bias[width:]}
+    )
+    _copy(cross.out_projection, theirs.out_proj)
