@@ -181,7 +181,6 @@ class CrossAttention(_Attention):
                 self.num_kv_heads,
                 attend.query,
                 attend.key,
-                causal=attend.causal,
                 dropout_p=self.dropout if self.training else 0.0,
                 rng=rng,
                 site=self.site,
