@@ -10,7 +10,15 @@ import importlib
 __version__ = "0.1.0"
 
 # Public name -> module that defines it.
-_LAZY: dict[str, str] = {}
+_LAZY: dict[str, str] = {
+    "Packed": "transformer_ext.packed",
+    "Transformer": "transformer_ext.model.transformer",
+    "TransformerConfig": "transformer_ext.model.config",
+    "Translator": "transformer_ext.inference.translator",
+    "make_model": "transformer_ext.model.transformer",
+    "preset": "transformer_ext.model.config",
+    "set_backend": "transformer_ext.ops._backend",
+}
 
 __all__ = ["__version__"]
 __all__ += list(_LAZY)

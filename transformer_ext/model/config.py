@@ -23,7 +23,8 @@ class TransformerConfig:
     """Architecture of an encoder-decoder Transformer.
 
     The defaults are the base model of "Attention Is All You Need" (table 3): post-norm, sinusoidal
-    positions, ReLU, all three embedding matrices shared.
+    positions, ReLU, all three embedding matrices shared. A field given as None has its value, as
+    described, once the object is made.
 
     Attributes:
         src_vocab_size: rows of the source embedding.
@@ -64,14 +65,14 @@ class TransformerConfig:
     tgt_vocab_size: int
     d_model: int = 512
     nhead: int = 8
-    num_kv_heads: int | None = None
-    head_dim: int | None = None
+    num_kv_heads: int = None  # type: ignore[assignment]
+    head_dim: int = None  # type: ignore[assignment]
     num_encoder_layers: int = 6
     num_decoder_layers: int = 6
     dim_feedforward: int = 2048
     dropout: float = 0.1
-    attention_dropout: float | None = None
-    activation_dropout: float | None = None
+    attention_dropout: float = None  # type: ignore[assignment]
+    activation_dropout: float = None  # type: ignore[assignment]
     activation: str = "relu"
     norm_first: bool = False
     norm: str = "layer"
@@ -81,14 +82,14 @@ class TransformerConfig:
     tie: str = "all"
     scale_embedding: bool = True
     embedding_norm: bool = False
-    final_norm: bool | None = None
+    final_norm: bool = None  # type: ignore[assignment]
     bias: bool = True
     output_bias: bool = False
     pad_id: int = 0
     unk_id: int = 1
     bos_id: int = 2
     eos_id: int = 3
-    decoder_start_id: int | None = None
+    decoder_start_id: int = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         if self.num_kv_heads is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -23,29 +25,32 @@ def copy_nn_transformer(model: Transformer, source: nn.Transformer) -> None:
     """
     if model.encoder.norm is None or model.decoder.norm is None:
         raise ValueError("model: nn.Transformer has a norm after each stack; set final_norm=True")
-    for ours, theirs, name in (
-        (model.encoder.layers, source.encoder.layers, "encoder"),
-        (model.decoder.layers, source.decoder.layers, "decoder"),
+    # Their layers are typed as bare modules: what is in them is known here only.
+    encoder: Any = source.encoder
+    decoder: Any = source.decoder
+    for mine, others, name in (
+        (model.encoder.layers, encoder.layers, "encoder"),
+        (model.decoder.layers, decoder.layers, "decoder"),
     ):
-        if len(ours) != len(theirs):
-            raise ValueError(f"model: expected {len(theirs)} {name} layers, has {len(ours)}")
+        if len(mine) != len(others):
+            raise ValueError(f"model: expected {len(others)} {name} layers, has {len(mine)}")
     with torch.no_grad():
-        for ours, theirs in zip(model.encoder.layers, source.encoder.layers, strict=True):
+        for ours, theirs in zip(model.encoder.layers, encoder.layers, strict=True):
             _copy_layer(ours, theirs)
-        for ours, theirs in zip(model.decoder.layers, source.decoder.layers, strict=True):
+        for ours, theirs in zip(model.decoder.layers, decoder.layers, strict=True):
             _copy_layer(ours, theirs)
             _copy_cross_attention(ours, theirs.multihead_attn)
             _copy(ours.cross_attention_norm, theirs.norm2)
-        _copy(model.encoder.norm, source.encoder.norm)
-        _copy(model.decoder.norm, source.decoder.norm)
+        _copy(model.encoder.norm, encoder.norm)
+        _copy(model.decoder.norm, decoder.norm)
 
 
-def _copy(ours: nn.Module, theirs: nn.Module) -> None:
+def _copy(ours: nn.Module, theirs: Any) -> None:
     """Copy ``weight`` and ``bias``, whose names are the same in both."""
     ours.load_state_dict(theirs.state_dict())
 
 
-def _copy_layer(ours: EncoderLayer | DecoderLayer, theirs: nn.Module) -> None:
+def _copy_layer(ours: EncoderLayer | DecoderLayer, theirs: Any) -> None:
     attention = theirs.self_attn
     ours.self_attention.in_projection.load_state_dict(
         {"weight": attention.in_proj_weight, "bias": attention.in_proj_bias}
@@ -58,7 +63,7 @@ def _copy_layer(ours: EncoderLayer | DecoderLayer, theirs: nn.Module) -> None:
     _copy(ours.feed_forward_norm, last_norm)
 
 
-def _copy_cross_attention(ours: DecoderLayer, theirs: nn.MultiheadAttention) -> None:
+def _copy_cross_attention(ours: DecoderLayer, theirs: Any) -> None:
     width = theirs.embed_dim
     cross = ours.cross_attention
     cross.query_projection.load_state_dict(

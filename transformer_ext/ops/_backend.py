@@ -15,7 +15,7 @@ import sys
 import torch
 from torch import Tensor
 
-from transformer_ext._native import load_ops, ops_error
+from transformer_ext._native import loaded_ops
 
 BACKENDS = ("auto", "compiled", "reference")
 
@@ -26,7 +26,7 @@ _DTYPES = {
 }
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 
-_loaded = load_ops()
+_libraries = loaded_ops()
 _known: dict[tuple[str, str], bool] = {}
 _said: set[str] = set()
 
@@ -77,7 +77,7 @@ def has_kernel(op: str, device_type: str) -> bool:
     if known is None:
         dispatch_key = _DISPATCH_KEYS.get(device_type)
         known = (
-            _loaded
+            _libraries.cpu
             and dispatch_key is not None
             and hasattr(torch.ops.transformer_ext, op)
             and torch._C._dispatch_has_kernel_for_dispatch_key(
@@ -121,14 +121,12 @@ def use_compiled(op: str, *tensors: Tensor | None) -> bool:
 
 
 def _why_no_kernel(op: str, device: str) -> str:
-    if not _loaded:
-        return f"no compiled kernels: {ops_error()}"
-    if device == "cpu":
-        return f"{op}: this build has no compiled kernel for cpu; reinstall with: pip install ."
-    return (
-        f"{op}: this build has no compiled kernel for {device} "
-        "(python -m transformer_ext.info says why)"
-    )
+    reason = f"{op}: no compiled kernel for {device}"
+    if device == "cpu" and _libraries.why_not_cpu:
+        reason += f" ({_libraries.why_not_cpu})"
+    elif device == "cuda" and _libraries.why_not_cuda:
+        reason += f" ({_libraries.why_not_cuda}; python -m transformer_ext.info says more)"
+    return reason
 
 
 def _say_once(reason: str) -> None:
