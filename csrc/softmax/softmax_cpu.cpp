@@ -1,0 +1,251 @@
+#include "softmax/softmax.h"
+
+#include "common/simd.h"
+
+namespace transformer_ext::TRANSFORMER_EXT_ISA {
+namespace {
+
+// Elements a task: enough to hide the cost of handing it out, few enough to balance.
+constexpr int64_t kTaskElements = 32768;
+
+constexpr float kInfinity = __builtin_inff();
+
+typedef uint8_t VecB __attribute__((vector_size(kWidth)));
+
+inline VecI load_mask(const uint8_t* mask) {
+  VecB bytes;
+  std::memcpy(&bytes, mask, sizeof bytes);
+  return __builtin_convertvector(bytes, VecI) != 0;
+}
+
+inline VecI load_mask_partial(const uint8_t* mask, int64_t n) {
+  VecB bytes{};
+  std::memcpy(&bytes, mask, static_cast<size_t>(n));
+  return __builtin_convertvector(bytes, VecI) != 0;
+}
+
+template <class T>
+void fill(T* out, int64_t begin, int64_t end, float value) {
+  const VecF v = broadcast(value);
+  int64_t i = begin;
+  for (; i + kWidth <= end; i += kWidth) store(out + i, v);
+  store_partial(out + i, v, end - i);
+}
+
+// Calls body(first column, columns) for each vector of a row; columns is kWidth but for the last.
+template <class Body>
+inline void for_each_vector(int64_t n, Body body) {
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) body(i, kWidth);
+  if (i < n) body(i, n - i);
+}
+
+template <class T>
+inline VecF load_n(const T* p, int64_t n) {
+  return n == kWidth ? load(p) : load_partial(p, n);
+}
+
+template <class T>
+inline void store_n(T* p, VecF v, int64_t n) {
+  if (n == kWidth) {
+    store(p, v);
+  } else {
+    store_partial(p, v, n);
+  }
+}
+
+inline VecI first_lanes(int64_t n) {
+  VecI lane;
+  for (int i = 0; i < kWidth; ++i) lane[i] = i;
+  return lane < static_cast<int32_t>(n);
+}
+
+// One row: x -> out over the first `columns` slots, of which mask (null: all) keeps some. `work`
+// holds `columns` floats and may be `out`. Returns whether any slot is kept.
+template <class T, bool kLog>
+bool forward_row(const T* x, const uint8_t* mask, float* work, T* out, int64_t columns) {
+  VecF top = broadcast(-kInfinity);
+  for_each_vector(columns, [&](int64_t i, int64_t n) {
+    VecF v = load_n(x + i, n);
+    if (mask != nullptr) {
+      v = select(n == kWidth ? load_mask(mask + i) : load_mask_partial(mask + i, n), v,
+                 broadcast(-kInfinity));
+    }
+    if (n < kWidth) v = select(first_lanes(n), v, broadcast(-kInfinity));
+    top = max(v, top);  // a NaN loses here and reaches the result through the sum below
+    store_n(work + i, v, n);
+  });
+  const float row_max = reduce_max(top);
+  // A row of only masked slots and NaN has no maximum: 0 in its place lets the NaN through.
+  const float shift = row_max == -kInfinity ? 0.0f : row_max;
+
+  VecF total = zero();
+  for_each_vector(columns, [&](int64_t i, int64_t n) {
+    VecF e = exp(load_n(work + i, n) - shift);
+    if (n < kWidth) e = select(first_lanes(n), e, zero());
+    total += e;
+    if constexpr (!kLog) store_n(work + i, e, n);
+  });
+  const float sum = reduce_add(total);
+  if (sum == 0.0f) return false;
+
+  if constexpr (kLog) {
+    const float log_sum = __builtin_logf(sum);
+    for_each_vector(columns, [&](int64_t i, int64_t n) {
+      const VecF v = load_n(work + i, n);
+      store_n(out + i, select(v == -kInfinity, v, (v - shift) - log_sum), n);
+    });
+  } else {
+    const float inverse = 1.0f / sum;
+    for_each_vector(columns, [&](int64_t i, int64_t n) {
+      const VecF e = load_n(work + i, n);
+      // The select keeps masked slots at 0 where a NaN elsewhere in the row makes the sum NaN.
+      store_n(out + i, select(e == 0.0f, e, e * inverse), n);
+    });
+  }
+  return true;
+}
+
+template <class T, bool kLog>
+void forward(const SoftmaxForward& a, Parallel& parallel) {
+  if (a.rows == 0 || a.columns == 0) return;
+  const SoftmaxMask& keep = a.keep;
+  const int64_t rows_per_task = a.columns < kTaskElements ? kTaskElements / a.columns : 1;
+  const int64_t tasks = (a.rows + rows_per_task - 1) / rows_per_task;
+  const int64_t rows_per_batch = keep.dims > 0 && keep.sizes[0] > 0 ? a.rows / keep.sizes[0] : 1;
+
+  parallel.for_each(tasks, [&](int64_t task) {
+    const int64_t begin = task * rows_per_task;
+    const int64_t end = begin + rows_per_task < a.rows ? begin + rows_per_task : a.rows;
+    float* work = nullptr;
+    if constexpr (sizeof(T) != sizeof(float)) {
+      work = static_cast<float*>(thread_scratch(static_cast<size_t>(a.columns) * sizeof(float)));
+    }
+
+    int64_t index[kSoftmaxMaxDims] = {};
+    int64_t mask_offset = 0;
+    for (int64_t d = keep.dims - 1, rest = begin; d >= 0; --d) {
+      index[d] = rest % keep.sizes[d];
+      rest /= keep.sizes[d];
+      mask_offset += index[d] * keep.strides[d];
+    }
+
+    for (int64_t row = begin; row < end; ++row) {
+      int64_t columns = a.columns;
+      if (keep.key_lengths != nullptr) {
+        const int64_t length = keep.key_lengths[row / rows_per_batch];
+        columns = length < 0 ? 0 : length < columns ? length : columns;
+      }
+      if (keep.causal && index[keep.dims - 1] + 1 < columns) columns = index[keep.dims - 1] + 1;
+      const uint8_t* mask = keep.mask == nullptr ? nullptr : keep.mask + mask_offset;
+      if (mask != nullptr && keep.column_stride == 0) {
+        if (*mask == 0) columns = 0;
+        mask = nullptr;
+      }
+
+      const T* const x = static_cast<const T*>(a.x) + row * a.columns;
+      T* const out = static_cast<T*>(a.out) + row * a.columns;
+      if constexpr (sizeof(T) == sizeof(float)) work = out;
+      if (columns > 0 && forward_row<T, kLog>(x, mask, work, out, columns)) {
+        fill(out, columns, a.columns, kLog ? -kInfinity : 0.0f);
+      } else {
+        fill(out, 0, a.columns, 0.0f);
+      }
+
+      for (int d = keep.dims - 1; d >= 0; --d) {
+        mask_offset += keep.strides[d];
+        if (++index[d] < keep.sizes[d]) break;
+        mask_offset -= keep.strides[d] * keep.sizes[d];
+        index[d] = 0;
+      }
+    }
+  });
+}
+
+// d x = y * (grad - sum(grad * y)). A slot with y = 0 is masked (or its gradient is 0 anyway): it
+// must not be read from grad, which may hold NaN there.
+template <class T>
+void softmax_backward_row(const T* grad, const T* y, T* grad_x, int64_t columns) {
+  VecF total = zero();
+  for_each_vector(columns, [&](int64_t i, int64_t n) {
+    const VecF p = load_n(y + i, n);
+    total += select(p == 0.0f, zero(), p * load_n(grad + i, n));
+  });
+  const float dot = reduce_add(total);
+  for_each_vector(columns, [&](int64_t i, int64_t n) {
+    const VecF p = load_n(y + i, n);
+    store_n(grad_x + i, select(p == 0.0f, zero(), p * (load_n(grad + i, n) - dot)), n);
+  });
+}
+
+// d x = grad - exp(y) * sum(grad), over the slots with y > -inf.
+template <class T>
+void log_softmax_backward_row(const T* grad, const T* y, T* grad_x, int64_t columns) {
+  // Two log-probabilities of 0 cannot stand in one row: such a row had no kept slot. (Nor does a
+  // row of one slot have a gradient.)
+  if (columns == 1 || (to_float(y[0]) == 0.0f && to_float(y[1]) == 0.0f)) {
+    fill(grad_x, 0, columns, 0.0f);
+    return;
+  }
+  VecF total = zero();
+  for_each_vector(columns, [&](int64_t i, int64_t n) {
+    total += select(load_n(y + i, n) == -kInfinity, zero(), load_n(grad + i, n));
+  });
+  const float sum = reduce_add(total);
+  for_each_vector(columns, [&](int64_t i, int64_t n) {
+    const VecF v = load_n(y + i, n);
+    store_n(grad_x + i, select(v == -kInfinity, zero(), load_n(grad + i, n) - exp(v) * sum), n);
+  });
+}
+
+template <class T>
+void backward(const SoftmaxBackward& a, Parallel& parallel) {
+  if (a.rows == 0 || a.columns == 0) return;
+  const int64_t rows_per_task = a.columns < kTaskElements ? kTaskElements / a.columns : 1;
+  const int64_t tasks = (a.rows + rows_per_task - 1) / rows_per_task;
+  parallel.for_each(tasks, [&](int64_t task) {
+    const int64_t begin = task * rows_per_task;
+    const int64_t end = begin + rows_per_task < a.rows ? begin + rows_per_task : a.rows;
+    for (int64_t offset = begin * a.columns; offset < end * a.columns; offset += a.columns) {
+      const T* const grad = static_cast<const T*>(a.grad) + offset;
+      const T* const y = static_cast<const T*>(a.output) + offset;
+      T* const grad_x = static_cast<T*>(a.grad_x) + offset;
+      if (a.log) {
+        log_softmax_backward_row(grad, y, grad_x, a.columns);
+      } else {
+        softmax_backward_row(grad, y, grad_x, a.columns);
+      }
+    }
+  });
+}
+
+template <class T>
+void forward(const SoftmaxForward& a, Parallel& parallel) {
+  if (a.log) {
+    forward<T, true>(a, parallel);
+  } else {
+    forward<T, false>(a, parallel);
+  }
+}
+
+void forward_any(const SoftmaxForward& a, SoftmaxType type, Parallel& parallel) {
+  if (type == SoftmaxType::bfloat16) {
+    forward<bfloat16>(a, parallel);
+  } else {
+    forward<float>(a, parallel);
+  }
+}
+
+void backward_any(const SoftmaxBackward& a, SoftmaxType type, Parallel& parallel) {
+  if (type == SoftmaxType::bfloat16) {
+    backward<bfloat16>(a, parallel);
+  } else {
+    backward<float>(a, parallel);
+  }
+}
+
+}  // namespace
+
+extern const SoftmaxKernels softmax_kernels = {forward_any, backward_any};
+
+}  // namespace transformer_ext::TRANSFORMER_EXT_ISA
