@@ -12,7 +12,25 @@ std::string isa() { return isa_name(active_isa()); }
 }  // namespace
 }  // namespace transformer_ext
 
-STABLE_TORCH_LIBRARY(transformer_ext, m) { m.def("isa() -> str"); }
+STABLE_TORCH_LIBRARY(transformer_ext, m) {
+  m.def("isa() -> str");
+
+  m.def(
+      "masked_softmax(Tensor x, Tensor? mask, Tensor? key_lengths, bool causal, bool log) -> "
+      "Tensor");
+  m.def("masked_softmax_backward(Tensor grad, Tensor output, bool log) -> Tensor");
+
+  // The gradient replaces the logits if write_grad. Returns float64 [3]: loss, nll, correct.
+  m.def(
+      "cross_entropy_(Tensor(a!) logits, Tensor? bias, Tensor targets, Tensor? scale, "
+      "float label_smoothing, int ignore_index, bool write_grad) -> Tensor");
+  // The same sums, and the gradient (without rows unless write_grad).
+  m.def(
+      "cross_entropy(Tensor logits, Tensor targets, Tensor? scale, float label_smoothing, "
+      "int ignore_index, bool write_grad) -> (Tensor, Tensor)");
+  m.def("add_bfloat16_(Tensor(a!) sum, Tensor x) -> ()");
+  m.def("column_sum_(Tensor(a!) out, Tensor x, bool accumulate) -> ()");
+}
 
 STABLE_TORCH_LIBRARY_IMPL(transformer_ext, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&transformer_ext::isa));

@@ -184,6 +184,9 @@ inline Tensor empty(std::span<const int64_t> sizes, ScalarType type, const Tenso
     case ScalarType::Float:
       dtype = aoti_torch_dtype_float32();
       break;
+    case ScalarType::Double:
+      dtype = aoti_torch_dtype_float64();
+      break;
     case ScalarType::BFloat16:
       dtype = aoti_torch_dtype_bfloat16();
       break;

@@ -8,8 +8,13 @@ gradient) has no effect.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from transformer_ext._native import load_ops
+from transformer_ext.ops._backend import use_compiled
 
 __all__ = [
     "masked_log_softmax",
@@ -43,6 +48,8 @@ def masked_softmax(
             shape, ``causal`` on a tensor without two dimensions.
     """
     _check(x, mask, key_lengths, causal)
+    if use_compiled("masked_softmax", x):
+        return _MaskedSoftmax.apply(x, mask, key_lengths, causal, False)
     return masked_softmax_reference(x, mask, key_lengths=key_lengths, causal=causal)
 
 
@@ -59,6 +66,8 @@ def masked_log_softmax(
     a sum over rows stays finite; its gradient is exactly 0.
     """
     _check(x, mask, key_lengths, causal)
+    if use_compiled("masked_softmax", x):
+        return _MaskedSoftmax.apply(x, mask, key_lengths, causal, True)
     return masked_log_softmax_reference(x, mask, key_lengths=key_lengths, causal=causal)
 
 
@@ -102,6 +111,52 @@ def _masked_scores(
     scores = x if x.dtype == torch.float64 else x.float()
     # The smallest finite number, not -inf: a fully masked row then holds no NaN at any step.
     return keep, torch.where(keep, scores, torch.finfo(scores.dtype).min)
+
+
+class _MaskedSoftmax(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        mask: Tensor | None,
+        key_lengths: Tensor | None,
+        causal: bool,
+        log: bool,
+    ) -> Tensor:
+        if mask is not None:
+            if mask.dim() > 0 and mask.shape[-1] > 1 and mask.stride(-1) != 1:
+                mask = mask.contiguous()
+            mask = mask.expand(x.shape)
+        if key_lengths is not None:
+            key_lengths = key_lengths.to(torch.int64).contiguous()
+        output = torch.ops.transformer_ext.masked_softmax(
+            x.contiguous(), mask, key_lengths, causal, log
+        )
+        ctx.save_for_backward(output)
+        ctx.log = log
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (output,) = ctx.saved_tensors
+        grad_x = torch.ops.transformer_ext.masked_softmax_backward(
+            grad.contiguous(), output, ctx.log
+        )
+        return grad_x, None, None, None, None
+
+
+if load_ops():
+
+    @torch.library.register_fake("transformer_ext::masked_softmax")
+    def _masked_softmax_fake(
+        x: Tensor, mask: Tensor | None, key_lengths: Tensor | None, causal: bool, log: bool
+    ) -> Tensor:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    @torch.library.register_fake("transformer_ext::masked_softmax_backward")
+    def _masked_softmax_backward_fake(grad: Tensor, output: Tensor, log: bool) -> Tensor:
+        return torch.empty_like(output, memory_format=torch.contiguous_format)
 
 
 def _check(x: Tensor, mask: Tensor | None, key_lengths: Tensor | None, causal: bool) -> None:
