@@ -16,9 +16,9 @@
 namespace transformer_ext {
 
 struct CrossEntropySums {
-  double loss = 0;    // smoothed, nats
-  double nll = 0;     // without smoothing, nats
-  double correct = 0; // rows whose target is the first of the greatest logits
+  double loss = 0;     // smoothed, nats
+  double nll = 0;      // without smoothing, nats
+  double correct = 0;  // rows whose target is the first of the greatest logits
 };
 
 template <class T>

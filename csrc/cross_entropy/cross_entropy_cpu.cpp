@@ -1,6 +1,5 @@
-#include "cross_entropy/cross_entropy.h"
-
 #include "common/simd.h"
+#include "cross_entropy/cross_entropy.h"
 
 namespace transformer_ext::TRANSFORMER_EXT_ISA {
 namespace {
@@ -56,8 +55,8 @@ float greatest(const R& row, int64_t begin, int64_t end) {
   }
   for (; i + kWidth <= end; i += kWidth) top[0] = max(row.vector(i), top[0]);
   if (i < end) {
-    top[0] = max(select(first_lanes(end - i), row.vector(i, end - i), broadcast(-kInfinity)),
-                 top[0]);
+    top[0] =
+        max(select(first_lanes(end - i), row.vector(i, end - i), broadcast(-kInfinity)), top[0]);
   }
   return reduce_max(max(max(top[0], top[1]), max(top[2], top[3])));
 }
@@ -110,7 +109,8 @@ RowLoss cross_entropy_row(const Row<T, kBias>& row, int64_t target, int64_t colu
     const float probability = work[target] / sum;
     const float factor = scale / sum;
     const float offset = scale * uniform;
-    for (i = 0; i + kWidth <= columns; i += kWidth) store(grad + i, load(work + i) * factor - offset);
+    for (i = 0; i + kWidth <= columns; i += kWidth)
+      store(grad + i, load(work + i) * factor - offset);
     if (i < columns) {
       store_partial(grad + i, load_partial(work + i, columns - i) * factor - offset, columns - i);
     }

@@ -1,8 +1,7 @@
-#include "cross_entropy/cross_entropy.h"
-
 #include <tuple>
 
 #include "common/torch_op.h"
+#include "cross_entropy/cross_entropy.h"
 
 namespace transformer_ext {
 namespace {
@@ -48,9 +47,9 @@ Tensor run(const Tensor& logits, const std::optional<Tensor>& bias, const Tensor
   }
   for (int64_t r = 0; r < a.rows; ++r) {
     const int64_t target = a.targets[r];
-    STD_TORCH_CHECK(target == ignore_index || (target >= 0 && target < a.columns),
-                    "targets: got ", target, " in row ", r, ", expected [0, ", a.columns,
-                    ") or ignore_index ", ignore_index);
+    STD_TORCH_CHECK(target == ignore_index || (target >= 0 && target < a.columns), "targets: got ",
+                    target, " in row ", r, ", expected [0, ", a.columns, ") or ignore_index ",
+                    ignore_index);
   }
   TorchParallel parallel;
   CrossEntropySums sums;
@@ -78,9 +77,8 @@ Tensor cross_entropy_(const Tensor& logits, const std::optional<Tensor>& bias,
 }
 
 std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& targets,
-                                         const std::optional<Tensor>& scale,
-                                         double label_smoothing, int64_t ignore_index,
-                                         bool write_grad) {
+                                         const std::optional<Tensor>& scale, double label_smoothing,
+                                         int64_t ignore_index, bool write_grad) {
   return dispatch_float(logits, "logits", [&](auto tag) {
     using T = typename decltype(tag)::type;
     check_dim(logits, "logits", 2);

@@ -1,6 +1,5 @@
-#include "softmax/softmax.h"
-
 #include "common/simd.h"
+#include "softmax/softmax.h"
 
 namespace transformer_ext::TRANSFORMER_EXT_ISA {
 namespace {

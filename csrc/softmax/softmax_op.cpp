@@ -16,11 +16,11 @@ auto with_type(const Tensor& x, const char* argument, F&& f) {
 Tensor masked_softmax(const Tensor& x, const std::optional<Tensor>& mask,
                       const std::optional<Tensor>& key_lengths, bool causal, bool log) {
   Tensor out = empty_like(x);
-  const SoftmaxForward arguments = softmax_forward_arguments(x, mask, key_lengths, causal, log, out);
+  const SoftmaxForward arguments =
+      softmax_forward_arguments(x, mask, key_lengths, causal, log, out);
   TorchParallel parallel;
-  with_type(x, "x", [&](SoftmaxType type) {
-    softmax_kernels().forward(arguments, type, parallel);
-  });
+  with_type(x, "x",
+            [&](SoftmaxType type) { softmax_kernels().forward(arguments, type, parallel); });
   return out;
 }
 
@@ -28,9 +28,8 @@ Tensor masked_softmax_backward(const Tensor& grad, const Tensor& output, bool lo
   Tensor grad_x = empty_like(output);
   const SoftmaxBackward arguments = softmax_backward_arguments(grad, output, log, grad_x);
   TorchParallel parallel;
-  with_type(grad, "grad", [&](SoftmaxType type) {
-    softmax_kernels().backward(arguments, type, parallel);
-  });
+  with_type(grad, "grad",
+            [&](SoftmaxType type) { softmax_kernels().backward(arguments, type, parallel); });
   return grad_x;
 }
 

@@ -215,7 +215,7 @@ def _chunk_rows(rows: int, columns: int, item_size: int) -> int:
     most = max(_MIN_CHUNK_ROWS, _CHUNK_BYTES // (max(columns, 1) * item_size))
     chunks = -(-rows // most)
     # Chunks of equal size, in multiples of 16 rows for the matrix products.
-    return min(most, -(-rows // (16 * max(chunks, 1))) * 16)
+    return max(min(most, -(-rows // (16 * max(chunks, 1))) * 16), 1)
 
 
 def _divisor(normalizer: float | Tensor | None, device: torch.device) -> Tensor | None:
