@@ -77,7 +77,7 @@ class _Attention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, attend: DenseAttention, rng: Tensor | None
     ) -> Tensor:
         """Padded attention on ``[batch, length, heads, head_dim]`` -> ``[batch, length, width]``."""
-        attended = ops.attention(
+        result = ops.attention(
             query.transpose(1, 2),
             key.transpose(1, 2),
             value.transpose(1, 2),
@@ -88,8 +88,11 @@ class _Attention(nn.Module):
             site=self.site,
             return_weights=attend.weights is not None,
         )
-        if attend.weights is not None:
-            attended, attend.weights[self.name] = attended
+        if attend.weights is None:
+            assert isinstance(result, Tensor)
+            attended = result
+        else:
+            attended, attend.weights[self.name] = result
         return attended.transpose(1, 2).flatten(2)
 
 

@@ -35,12 +35,14 @@ def copy_nn_transformer(model: Transformer, source: nn.Transformer) -> None:
         if len(mine) != len(others):
             raise ValueError(f"model: expected {len(others)} {name} layers, has {len(mine)}")
     with torch.no_grad():
-        for ours, theirs in zip(model.encoder.layers, encoder.layers, strict=True):
-            _copy_layer(ours, theirs)
-        for ours, theirs in zip(model.decoder.layers, decoder.layers, strict=True):
-            _copy_layer(ours, theirs)
-            _copy_cross_attention(ours, theirs.multihead_attn)
-            _copy(ours.cross_attention_norm, theirs.norm2)
+        for layer, other in zip(model.encoder.layers, encoder.layers, strict=True):
+            assert isinstance(layer, EncoderLayer)
+            _copy_layer(layer, other)
+        for layer, other in zip(model.decoder.layers, decoder.layers, strict=True):
+            assert isinstance(layer, DecoderLayer)
+            _copy_layer(layer, other)
+            _copy_cross_attention(layer, other.multihead_attn)
+            _copy(layer.cross_attention_norm, other.norm2)
         _copy(model.encoder.norm, encoder.norm)
         _copy(model.decoder.norm, decoder.norm)
 

@@ -125,6 +125,8 @@ class Embedding(nn.Module):
 class Positions(nn.Module):
     """The table of positions that is added to embeddings (section 3.5), or none."""
 
+    table: Tensor
+
     def __init__(self, kind: str, d_model: int, max_positions: int):
         super().__init__()
         self.kind = kind
