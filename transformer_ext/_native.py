@@ -105,7 +105,7 @@ def _compiled() -> Compiled:
         warnings.warn(
             f"transformer_ext: the compiled files in {compiled.folder} were made from another "
             f"state of this source tree.\nTo build them anew: {repair_command()}",
-            stacklevel=3,
+            stacklevel=2,
         )
     return compiled
 
@@ -158,8 +158,8 @@ def loaded_ops() -> LoadedOps:
     """Loads `_ops.so`, and `_ops_cuda.so` where it was built and torch has CUDA; never raises."""
     try:
         import torch
-    except ImportError as error:
-        why = f"torch is not installed ({error})"
+    except (ImportError, OSError) as error:
+        why = f"torch does not import ({error}). To mend it: pip install 'torch>=2.11'"
         return LoadedOps(False, False, why, why)
     try:
         folder = _compiled().folder
@@ -167,7 +167,8 @@ def loaded_ops() -> LoadedOps:
     except (NativeError, OSError) as error:
         why = str(error)
         if not isinstance(error, NativeError):
-            why += f"\nTo build it anew: {repair_command()}"
+            # torch's own message names the file only; what the loader said is the cause.
+            why = f"{error}: {error.__cause__}\nTo build it anew: {repair_command()}"
         return LoadedOps(False, False, why, why)
     if torch.version.cuda is None:
         return LoadedOps(True, False, why_not_cuda=f"torch {torch.__version__} has no CUDA")
@@ -178,7 +179,7 @@ def loaded_ops() -> LoadedOps:
     try:
         torch.ops.load_library(str(cuda))
     except OSError as error:
-        return LoadedOps(True, False, why_not_cuda=f"{cuda} does not load: {error}")
+        return LoadedOps(True, False, why_not_cuda=f"{error}: {error.__cause__}")
     return LoadedOps(True, True)
 
 

@@ -1,0 +1,189 @@
+"""Build, loading of the compiled files, `info`, the console script."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from transformer_ext import __main__ as console
+from transformer_ext import __version__, _build_stamp, _native, info
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_import_is_lazy():
+    result = run_python(
+        "import sys, transformer_ext; print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    )
+    assert result.stdout == "[]\n", result.stderr
+
+
+def test_compiled_files_are_those_of_this_source():
+    compiled = _native.find_compiled()
+    assert compiled is not None, _native.repair_command()
+    assert not compiled.stale, _native.repair_command()
+    assert _native.load_ops(), _native.ops_error()
+    assert _native.ops_error() == ""
+
+
+def test_native_needs_no_torch():
+    result = run_python(
+        "import sys; from transformer_ext._native import native; native().isa(); "
+        "print('torch' in sys.modules)"
+    )
+    assert result.stdout == "False\n", result.stderr
+
+
+def test_threads_within_affinity():
+    assert 1 <= _native.native().default_threads() <= len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16"])
+def test_isa_override_lowers_or_fails_loudly(isa):
+    levels = ["baseline", "avx2", "avx512", "avx512_bf16"]
+    result = run_python(
+        "from transformer_ext._native import native; print(native().isa())",
+        TRANSFORMER_EXT_ISA=isa,
+    )
+    best = _native.native().best_isa()
+    if levels.index(isa) <= levels.index(best):
+        assert result.stdout == f"{isa}\n", result.stderr
+    else:
+        assert f"TRANSFORMER_EXT_ISA={isa}" in result.stderr and best in result.stderr
+
+
+def test_isa_override_refuses_unknown_names():
+    result = run_python(
+        "from transformer_ext._native import native; native().isa()", TRANSFORMER_EXT_ISA="sse9"
+    )
+    assert result.returncode != 0
+    assert "expected one of baseline, avx2, avx512, avx512_bf16" in result.stderr
+
+
+def test_stamp_changes_with_a_source_and_not_with_a_test(tmp_path):
+    folder = tmp_path / "csrc" / "thing"
+    folder.mkdir(parents=True)
+    (folder / "thing.cpp").write_text("1")
+    first = _build_stamp.source_stamp(tmp_path)
+    (folder / "thing_test.cpp").write_text("1")
+    assert _build_stamp.source_stamp(tmp_path) == first
+    (folder / "thing.cpp").write_text("2")
+    assert _build_stamp.source_stamp(tmp_path) != first
+
+
+def test_info_json():
+    result = subprocess.run(
+        [sys.executable, "-m", "transformer_ext.info", "--json"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    found = json.loads(result.stdout)
+    assert (result.returncode, found["problems"]) == (0, [])
+    assert found["transformer_ext"]["version"] == __version__
+    assert found["torch"]["cpu_ops"] is True
+    assert found["cpu"]["isa"]
+
+
+def test_info_without_torch():
+    result = run_python(
+        "import sys; sys.modules['torch'] = None; from transformer_ext import info; "
+        "sys.exit(info.main([]))"
+    )
+    assert result.returncode == 1, result.stderr
+    assert "PROBLEM: torch does not import" in result.stdout
+    assert "pip install 'torch>=2.11'" in result.stdout
+    assert "isa: " in result.stdout
+
+
+def test_info_without_compiled_files():
+    result = run_python(
+        "import sys; from transformer_ext import _native, info; "
+        "_native._candidates = lambda: []; sys.exit(info.main([]))"
+    )
+    assert result.returncode == 1, result.stderr
+    assert "PROBLEM: Nothing compiled was found. To build it: " in result.stdout
+
+
+def test_a_broken_library_is_told(tmp_path):
+    (tmp_path / "build_info.json").write_text('{"python": "3.1"}')
+    (tmp_path / "_ops.so").write_text("not a library")
+    result = run_python(
+        "import sys, warnings; warnings.simplefilter('ignore'); "
+        "from pathlib import Path; from transformer_ext import _native, info; "
+        f"_native._candidates = lambda: [Path({str(tmp_path)!r})]; "
+        "print(_native.load_ops()); sys.exit(info.main([]))"
+    )
+    assert result.returncode == 1, result.stderr
+    assert result.stdout.startswith("False\n")
+    assert "holds no _C for Python" in result.stdout
+    assert "invalid ELF header" in result.stdout or "file too short" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "fits"),
+    [
+        ("90a-real,90-virtual", (9, 0), True),
+        ("90a-real,90-virtual", (10, 0), True),
+        ("90a-real", (10, 0), False),
+        ("80-real", (8, 6), True),
+        ("80-real", (9, 0), False),
+        ("86-real", (8, 0), False),
+        ("80-real,100-virtual", (12, 0), True),
+        ("", (8, 0), False),
+    ],
+)
+def test_which_gpus_fit(architectures, capability, fits):
+    assert info._fits(architectures, capability) is fits
+
+
+def test_console_lists_only_commands_that_exist(capsys):
+    assert console.main([]) == 0
+    shown = capsys.readouterr().out
+    for name in console.COMMANDS:
+        exists = importlib.util.find_spec(f"transformer_ext.{name}") is not None
+        assert (f"\n  {name} " in shown) == exists
+    assert console.main(["no-such-command"]) == 2
+    assert "no command 'no-such-command'" in capsys.readouterr().err
+    assert console.main(["--version"]) == 0
+
+
+def test_console_runs_a_command(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["transformer-ext"])
+    assert console.main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["problems"] == []
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("scikit_build_core") is None, reason="needs scikit-build-core"
+)
+def test_backend_asks_for_torch_only_where_none_fits(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("backend", ROOT / "build_backend" / "backend.py")
+    backend = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(backend)
+    monkeypatch.setattr(backend, "_torch_folders", lambda: [tmp_path])
+    assert backend._torch_requirement() == ["torch>=2.11"]
+    (tmp_path / "version.py").write_text("__version__ = '2.9.1+cpu'\n")
+    assert backend._torch_requirement() == ["torch>=2.11"]
+    (tmp_path / "version.py").write_text("__version__ = '2.11.0+cu130'\n")
+    assert backend._torch_requirement() == []
+    assert backend._with_torch({"a": "b"}) == {
+        "a": "b",
+        "cmake.define.TRANSFORMER_EXT_TORCH": str(tmp_path),
+    }

@@ -1,0 +1,67 @@
+"""`transformer-ext <command> ...`, the same as `python -m transformer_ext.<command> ...`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+
+COMMANDS = {
+    "train": "train a model: on the shipped corpus, or on your own text",
+    "prepare": "build tokenizer and data set without training",
+    "translate": "translate text, line by line",
+    "score": "log-probabilities of given translations",
+    "evaluate": "BLEU and chrF of a model on a test set",
+    "average": "average checkpoints into one model",
+    "visualize": "pictures of attention",
+    "convert": "convert models from and to other programs",
+    "info": "what is installed, built and used, for a bug report",
+}
+
+
+def available() -> dict[str, str]:
+    """The commands that this version has, with what each is for."""
+    return {
+        name: text
+        for name, text in COMMANDS.items()
+        if importlib.util.find_spec(f"transformer_ext.{name}") is not None
+    }
+
+
+def _usage() -> str:
+    commands = available()
+    width = max(map(len, commands))
+    lines = [f"  {name:{width}}  {text}" for name, text in commands.items()]
+    return "\n".join(
+        [
+            "usage: transformer-ext <command> [options]",
+            "",
+            *lines,
+            "",
+            "`transformer-ext <command> --help` explains the options of a command.",
+        ]
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; each command's module is imported only when it is asked for."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0
+    if arguments[0] in ("--version", "-V"):
+        from transformer_ext import __version__
+
+        print(f"transformer-ext {__version__}")
+        return 0
+    command, *rest = arguments
+    if command not in available():
+        print(f"transformer-ext: no command {command!r}\n\n{_usage()}", file=sys.stderr)
+        return 2
+    # The modules read sys.argv, as under `python -m`; their help then shows this name.
+    sys.argv = [f"transformer-ext {command}", *rest]
+    return importlib.import_module(f"transformer_ext.{command}").main() or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

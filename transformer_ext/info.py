@@ -1,0 +1,218 @@
+"""What is installed, what was built and how, what is in use and why: for a bug report.
+
+`python -m transformer_ext.info` prints text, `--json` the same for programs. It works when torch or
+the compiled part is missing or broken, and then says how to mend that; the exit status is 1 then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from transformer_ext import __version__, _native
+
+PACKAGES = (
+    "numpy",
+    "safetensors",
+    "sentencepiece",
+    "sacrebleu",
+    "PyYAML",
+    "matplotlib",
+    "tensorboard",
+)
+VARIABLES = (
+    "TRANSFORMER_EXT_BACKEND",
+    "TRANSFORMER_EXT_ISA",
+    "OMP_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or platform.machine()
+    model = re.search(r"^model name\s*:\s*(.*)$", text, re.MULTILINE)
+    return model[1] if model else platform.machine()
+
+
+def _system() -> dict[str, Any]:
+    return {
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "executable": sys.executable,
+        "cpu": _cpu_model(),
+        "logical_cpus": os.cpu_count(),
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "packages": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _compiled(problems: list[str]) -> dict[str, Any]:
+    compiled = _native.find_compiled()
+    if compiled is None:
+        problems.append(f"Nothing compiled was found. To build it: {_native.repair_command()}")
+        return {}
+    if compiled.stale:
+        problems.append(
+            "The compiled files were made from another state of this source tree. "
+            f"To build them anew: {_native.repair_command()}"
+        )
+    return {"folder": str(compiled.folder), "stale": compiled.stale, **compiled.info}
+
+
+def _cpu(problems: list[str]) -> dict[str, Any]:
+    try:
+        native = _native.native()
+        best, isa = native.best_isa(), native.isa()
+    except (ImportError, RuntimeError) as error:
+        if _native.find_compiled() is not None:
+            problems.append(str(error))
+        return {}
+    if os.environ.get("TRANSFORMER_EXT_ISA"):
+        why = f"asked for by TRANSFORMER_EXT_ISA; the best of this machine is {best}"
+    else:
+        why = "the best that this machine and this build have"
+    return {
+        "isa": isa,
+        "isa_reason": why,
+        "features": native.cpu_features(),
+        "default_threads": native.default_threads(),
+    }
+
+
+def _fits(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether code for `architectures` ("80-real,90a-real,90-virtual") runs on a GPU."""
+    for number, minor, exact, kind in re.findall(
+        r"(\d+)(\d)([af]?)(?:-(real|virtual))?(?:,|$)", architectures
+    ):
+        code = (int(number), int(minor))
+        same = code == capability
+        real = same or (not exact and code[0] == capability[0] and code[1] <= capability[1])
+        if (kind != "virtual" and real) or (kind != "real" and not exact and code <= capability):
+            return True
+    return False
+
+
+def _cuda_devices(torch: Any, ops: _native.LoadedOps, architectures: str) -> list[dict[str, Any]]:
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        capability = (properties.major, properties.minor)
+        if not ops.cuda:
+            kernels = f"no, plain PyTorch instead: {ops.why_not_cuda}"
+        elif not _fits(architectures, capability):
+            kernels = f"no, plain PyTorch instead: built for {architectures} only"
+        else:
+            kernels = "yes"
+        devices.append(
+            {
+                "name": properties.name,
+                "capability": f"{capability[0]}.{capability[1]}",
+                "memory_gib": round(properties.total_memory / 2**30, 1),
+                "compiled_kernels": kernels,
+            }
+        )
+    return devices
+
+
+def _gemm() -> Any:
+    from transformer_ext.ops import linear
+
+    choice = getattr(linear, "gemm_choice", None)
+    return choice() if choice is not None else {}
+
+
+def _torch(problems: list[str], architectures: str) -> dict[str, Any]:
+    try:
+        import torch
+    except Exception as error:  # a broken torch can raise anything
+        problems.append(f"torch does not import ({error}). To mend it: pip install 'torch>=2.11'")
+        return {"version": _version("torch")}
+    ops = _native.loaded_ops()
+    if not ops.cpu and _native.find_compiled() is not None:
+        problems.append(ops.why_not_cpu)
+    result: dict[str, Any] = {
+        "version": torch.__version__,
+        "cuda": torch.version.cuda,
+        "threads": torch.get_num_threads(),
+        "cpu_ops": ops.cpu,
+        "cuda_ops": ops.cuda,
+    }
+    if not ops.cuda:
+        result["cuda_ops_reason"] = ops.why_not_cuda
+    result["cuda_devices"] = _cuda_devices(torch, ops, architectures)
+    if torch.version.cuda and not result["cuda_devices"]:
+        result["cuda_devices_reason"] = "torch has CUDA, but finds no GPU (nvidia-smi says more)"
+    if ops.cpu:
+        result["gemm"] = _gemm()
+    return result
+
+
+def collect() -> dict[str, Any]:
+    """All that :func:`main` prints, as one dict; `problems` lists what hinders work, and the cure."""
+    problems: list[str] = []
+    compiled = _compiled(problems)
+    cpu = _cpu(problems)
+    torch = _torch(problems, compiled.get("cuda_architectures", ""))
+    return {
+        "transformer_ext": {"version": __version__, "folder": str(Path(__file__).parent)},
+        "system": _system(),
+        "compiled": compiled,
+        "cpu": cpu,
+        "torch": torch,
+        "problems": problems,
+    }
+
+
+def _lines(value: Any, indent: str = "") -> list[str]:
+    lines = []
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, item in items:
+        if isinstance(item, (dict, list)):
+            lines.append(f"{indent}{key}:{'' if item else ' none'}")
+            lines += _lines(item, indent + "  ")
+        else:
+            if item is None or item == "":
+                item = "none"
+            elif isinstance(item, bool):
+                item = "yes" if item else "no"
+            lines.append(f"{indent}{key}: {item}")
+    return lines
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Print what is installed, built and in use, for a bug report."
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    arguments = parser.parse_args(argv)
+    info = collect()
+    if arguments.json:
+        print(json.dumps(info, indent=2))
+    else:
+        problems = info.pop("problems")
+        print("\n".join(_lines(info)))
+        for problem in problems:
+            print(f"\nPROBLEM: {problem}")
+        info["problems"] = problems
+    return 1 if info["problems"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
