@@ -1,0 +1,269 @@
+// The float32 matrix product of gemm.h.
+//
+// A tile is kRows rows by one panel (kVectors vectors of columns) of accumulators in registers: one
+// load of the panel's vectors and one broadcast a row give kRows * kVectors multiply-adds. The
+// weights are cut along k into slices that fit in the first-level cache and are used by all tiles
+// of a row block; between slices the accumulators rest in y as float32, which loses nothing.
+#include "gemm/gemm.h"
+
+#include "common/simd.h"
+
+namespace transformer_ext::TRANSFORMER_EXT_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectors = 4;  // 6 x 4 accumulators, 4 weights, 1 broadcast of 32 registers
+#elif defined(__aarch64__)
+constexpr int kVectors = 4;
+#else
+constexpr int kVectors = 2;  // 6 x 2 accumulators, 2 weights, 1 broadcast of 16 registers
+#endif
+constexpr int kRows = 6;
+constexpr int kColumns = kVectors * kWidth;
+
+constexpr int64_t kSlice = 128;            // inputs a slice: 128 * 64 floats are 32 KiB of 48
+constexpr int64_t kBlockRows = 16 * kRows;
+constexpr int64_t kGroupPanels = 512 / kColumns;
+// Below this many multiply-adds a task would be dominated by being handed to a thread.
+constexpr int64_t kTaskWork = 1 << 20;
+
+inline VecF multiply_add(VecF a, VecF b, VecF c) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (VecF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+// Where an x tile lies: rows as the caller has them, or packed [k][kRows] by pack_rows.
+struct RowMajor {
+  int64_t row_stride;
+  const float* row(const float* x, int r) const { return x + r * row_stride; }
+  static constexpr int64_t step = 1;
+};
+struct Packed {
+  const float* row(const float* x, int r) const { return x + r; }
+  static constexpr int64_t step = kRows;
+};
+
+// One tile of R rows by P panels, `panel_stride` floats apart, over k inputs.
+template <int R, int P, class Layout>
+inline void tile(Layout layout, const float* x, const float* w, int64_t panel_stride, int64_t k,
+                 float* y, int64_t ldy, int64_t columns, const float* bias, bool from_y) {
+  VecF acc[R][P * kVectors];
+  const bool full = columns >= P * kColumns;
+#pragma GCC unroll 32
+  for (int v = 0; v < P * kVectors; ++v) {
+    const int64_t left = full ? kWidth : columns - v * kWidth;
+    const int64_t lanes = left < 0 ? 0 : left < kWidth ? left : kWidth;
+    VecF start = zero();
+    if (bias != nullptr) start = full ? load(bias + v * kWidth) : load_partial(bias + v * kWidth, lanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      acc[r][v] = start;
+      if (from_y) {
+        const float* p = y + r * ldy + v * kWidth;
+        acc[r][v] += full ? load(p) : load_partial(p, lanes);
+      }
+    }
+  }
+  const float* rows[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) rows[r] = layout.row(x, r);
+#pragma GCC unroll 2
+  for (int64_t i = 0; i < k; ++i) {
+    VecF weights[P * kVectors];
+#pragma GCC unroll 32
+    for (int v = 0; v < P * kVectors; ++v) {
+      weights[v] = load(w + (v / kVectors) * panel_stride + (v % kVectors) * kWidth);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const VecF value = broadcast(rows[r][i * Layout::step]);
+#pragma GCC unroll 32
+      for (int v = 0; v < P * kVectors; ++v) {
+        acc[r][v] = multiply_add(value, weights[v], acc[r][v]);
+      }
+    }
+    w += kColumns;
+  }
+#pragma GCC unroll 32
+  for (int v = 0; v < P * kVectors; ++v) {
+    const int64_t left = full ? kWidth : columns - v * kWidth;
+    const int64_t lanes = left < 0 ? 0 : left < kWidth ? left : kWidth;
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      float* p = y + r * ldy + v * kWidth;
+      if (full) {
+        store(p, acc[r][v]);
+      } else {
+        store_partial(p, acc[r][v], lanes);
+      }
+    }
+  }
+}
+
+template <int P, class Layout>
+inline void tile_of(int rows, Layout layout, const float* x, const float* w, int64_t panel_stride,
+                    int64_t k, float* y, int64_t ldy, int64_t columns, const float* bias,
+                    bool from_y) {
+  static_assert(kRows == 6);
+  switch (rows) {
+    case 1:
+      return tile<1, P>(layout, x, w, panel_stride, k, y, ldy, columns, bias, from_y);
+    case 2:
+      return tile<2, P>(layout, x, w, panel_stride, k, y, ldy, columns, bias, from_y);
+    case 3:
+      return tile<3, P>(layout, x, w, panel_stride, k, y, ldy, columns, bias, from_y);
+    default:
+      break;
+  }
+  if constexpr (P == 1) {
+    switch (rows) {
+      case 4:
+        return tile<4, P>(layout, x, w, panel_stride, k, y, ldy, columns, bias, from_y);
+      case 5:
+        return tile<5, P>(layout, x, w, panel_stride, k, y, ldy, columns, bias, from_y);
+      default:
+        return tile<6, P>(layout, x, w, panel_stride, k, y, ldy, columns, bias, from_y);
+    }
+  }
+}
+
+void pack(const float* w, int64_t n, int64_t k, int64_t n_stride, int64_t k_stride, float* out,
+          Parallel& parallel) {
+  const int64_t panels = (n + kColumns - 1) / kColumns;
+  parallel.for_each(panels, [&](int64_t panel) {
+    float* const to = out + panel * k * kColumns;
+    const float* const from = w + panel * kColumns * n_stride;
+    const int64_t columns = n - panel * kColumns < kColumns ? n - panel * kColumns : kColumns;
+    if (n_stride == 1) {
+      for (int64_t i = 0; i < k; ++i) {
+        for (int64_t c = 0; c < columns; ++c) to[i * kColumns + c] = from[i * k_stride + c];
+        for (int64_t c = columns; c < kColumns; ++c) to[i * kColumns + c] = 0.0f;
+      }
+      return;
+    }
+    // 16 inputs at a time: one cache line of each column, and the lines written stay near.
+    for (int64_t begin = 0; begin < k; begin += 16) {
+      const int64_t end = begin + 16 < k ? begin + 16 : k;
+      for (int64_t c = 0; c < columns; ++c) {
+        for (int64_t i = begin; i < end; ++i) {
+          to[i * kColumns + c] = from[c * n_stride + i * k_stride];
+        }
+      }
+      for (int64_t i = begin; i < end; ++i) {
+        for (int64_t c = columns; c < kColumns; ++c) to[i * kColumns + c] = 0.0f;
+      }
+    }
+  });
+}
+
+// x[rows, k] as tiles [k][kRows].
+void pack_rows(const float* x, int64_t rows, int64_t row_stride, int64_t k, int64_t k_stride,
+               float* out) {
+  for (int64_t begin = 0; begin < rows; begin += kRows, out += k * kRows) {
+    const float* const from = x + begin * row_stride;
+    if (row_stride == 1 && begin + kRows <= rows) {
+      for (int64_t i = 0; i < k; ++i) {
+        std::memcpy(out + i * kRows, from + i * k_stride, kRows * sizeof(float));
+      }
+      continue;
+    }
+    const int64_t count = rows - begin < kRows ? rows - begin : kRows;
+    for (int64_t r = 0; r < count; ++r) {
+      for (int64_t i = 0; i < k; ++i) out[i * kRows + r] = from[r * row_stride + i * k_stride];
+    }
+  }
+}
+
+// Not inlined, so that one compiled form serves every tile: the compiler is free to contract
+// a * b + c differently in each copy, and rows would no longer agree.
+__attribute__((noinline)) void activate(float* y, int64_t rows, int64_t columns, int64_t ldy,
+                                        GemmActivation activation) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < columns; c += kWidth) {
+      const int64_t lanes = columns - c < kWidth ? columns - c : kWidth;
+      float* const p = y + r * ldy + c;
+      const VecF v = load_partial(p, lanes);
+      store_partial(p, max(v, zero()), lanes);
+    }
+  }
+}
+
+void gemm(const GemmArguments& a, Parallel& parallel) {
+  const int64_t m = a.m, n = a.weight.n, k = a.weight.k;
+  if (m <= 0 || n <= 0) return;
+  const int64_t panels = (n + kColumns - 1) / kColumns;
+  const bool few_rows = m <= 3;
+  const bool packed = a.x_k_stride != 1;
+
+  const int64_t row_blocks = (m + kBlockRows - 1) / kBlockRows;
+  const int64_t row_tiles = (m + kRows - 1) / kRows;
+  const int64_t block_rows = (row_tiles + row_blocks - 1) / row_blocks * kRows;
+
+  const int64_t panel_work = (block_rows < m ? block_rows : m) * (k > 0 ? k : 1) * kColumns;
+  int64_t group = kTaskWork / panel_work;
+  group = group < 2 ? 2 : group;
+  group = row_blocks > 1 || group > kGroupPanels ? kGroupPanels : group;
+  const int64_t groups = (panels + group - 1) / group;
+
+  parallel.for_each(row_blocks * groups, [&](int64_t task) {
+    const int64_t first_row = task % row_blocks * block_rows;
+    const int64_t rows = m - first_row < block_rows ? m - first_row : block_rows;
+    const int64_t first_panel = task / row_blocks * group;
+    const int64_t end_panel = first_panel + group < panels ? first_panel + group : panels;
+    const float* const x = a.x + first_row * a.x_row_stride;
+    float* const y = a.y + first_row * a.ldy;
+    const int64_t slice = few_rows && !packed ? (k > 0 ? k : 1) : kSlice;
+    float* const scratch =
+        packed ? static_cast<float*>(thread_scratch(
+                     static_cast<size_t>((rows + kRows - 1) / kRows * kRows * slice) * sizeof(float)))
+               : nullptr;
+    int64_t begin = 0;
+    do {
+      const int64_t depth = k - begin < slice ? k - begin : slice;
+      const float* const bias = begin == 0 ? a.bias : nullptr;
+      const bool from_y = begin > 0 || a.epilogue.accumulate;
+      if (packed) {
+        pack_rows(x + begin * a.x_k_stride, rows, a.x_row_stride, depth, a.x_k_stride, scratch);
+      }
+      for (int64_t panel = first_panel; panel < end_panel; ++panel) {
+        const float* const w = a.weight.data + (panel * k + begin) * kColumns;
+        const int64_t column = panel * kColumns;
+        const float* const panel_bias = bias == nullptr ? nullptr : bias + column;
+        if (few_rows && !packed && panel + 1 < end_panel) {
+          tile_of<2>(static_cast<int>(rows), RowMajor{a.x_row_stride}, x, w, k * kColumns, depth,
+                     y + column, a.ldy, n - column, panel_bias, from_y);
+          ++panel;
+          continue;
+        }
+        for (int64_t r = 0; r < rows; r += kRows) {
+          const int count = static_cast<int>(rows - r < kRows ? rows - r : kRows);
+          float* const to = y + r * a.ldy + column;
+          if (packed) {
+            tile_of<1>(count, Packed{}, scratch + r * depth, w, 0, depth, to, a.ldy, n - column,
+                       panel_bias, from_y);
+          } else {
+            tile_of<1>(count, RowMajor{a.x_row_stride}, x + r * a.x_row_stride + begin, w, 0,
+                       depth, to, a.ldy, n - column, panel_bias, from_y);
+          }
+        }
+      }
+      begin += slice;
+    } while (begin < k);
+    if (a.epilogue.activation != GemmActivation::none) {
+      const int64_t column = first_panel * kColumns;
+      const int64_t end = end_panel * kColumns < n ? end_panel * kColumns : n;
+      activate(y + column, rows, end - column, a.ldy, a.epilogue.activation);
+    }
+  });
+}
+
+}  // namespace
+
+extern const GemmKernels gemm_kernels = {kColumns, &pack, &gemm};
+
+}  // namespace transformer_ext::TRANSFORMER_EXT_ISA
