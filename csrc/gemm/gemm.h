@@ -1,4 +1,5 @@
-// float32 matrix product with prepacked weights: y[m, n] = activation(y0 + x[m, k] W[n, k]^T + bias).
+// float32 matrix product with prepacked weights: y[m, n] = activation(y0 + x[m, k] W[n, k]^T +
+// bias).
 //
 // Every output is one chain of fused multiply-adds in ascending k, started from the bias (plus the
 // old y with `accumulate`), on one vector lane. Nothing in that chain depends on the number of
@@ -15,7 +16,7 @@
 
 namespace transformer_ext {
 
-enum class GemmActivation : int { none = 0, relu = 1, gelu = 2, gelu_tanh = 3, silu = 4 };
+enum class GemmActivation : int { none = 0, relu = 1 };
 
 struct Epilogue {
   GemmActivation activation = GemmActivation::none;
@@ -64,13 +65,17 @@ class PackedMatrix {
 };
 
 struct GemmArguments {
-  const float* x;    // x[row * x_row_stride + input * x_k_stride]
-  int64_t m;         // rows
+  const float* x;  // x[row * x_row_stride + input * x_k_stride]
+  int64_t m;       // rows
   int64_t x_row_stride;
   int64_t x_k_stride;  // 1, or the leading dimension of a transposed x
+  // Where weight.data is null: weights that are used once (in a gradient), read as they lie,
+  // rows[input * rows_stride + column].
   PackedView weight;
+  const float* rows;
+  int64_t rows_stride;
   const float* bias;  // [n] or null
-  float* y;           // y[row * ldy + column], columns side by side
+  float* y;           // y[row * ldy + column], columns side by side; no overlap with the others
   int64_t ldy;
   Epilogue epilogue;
 };
@@ -80,7 +85,16 @@ void gemm(const GemmArguments& arguments, Parallel& parallel);
 // Rows of x side by side: x[m, k] with leading dimension ldx, y[m, n] with ldy. m may be 0.
 inline void gemm(const float* x, int64_t m, int64_t ldx, const PackedView& weight,
                  const float* bias, float* y, int64_t ldy, Epilogue epilogue, Parallel& parallel) {
-  gemm(GemmArguments{x, m, ldx, 1, weight, bias, y, ldy, epilogue}, parallel);
+  gemm(GemmArguments{x, m, ldx, 1, weight, nullptr, 0, bias, y, ldy, epilogue}, parallel);
+}
+
+// y[m, n] = a[m, k] b[k, n]; a with any strides, the rows of b and y side by side.
+inline void gemm_matmul(const float* a, int64_t m, int64_t a_row_stride, int64_t a_k_stride,
+                        const float* b, int64_t n, int64_t k, int64_t ldb, float* y, int64_t ldy,
+                        Epilogue epilogue, Parallel& parallel) {
+  gemm(GemmArguments{a, m, a_row_stride, a_k_stride, PackedView{nullptr, n, k}, b, ldb, nullptr, y,
+                     ldy, epilogue},
+       parallel);
 }
 
 struct GemmKernels {

@@ -4,9 +4,8 @@
 // load of the panel's vectors and one broadcast a row give kRows * kVectors multiply-adds. The
 // weights are cut along k into slices that fit in the first-level cache and are used by all tiles
 // of a row block; between slices the accumulators rest in y as float32, which loses nothing.
-#include "gemm/gemm.h"
-
 #include "common/simd.h"
+#include "gemm/gemm.h"
 
 namespace transformer_ext::TRANSFORMER_EXT_ISA {
 namespace {
@@ -21,11 +20,11 @@ constexpr int kVectors = 2;  // 6 x 2 accumulators, 2 weights, 1 broadcast of 16
 constexpr int kRows = 6;
 constexpr int kColumns = kVectors * kWidth;
 
-constexpr int64_t kSlice = 128;            // inputs a slice: 128 * 64 floats are 32 KiB of 48
+constexpr int64_t kSlice = 256;  // inputs a slice (AVX-512: 64 KiB; 128 measured 4 % slower)
 constexpr int64_t kBlockRows = 16 * kRows;
 constexpr int64_t kGroupPanels = 512 / kColumns;
 // Below this many multiply-adds a task would be dominated by being handed to a thread.
-constexpr int64_t kTaskWork = 1 << 20;
+constexpr int64_t kTaskWork = 1 << 16;
 
 inline VecF multiply_add(VecF a, VecF b, VecF c) {
 #if defined(__AVX512F__)
@@ -51,7 +50,8 @@ struct Packed {
 // One tile of R rows by P panels, `panel_stride` floats apart, over k inputs.
 template <int R, int P, class Layout>
 inline void tile(Layout layout, const float* x, const float* w, int64_t panel_stride, int64_t k,
-                 float* y, int64_t ldy, int64_t columns, const float* bias, bool from_y) {
+                 float* y, int64_t ldy, int64_t columns, const float* bias, bool from_y,
+                 bool relu) {
   VecF acc[R][P * kVectors];
   const bool full = columns >= P * kColumns;
 #pragma GCC unroll 32
@@ -59,7 +59,8 @@ inline void tile(Layout layout, const float* x, const float* w, int64_t panel_st
     const int64_t left = full ? kWidth : columns - v * kWidth;
     const int64_t lanes = left < 0 ? 0 : left < kWidth ? left : kWidth;
     VecF start = zero();
-    if (bias != nullptr) start = full ? load(bias + v * kWidth) : load_partial(bias + v * kWidth, lanes);
+    if (bias != nullptr)
+      start = full ? load(bias + v * kWidth) : load_partial(bias + v * kWidth, lanes);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       acc[r][v] = start;
@@ -96,10 +97,12 @@ inline void tile(Layout layout, const float* x, const float* w, int64_t panel_st
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       float* p = y + r * ldy + v * kWidth;
+      // Written so that a NaN stays one.
+      const VecF out = relu ? select(acc[r][v] < 0.0f, zero(), acc[r][v]) : acc[r][v];
       if (full) {
-        store(p, acc[r][v]);
+        store(p, out);
       } else {
-        store_partial(p, acc[r][v], lanes);
+        store_partial(p, out, lanes);
       }
     }
   }
@@ -108,56 +111,62 @@ inline void tile(Layout layout, const float* x, const float* w, int64_t panel_st
 template <int P, class Layout>
 inline void tile_of(int rows, Layout layout, const float* x, const float* w, int64_t panel_stride,
                     int64_t k, float* y, int64_t ldy, int64_t columns, const float* bias,
-                    bool from_y) {
+                    bool from_y, bool relu) {
   static_assert(kRows == 6);
   switch (rows) {
     case 1:
-      return tile<1, P>(layout, x, w, panel_stride, k, y, ldy, columns, bias, from_y);
+      return tile<1, P>(layout, x, w, panel_stride, k, y, ldy, columns, bias, from_y, relu);
     case 2:
-      return tile<2, P>(layout, x, w, panel_stride, k, y, ldy, columns, bias, from_y);
+      return tile<2, P>(layout, x, w, panel_stride, k, y, ldy, columns, bias, from_y, relu);
     case 3:
-      return tile<3, P>(layout, x, w, panel_stride, k, y, ldy, columns, bias, from_y);
+      return tile<3, P>(layout, x, w, panel_stride, k, y, ldy, columns, bias, from_y, relu);
     default:
       break;
   }
   if constexpr (P == 1) {
     switch (rows) {
       case 4:
-        return tile<4, P>(layout, x, w, panel_stride, k, y, ldy, columns, bias, from_y);
+        return tile<4, P>(layout, x, w, panel_stride, k, y, ldy, columns, bias, from_y, relu);
       case 5:
-        return tile<5, P>(layout, x, w, panel_stride, k, y, ldy, columns, bias, from_y);
+        return tile<5, P>(layout, x, w, panel_stride, k, y, ldy, columns, bias, from_y, relu);
       default:
-        return tile<6, P>(layout, x, w, panel_stride, k, y, ldy, columns, bias, from_y);
+        return tile<6, P>(layout, x, w, panel_stride, k, y, ldy, columns, bias, from_y, relu);
+    }
+  }
+}
+
+// One panel [k][kColumns]; columns at and past `columns` are zero.
+void pack_panel(const float* w, int64_t columns, int64_t k, int64_t n_stride, int64_t k_stride,
+                float* out) {
+  columns = columns < kColumns ? columns : kColumns;
+  if (columns < kColumns) std::memset(out, 0, static_cast<size_t>(k * kColumns) * sizeof(float));
+  if (n_stride == 1) {
+    for (int64_t i = 0; i < k; ++i, w += k_stride, out += kColumns) {
+      if (columns == kColumns) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) store(out + v * kWidth, load(w + v * kWidth));
+      } else {
+        std::memcpy(out, w, static_cast<size_t>(columns) * sizeof(float));
+      }
+    }
+    return;
+  }
+  // 16 inputs at a time: one cache line of each column, and the lines written stay near.
+  for (int64_t begin = 0; begin < k; begin += 16) {
+    const int64_t end = begin + 16 < k ? begin + 16 : k;
+    for (int64_t c = 0; c < columns; ++c) {
+      for (int64_t i = begin; i < end; ++i) {
+        out[i * kColumns + c] = w[c * n_stride + i * k_stride];
+      }
     }
   }
 }
 
 void pack(const float* w, int64_t n, int64_t k, int64_t n_stride, int64_t k_stride, float* out,
           Parallel& parallel) {
-  const int64_t panels = (n + kColumns - 1) / kColumns;
-  parallel.for_each(panels, [&](int64_t panel) {
-    float* const to = out + panel * k * kColumns;
-    const float* const from = w + panel * kColumns * n_stride;
-    const int64_t columns = n - panel * kColumns < kColumns ? n - panel * kColumns : kColumns;
-    if (n_stride == 1) {
-      for (int64_t i = 0; i < k; ++i) {
-        for (int64_t c = 0; c < columns; ++c) to[i * kColumns + c] = from[i * k_stride + c];
-        for (int64_t c = columns; c < kColumns; ++c) to[i * kColumns + c] = 0.0f;
-      }
-      return;
-    }
-    // 16 inputs at a time: one cache line of each column, and the lines written stay near.
-    for (int64_t begin = 0; begin < k; begin += 16) {
-      const int64_t end = begin + 16 < k ? begin + 16 : k;
-      for (int64_t c = 0; c < columns; ++c) {
-        for (int64_t i = begin; i < end; ++i) {
-          to[i * kColumns + c] = from[c * n_stride + i * k_stride];
-        }
-      }
-      for (int64_t i = begin; i < end; ++i) {
-        for (int64_t c = columns; c < kColumns; ++c) to[i * kColumns + c] = 0.0f;
-      }
-    }
+  parallel.for_each((n + kColumns - 1) / kColumns, [&](int64_t panel) {
+    pack_panel(w + panel * kColumns * n_stride, n - panel * kColumns, k, n_stride, k_stride,
+               out + panel * k * kColumns);
   });
 }
 
@@ -179,26 +188,15 @@ void pack_rows(const float* x, int64_t rows, int64_t row_stride, int64_t k, int6
   }
 }
 
-// Not inlined, so that one compiled form serves every tile: the compiler is free to contract
-// a * b + c differently in each copy, and rows would no longer agree.
-__attribute__((noinline)) void activate(float* y, int64_t rows, int64_t columns, int64_t ldy,
-                                        GemmActivation activation) {
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t c = 0; c < columns; c += kWidth) {
-      const int64_t lanes = columns - c < kWidth ? columns - c : kWidth;
-      float* const p = y + r * ldy + c;
-      const VecF v = load_partial(p, lanes);
-      store_partial(p, max(v, zero()), lanes);
-    }
-  }
-}
-
 void gemm(const GemmArguments& a, Parallel& parallel) {
   const int64_t m = a.m, n = a.weight.n, k = a.weight.k;
   if (m <= 0 || n <= 0) return;
   const int64_t panels = (n + kColumns - 1) / kColumns;
-  const bool few_rows = m <= 3;
-  const bool packed = a.x_k_stride != 1;
+  const bool prepacked = a.weight.data != nullptr;
+  const bool pack_x = a.x_k_stride != 1;
+  // With so few rows the weights are used once: no slices, and two panels side by side, because
+  // the accumulators of one are too few to hide the latency of the multiply-adds.
+  const bool whole = m <= 3 && prepacked && !pack_x;
 
   const int64_t row_blocks = (m + kBlockRows - 1) / kBlockRows;
   const int64_t row_tiles = (m + kRows - 1) / kRows;
@@ -217,48 +215,53 @@ void gemm(const GemmArguments& a, Parallel& parallel) {
     const int64_t end_panel = first_panel + group < panels ? first_panel + group : panels;
     const float* const x = a.x + first_row * a.x_row_stride;
     float* const y = a.y + first_row * a.ldy;
-    const int64_t slice = few_rows && !packed ? (k > 0 ? k : 1) : kSlice;
+    const int64_t slice = whole && k > 0 ? k : kSlice;
     float* const scratch =
-        packed ? static_cast<float*>(thread_scratch(
-                     static_cast<size_t>((rows + kRows - 1) / kRows * kRows * slice) * sizeof(float)))
-               : nullptr;
+        pack_x
+            ? static_cast<float*>(thread_scratch(
+                  static_cast<size_t>((rows + kRows - 1) / kRows * kRows * slice) * sizeof(float)))
+            : nullptr;
+    float* const panel_scratch =
+        prepacked ? nullptr
+                  : static_cast<float*>(thread_scratch(kSlice * kColumns * sizeof(float), 1));
     int64_t begin = 0;
     do {
       const int64_t depth = k - begin < slice ? k - begin : slice;
       const float* const bias = begin == 0 ? a.bias : nullptr;
       const bool from_y = begin > 0 || a.epilogue.accumulate;
-      if (packed) {
+      const bool relu = begin + slice >= k && a.epilogue.activation == GemmActivation::relu;
+      if (pack_x) {
         pack_rows(x + begin * a.x_k_stride, rows, a.x_row_stride, depth, a.x_k_stride, scratch);
       }
       for (int64_t panel = first_panel; panel < end_panel; ++panel) {
-        const float* const w = a.weight.data + (panel * k + begin) * kColumns;
         const int64_t column = panel * kColumns;
+        const float* w = a.weight.data + (panel * k + begin) * kColumns;
+        if (!prepacked) {
+          pack_panel(a.rows + begin * a.rows_stride + column, n - column, depth, 1, a.rows_stride,
+                     panel_scratch);
+          w = panel_scratch;
+        }
         const float* const panel_bias = bias == nullptr ? nullptr : bias + column;
-        if (few_rows && !packed && panel + 1 < end_panel) {
+        if (whole && panel + 1 < end_panel) {
           tile_of<2>(static_cast<int>(rows), RowMajor{a.x_row_stride}, x, w, k * kColumns, depth,
-                     y + column, a.ldy, n - column, panel_bias, from_y);
+                     y + column, a.ldy, n - column, panel_bias, from_y, relu);
           ++panel;
           continue;
         }
         for (int64_t r = 0; r < rows; r += kRows) {
           const int count = static_cast<int>(rows - r < kRows ? rows - r : kRows);
           float* const to = y + r * a.ldy + column;
-          if (packed) {
+          if (pack_x) {
             tile_of<1>(count, Packed{}, scratch + r * depth, w, 0, depth, to, a.ldy, n - column,
-                       panel_bias, from_y);
+                       panel_bias, from_y, relu);
           } else {
-            tile_of<1>(count, RowMajor{a.x_row_stride}, x + r * a.x_row_stride + begin, w, 0,
-                       depth, to, a.ldy, n - column, panel_bias, from_y);
+            tile_of<1>(count, RowMajor{a.x_row_stride}, x + r * a.x_row_stride + begin, w, 0, depth,
+                       to, a.ldy, n - column, panel_bias, from_y, relu);
           }
         }
       }
       begin += slice;
     } while (begin < k);
-    if (a.epilogue.activation != GemmActivation::none) {
-      const int64_t column = first_panel * kColumns;
-      const int64_t end = end_panel * kColumns < n ? end_panel * kColumns : n;
-      activate(y + column, rows, end - column, a.ldy, a.epilogue.activation);
-    }
   });
 }
 
