@@ -15,6 +15,11 @@ std::string isa() { return isa_name(active_isa()); }
 STABLE_TORCH_LIBRARY(transformer_ext, m) {
   m.def("isa() -> str");
 
+  // The float32 product of csrc/gemm, with weights in the order of its kernel or as they lie.
+  m.def("gemm_pack(Tensor weight) -> Tensor");
+  m.def("gemm_linear(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor");
+  m.def("gemm_matmul(Tensor a, Tensor b) -> Tensor");
+
   m.def(
       "masked_softmax(Tensor x, Tensor? mask, Tensor? key_lengths, bool causal, bool log) -> "
       "Tensor");
