@@ -1,0 +1,70 @@
+// Scaled dot-product attention ("Attention Is All You Need", section 3.2.1), forward and backward,
+// for packed and padded batches, without a [length, length] matrix in memory.
+//
+// Backward makes the weights again from the scores and the saved logarithm of their row sums (lse),
+// tile by tile, as in FlashAttention-2 (T. Dao, 2023, section 3.1).
+#pragma once
+
+#include <cstdint>
+
+#include "common/isa.h"
+#include "common/parallel.h"
+#include "dropout/philox.h"
+
+namespace transformer_ext {
+
+// [batch, length, heads, head_dim] (padded) or [rows, heads, head_dim] (packed; the batch stride is
+// not used). Strides count elements; that of head_dim is 1.
+struct AttentionTensor {
+  void* data = nullptr;
+  int64_t batch_stride = 0;
+  int64_t token_stride = 0;
+  int64_t head_stride = 0;
+};
+
+struct AttentionArgs {
+  bool bfloat16 = false;  // type of all AttentionTensors; else float32
+  int64_t batch = 0;
+  int64_t heads = 0;
+  int64_t kv_heads = 0;  // divides heads
+  int64_t head_dim = 0;
+  int64_t query_length = 0;  // packed: number of rows, slack included
+  int64_t key_length = 0;
+  int64_t max_query_length = 0;  // bound on one sequence; padded: query_length
+  int64_t max_key_length = 0;
+
+  // Packed: both [batch + 1], ascending from 0. Padded: null.
+  const int32_t* cu_seqlens_q = nullptr;
+  const int32_t* cu_seqlens_k = nullptr;
+
+  // Padded only; each may be null. Strides by batch, head, query, key; 0 where broadcast.
+  const int64_t* key_lengths = nullptr;
+  const uint8_t* mask = nullptr;  // 0 = may not attend
+  int64_t mask_strides[4] = {};
+  const float* bias = nullptr;  // added to the scaled scores; -inf masks
+  int64_t bias_strides[4] = {};
+
+  bool causal = false;
+  float scale = 1.0f;
+  Dropout dropout;  // row = query token * heads + head, column = key in its sequence
+
+  AttentionTensor query, key, value, out;
+  // [heads, rows] (packed) or [batch, heads, query_length] (padded); +inf where a query may attend
+  // to nothing.
+  float* lse = nullptr;
+};
+
+struct AttentionBackwardArgs : AttentionArgs {
+  AttentionTensor grad_out, grad_query, grad_key, grad_value;
+  // Null, or the gradient of bias: strides as bias_strides.
+  float* grad_bias = nullptr;
+};
+
+struct AttentionKernels {
+  void (*forward)(const AttentionArgs&, Parallel&);
+  void (*backward)(const AttentionBackwardArgs&, Parallel&);
+};
+
+TRANSFORMER_EXT_KERNELS(AttentionKernels, attention_kernels)
+
+}  // namespace transformer_ext
