@@ -37,7 +37,8 @@ typedef int32_t VecI __attribute__((vector_size(kWidth * 4)));
 typedef uint32_t VecU __attribute__((vector_size(kWidth * 4)));
 typedef uint16_t VecH __attribute__((vector_size(kWidth * 2)));
 
-[[maybe_unused]] inline VecF broadcast(float x) { return VecF{} + x; }
+// x - 0 and not x + 0: only the first is x for every x (-0 + 0 is +0), so only it costs nothing.
+[[maybe_unused]] inline VecF broadcast(float x) { return x - VecF{}; }
 [[maybe_unused]] inline VecF zero() { return VecF{}; }
 
 [[maybe_unused]] inline VecF load(const float* p) {
