@@ -45,6 +45,12 @@ class Scratch {
 
 }  // namespace
 
+int Serial::threads() const { return 1; }
+
+void Serial::for_each(int64_t count, FunctionRef<void(int64_t)> task) {
+  for (int64_t i = 0; i < count; ++i) task(i);
+}
+
 void* thread_scratch(size_t bytes, int slot) {
   thread_local Scratch scratch;
   return scratch.get(bytes, slot);

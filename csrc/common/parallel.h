@@ -42,13 +42,12 @@ class Parallel {
   virtual void for_each(int64_t count, FunctionRef<void(int64_t)> task) = 0;
 };
 
-// All on the calling thread.
+// All on the calling thread. Defined in parallel.cpp: a definition here would be compiled into
+// every kernel file, once per instruction set, and the linker would keep any one of them.
 class Serial final : public Parallel {
  public:
-  int threads() const override { return 1; }
-  void for_each(int64_t count, FunctionRef<void(int64_t)> task) override {
-    for (int64_t i = 0; i < count; ++i) task(i);
-  }
+  int threads() const override;
+  void for_each(int64_t count, FunctionRef<void(int64_t)> task) override;
 };
 
 // Scratch memory of the calling thread, 64-byte aligned, grown on demand and kept until the thread
