@@ -632,7 +632,7 @@ class DataConfig:
     held_out: float = option(
         0.01,
         help="part of the training pairs held out for validation where no dev files are given, "
-        "at most 2000 pairs",
+        "at most 2000 pairs; the same ones for every run and seed",
         minimum=0.0,
         maximum=0.5,
     )
@@ -643,6 +643,9 @@ class DataConfig:
     )
     max_length: int = option(
         256, help="longer training pairs are skipped and counted", unit="tokens a side", minimum=1
+    )
+    long_lines: Literal["error", "skip"] = option(
+        "skip", help="whether longer pairs, or pairs of too unequal length, are an error instead"
     )
     max_length_ratio: float | None = option(
         None,

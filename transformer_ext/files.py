@@ -1,0 +1,480 @@
+"""Files that are either whole or not there, and the model directory. No pickles, no torch.
+
+A model directory holds ``config.json``, ``model.safetensors`` and the tokenizer: ``tokenizer.model``
+for both languages, or ``source.model`` and ``target.model``. ``config.json`` is
+
+    {"format_version": 1,
+     "model": {...},                                      the fields of TransformerConfig
+     "tokenizer": {"source": FILE, "target": FILE, "sha256": HASH},
+     "training": {...}}                                   whatever the trainer has to say
+
+The hash is also in the header of ``model.safetensors``, so that weights cannot be used with the
+tokenizer of another model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from transformer_ext.data.tokenizer import Tokenizer, TokenizerError
+from transformer_ext.model.config import TransformerConfig
+
+if TYPE_CHECKING:
+    import torch
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+class FileError(ValueError):
+    """A file or folder that is missing, broken, in the way, or does not fit its neighbours."""
+
+
+def _temporary(path: Path) -> Path:
+    # The process id tells a person whose it is; the random part serves threads.
+    return path.with_name(f"{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def _sync(path: Path) -> None:
+    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(path: Path) -> None:
+    # Windows cannot open a folder; there a rename is as durable as it gets.
+    if os.name == "posix":
+        _sync(path)
+
+
+def atomic_write(path: str | Path, data: bytes | str) -> None:
+    """Write a file so that at any moment, power cut included, it is the old or the new one.
+
+    Args:
+        path: the file; its folder is made if there is none.
+        data: its bytes, or its text in UTF-8.
+
+    Raises:
+        OSError: it cannot be written; nothing is left behind.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder that appears under its name only when complete and on disk.
+
+    The body writes into the folder that the context manager gives, ``<path>.tmp-...``. When it ends
+    without an exception, files are synced and the folder is renamed; otherwise it is removed.
+
+    Args:
+        path: the folder to appear.
+        overwrite: replace a folder that is there; without it that is an error.
+
+    Raises:
+        FileError: the folder is there, and ``overwrite`` is not set.
+        OSError: it cannot be written.
+    """
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise FileError(f"{path}: is there already")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                _sync(Path(folder) / name)
+            _sync_folder(Path(folder))
+        if overwrite and path.exists():
+            # A folder cannot be replaced in one step: for an instant neither is under the name,
+            # but both are on disk.
+            old = _temporary(path)
+            os.rename(path, old)
+            os.rename(temporary, path)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            try:
+                os.rename(temporary, path)
+            except OSError as error:
+                if path.exists():
+                    raise FileError(f"{path}: is there already") from error
+                raise
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        FileError: missing, not JSON, or not an object.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = json.load(file)
+    except FileNotFoundError:
+        raise FileError(f"{path}: no such file") from None
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read: {error.strerror}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FileError(f"{path}: broken, not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise FileError(f"{path}: got {type(values).__name__}, expected an object with keys")
+    return values
+
+
+def write_json(path: str | Path, values: Mapping[str, Any]) -> None:
+    """Write an object as indented JSON, atomically."""
+    atomic_write(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+class Tensors(Mapping[str, np.ndarray]):
+    """The tensors of a safetensors file by name, each read from the mapped file when asked for.
+
+    Attributes:
+        path: the file.
+        metadata: the texts in its header.
+        shapes: shape of each tensor by name, known without reading it.
+
+    Raises:
+        FileError: missing, truncated or otherwise broken.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileError(f"{path}: no such file")
+        try:
+            self._file = safe_open(str(path), framework="numpy")
+        except SafetensorError as error:
+            raise FileError(
+                f"{path}: broken or cut off ({self.path.stat().st_size:,} bytes): {error}"
+            ) from None
+        except OSError as error:
+            raise FileError(f"{path}: cannot be read: {error}") from None
+        self.metadata: dict[str, str] = self._file.metadata() or {}
+        self.shapes: dict[str, tuple[int, ...]] = {
+            name: tuple(self._file.get_slice(name).get_shape()) for name in self._file.keys()
+        }
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self.shapes:
+            raise KeyError(name)
+        tensor: np.ndarray = self._file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def save_tensors(
+    path: str | Path,
+    tensors: Mapping[str, np.ndarray | torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write tensors as a safetensors file, atomically.
+
+    Args:
+        path: the file.
+        tensors: arrays, or torch tensors on any device, by name.
+        metadata: texts for the header.
+
+    Raises:
+        TypeError: a type of element that safetensors' numpy face does not know, as bfloat16.
+    """
+    import safetensors.numpy
+
+    arrays = {name: _to_numpy(name, tensor) for name, tensor in tensors.items()}
+    atomic_write(path, safetensors.numpy.save(arrays, metadata=dict(metadata or {})))
+
+
+def _to_numpy(name: str, tensor: Any) -> np.ndarray:
+    if not isinstance(tensor, np.ndarray):
+        try:
+            tensor = tensor.detach().cpu().numpy()
+        except (AttributeError, TypeError) as error:
+            raise TypeError(
+                f"{name}: got {getattr(tensor, 'dtype', type(tensor).__name__)}, expected an array "
+                f"or tensor of a type that numpy has ({error})"
+            ) from None
+    return np.ascontiguousarray(tensor)
+
+
+def parameter_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every weight of a model, as ``model.safetensors`` holds them.
+
+    Tied weights stand once, under the first of the names ``source_embedding``,
+    ``target_embedding``, ``generator``.
+    """
+    d, head_dim = config.d_model, config.head_dim
+    kv_heads = config.num_kv_heads
+    assert head_dim is not None and kv_heads is not None
+    q_width, kv_width = config.nhead * head_dim, kv_heads * head_dim
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def projection(name: str, rows: int, columns: int) -> None:
+        shapes[f"{name}.weight"] = (rows, columns)
+        if config.bias:
+            shapes[f"{name}.bias"] = (rows,)
+
+    def norm(name: str) -> None:
+        shapes[f"{name}.weight"] = (d,)
+        if config.norm == "layer":
+            shapes[f"{name}.bias"] = (d,)
+
+    shapes["source_embedding.weight"] = (config.src_vocab_size, d)
+    if config.tie != "all":
+        shapes["target_embedding.weight"] = (config.tgt_vocab_size, d)
+    if config.tie == "none":
+        shapes["generator.weight"] = (config.tgt_vocab_size, d)
+    if config.output_bias:
+        shapes["generator.bias"] = (config.tgt_vocab_size,)
+    for stack, depth in (
+        ("encoder", config.num_encoder_layers),
+        ("decoder", config.num_decoder_layers),
+    ):
+        if config.positions == "learned":
+            shapes[f"{stack}.positions.weight"] = (config.max_positions, d)
+        if config.embedding_norm:
+            norm(f"{stack}.embedding_norm")
+        for index in range(depth):
+            layer = f"{stack}.layers.{index}"
+            projection(f"{layer}.self_attention.in_projection", q_width + 2 * kv_width, d)
+            projection(f"{layer}.self_attention.out_projection", d, q_width)
+            norm(f"{layer}.self_attention_norm")
+            if stack == "decoder":
+                projection(f"{layer}.cross_attention.query_projection", q_width, d)
+                projection(f"{layer}.cross_attention.key_value_projection", 2 * kv_width, d)
+                projection(f"{layer}.cross_attention.out_projection", d, q_width)
+                norm(f"{layer}.cross_attention_norm")
+            inner = config.dim_feedforward
+            projection(f"{layer}.feed_forward.in_projection", inner * (1 + config.gated), d)
+            projection(f"{layer}.feed_forward.out_projection", d, inner)
+            norm(f"{layer}.feed_forward_norm")
+        if config.final_norm:
+            norm(f"{stack}.norm")
+    return shapes
+
+
+def _tokenizer_hash(source: Tokenizer, target: Tokenizer) -> str:
+    return hashlib.sha256(f"{source.sha256} {target.sha256}".encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class ModelDir:
+    """What lies in a model directory.
+
+    Attributes:
+        path: the folder.
+        config: the architecture.
+        weights: float32 arrays by parameter name, each read when asked for.
+        source_tokenizer: of the source language.
+        target_tokenizer: of the target language; the same object if there is one for both.
+        training: what the trainer noted, for example ``max_train_length``.
+    """
+
+    path: Path
+    config: TransformerConfig
+    weights: Tensors
+    source_tokenizer: Tokenizer
+    target_tokenizer: Tokenizer
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+def write_model_files(
+    folder: str | Path,
+    config: TransformerConfig,
+    weights: Mapping[str, np.ndarray | torch.Tensor],
+    source_tokenizer: Tokenizer,
+    target_tokenizer: Tokenizer,
+    training: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the files of a model directory into a folder that is there.
+
+    For a folder that holds more than a model, such as a checkpoint; :func:`save_model_dir` makes
+    the folder itself.
+
+    Args:
+        folder: where to.
+        config: the architecture.
+        weights: by parameter name; names and shapes as :func:`parameter_shapes` has them.
+        source_tokenizer: of the source language.
+        target_tokenizer: of the target language, possibly the same.
+        training: anything worth noting that JSON can hold.
+
+    Raises:
+        FileError: weights or tokenizers do not fit the configuration.
+    """
+    folder = Path(folder)
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    _check_shapes(str(folder / WEIGHTS_FILE), config, shapes)
+    _check_vocabulary(str(folder), config, source_tokenizer, target_tokenizer)
+    digest = _tokenizer_hash(source_tokenizer, target_tokenizer)
+    shared = source_tokenizer.sha256 == target_tokenizer.sha256
+    names = ("tokenizer.model",) * 2 if shared else ("source.model", "target.model")
+    for name, tokenizer in zip(names, (source_tokenizer, target_tokenizer), strict=True):
+        atomic_write(folder / name, tokenizer.path.read_bytes())
+    # "pt" is what other readers of safetensors files expect to find under "format".
+    save_tensors(folder / WEIGHTS_FILE, weights, {"format": "pt", "tokenizer_sha256": digest})
+    write_json(
+        folder / CONFIG_FILE,
+        {
+            "format_version": FORMAT_VERSION,
+            "model": config.to_dict(),
+            "tokenizer": {"source": names[0], "target": names[1], "sha256": digest},
+            "training": dict(training or {}),
+        },
+    )
+
+
+def save_model_dir(
+    path: str | Path,
+    config: TransformerConfig,
+    weights: Mapping[str, np.ndarray | torch.Tensor],
+    source_tokenizer: Tokenizer,
+    target_tokenizer: Tokenizer,
+    training: Mapping[str, Any] | None = None,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write a model directory, atomically; see :func:`write_model_files` for the arguments.
+
+    Raises:
+        FileError: the folder is there and ``overwrite`` is not set, or something does not fit.
+    """
+    with atomic_directory(path, overwrite=overwrite) as folder:
+        write_model_files(folder, config, weights, source_tokenizer, target_tokenizer, training)
+
+
+def load_model_dir(path: str | Path) -> ModelDir:
+    """Open a model directory; the weights are read as they are asked for.
+
+    Raises:
+        FileError: something is missing, cut off, broken, of a newer format, or does not fit the
+            rest; the message names the file and what is wrong with it.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileError(f"{path}: no such model directory")
+    config_path = path / CONFIG_FILE
+    values = read_json(config_path)
+    version = values.get("format_version")
+    if version != FORMAT_VERSION:
+        advice = "; a newer version of this package wrote it" if _is_newer(version) else ""
+        raise FileError(
+            f"{config_path}: format_version is {version!r}, expected {FORMAT_VERSION}{advice}"
+        )
+    for key in ("model", "tokenizer"):
+        if not isinstance(values.get(key), dict):
+            raise FileError(f"{config_path}: the part {key!r} is missing")
+    try:
+        config = TransformerConfig.from_dict(values["model"])
+    except (ValueError, TypeError) as error:
+        raise FileError(f"{config_path}: {error}") from None
+    source, target = _load_tokenizers(path, values["tokenizer"])
+    _check_vocabulary(str(config_path), config, source, target)
+    weights = Tensors(path / WEIGHTS_FILE)
+    bound = weights.metadata.get("tokenizer_sha256")
+    if bound is not None and bound != values["tokenizer"].get("sha256"):
+        raise FileError(
+            f"{weights.path}: was trained with another tokenizer than the one in this folder"
+        )
+    _check_shapes(str(weights.path), config, weights.shapes)
+    return ModelDir(path, config, weights, source, target, values.get("training") or {})
+
+
+def _is_newer(version: Any) -> bool:
+    return isinstance(version, int) and version > FORMAT_VERSION
+
+
+def _load_tokenizers(path: Path, entry: Mapping[str, Any]) -> tuple[Tokenizer, Tokenizer]:
+    names = []
+    for side in ("source", "target"):
+        name = entry.get(side)
+        if not isinstance(name, str) or Path(name).name != name:
+            raise FileError(
+                f"{path / CONFIG_FILE}: tokenizer.{side}: got {name!r}, expected a file name"
+            )
+        if not (path / name).is_file():
+            raise FileError(f"{path / name}: no such file")
+        names.append(name)
+    try:
+        source = Tokenizer(path / names[0])
+        target = source if names[0] == names[1] else Tokenizer(path / names[1])
+    except TokenizerError as error:
+        raise FileError(str(error)) from None
+    if entry.get("sha256") != _tokenizer_hash(source, target):
+        raise FileError(
+            f"{path / names[0]}: not the tokenizer that this model was trained with "
+            "(its SHA-256 differs from the one in config.json)"
+        )
+    return source, target
+
+
+def _check_vocabulary(
+    where: str, config: TransformerConfig, source: Tokenizer, target: Tokenizer
+) -> None:
+    for side, tokenizer, size in (
+        ("src", source, config.src_vocab_size),
+        ("tgt", target, config.tgt_vocab_size),
+    ):
+        # A model may have spare rows, as when its vocabulary is padded to a multiple of 8.
+        if tokenizer.vocab_size > size:
+            raise FileError(
+                f"{where}: {side}_vocab_size is {size}, but {tokenizer.path} has "
+                f"{tokenizer.vocab_size} pieces"
+            )
+
+
+def _check_shapes(
+    where: str, config: TransformerConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    expected = parameter_shapes(config)
+    problems = [f"{name} is missing" for name in expected if name not in shapes]
+    problems += [f"{name} is not part of the model" for name in shapes if name not in expected]
+    problems += [
+        f"{name} has the shape {list(shapes[name])}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in shapes and shapes[name] != shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise FileError(
+            f"{where}: does not fit the model's configuration: {'; '.join(problems[:3])}{more}"
+        )
