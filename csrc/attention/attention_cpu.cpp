@@ -491,8 +491,7 @@ void forward_task(const AttentionArgs& a, int64_t b, int64_t kv_head, int64_t qu
           }
           sum[first + r] = sum[first + r] * factor + reduce_add(row_sum);
           if (a.dropout.threshold != 0) {
-            const uint32_t dropout_row =
-                static_cast<uint32_t>((s.token + query) * a.heads + head);
+            const uint32_t dropout_row = static_cast<uint32_t>((s.token + query) * a.heads + head);
             for (int64_t j = 0; j < limit; j += 64) {
               const uint64_t bits =
                   keep_bits(a.dropout, dropout_row, static_cast<uint32_t>((k0 + j) / 64));
@@ -503,8 +502,8 @@ void forward_task(const AttentionArgs& a, int64_t b, int64_t kv_head, int64_t qu
             }
           }
         }
-        product(a.causal ? Band::kDepthTo : Band::kFull, diagonal, k0 > 0, rows,
-                row_size / kW, columns, {scores, block, 1}, packed_value, {out_rows, row_size});
+        product(a.causal ? Band::kDepthTo : Band::kFull, diagonal, k0 > 0, rows, row_size / kW,
+                columns, {scores, block, 1}, packed_value, {out_rows, row_size});
       }
     }
   }
@@ -524,7 +523,8 @@ void forward_task(const AttentionArgs& a, int64_t b, int64_t kv_head, int64_t qu
     for (int64_t r = 0; r < queries; r += kW) {
       const int64_t i = g * queries + r;
       const VecF total = load(sum + i);
-      const VecF x = select(total == 0.0f, broadcast(kInfinity), load(maximum + i) + log_of_sum(total));
+      const VecF x =
+          select(total == 0.0f, broadcast(kInfinity), load(maximum + i) + log_of_sum(total));
       store_partial(lse + r, x, smaller(kW, queries - r));
     }
   }
@@ -555,6 +555,10 @@ void backward_task(const AttentionBackwardArgs& a, const BackwardTask& task) {
   const int64_t block = smaller(kKeyBlock, round_up(larger(1, k_end - task.first_key)));
   const int64_t tile_rows = smaller(kBackwardRows, larger(1, queries));
   const bool masked = a.mask != nullptr || a.bias != nullptr;
+  const bool dropout = a.dropout.threshold != 0;
+  // With all keys of a query at hand, rowsum(dO * O) is taken as rowsum(P * dP): the same number,
+  // but the rounding errors of P and dP cancel, and so does that of O in bfloat16.
+  const bool all_keys = task.first_key == 0 && s.keys <= smaller(task.keys, kKeyBlock);
   const Band scores_band = a.causal ? Band::kColumns : Band::kFull;
 
   Arena arena;
@@ -617,13 +621,12 @@ void backward_task(const AttentionBackwardArgs& a, const BackwardTask& task) {
         const int64_t end = round_up(columns);
 
         for (int64_t r = 0; r < rows; ++r) live_queries[r] = lse[r0 + r] != kInfinity;
-        pack_rows(at<const T>(a.query, s.batch, s.query_row + r0, head), a.query.token_stride,
-                  rows, head_dim, a.scale, live_queries, query);
+        pack_rows(at<const T>(a.query, s.batch, s.query_row + r0, head), a.query.token_stride, rows,
+                  head_dim, a.scale, live_queries, query);
         const T* grad_rows = at<const T>(a.grad_out, s.batch, s.query_row + r0, head);
         const T* out_rows = at<const T>(a.out, s.batch, s.query_row + r0, head);
-        pack_rows(grad_rows, a.grad_out.token_stride, rows, head_dim, 1.0f, live_queries,
-                  grad_out);
-        for (int64_t r = 0; r < rows; ++r) {
+        pack_rows(grad_rows, a.grad_out.token_stride, rows, head_dim, 1.0f, live_queries, grad_out);
+        for (int64_t r = 0; r < rows && !all_keys; ++r) {
           VecF dot = zero();
           for (int64_t d = 0; d < head_dim; d += kW) {
             dot += load(grad_out.data + r * row_size + d) *
@@ -643,46 +646,54 @@ void backward_task(const AttentionBackwardArgs& a, const BackwardTask& task) {
           if (addend.any()) addend.fill(r0 + r, k0, n, addend_row);
           const ScoreRow score{p_row, addend.any() ? addend_row : nullptr, limit};
           const float row_lse = lse[r0 + r];
-          const float row_delta = delta[r];
+          const int64_t dropout_row = (s.token + r0 + r) * a.heads + head;
+          uint64_t bits[kKeyBlock / 64];
+          VecF dot = zero();
           int64_t j = 0;
-          if (a.dropout.threshold == 0) {
-            for (; j < limit; j += kW) {
-              const VecF p = exp_nonpositive(score(j) - row_lse);
-              store(g_row + j, p * (load(g_row + j) - row_delta));
-              store(p_row + j, p);
-            }
-          } else {
-            const uint32_t dropout_row =
-                static_cast<uint32_t>((s.token + r0 + r) * a.heads + head);
-            uint64_t bits = 0;
-            for (; j < limit; j += kW) {
+          for (; j < limit; j += kW) {
+            const VecF p = exp_nonpositive(score(j) - row_lse);
+            VecF g = load(g_row + j);
+            if (dropout) {
               if (j % 64 == 0) {
-                bits = keep_bits(a.dropout, dropout_row, static_cast<uint32_t>((k0 + j) / 64));
+                bits[j / 64] = keep_bits(a.dropout, static_cast<uint32_t>(dropout_row),
+                                         static_cast<uint32_t>((k0 + j) / 64));
               }
-              const int lane = static_cast<int>(j % 64);
-              const VecF p = exp_nonpositive(score(j) - row_lse);
-              const VecF g = keep(load(g_row + j) * a.dropout.scale, bits, lane);
-              store(g_row + j, p * (g - row_delta));
-              store(p_row + j, keep(p * a.dropout.scale, bits, lane));
+              g = keep(g * a.dropout.scale, bits[j / 64], static_cast<int>(j % 64));
+              store(g_row + j, g);
             }
+            store(p_row + j, p);
+            dot += p * g;
           }
           for (; j < end; j += kW) {
             store(p_row + j, zero());
             store(g_row + j, zero());
           }
+          const float row_delta = all_keys ? reduce_add(dot) : delta[r];
+          for (j = 0; j < limit; j += kW) {
+            const VecF p = load(p_row + j);
+            store(g_row + j, p * (load(g_row + j) - row_delta));
+            if (dropout) {
+              store(p_row + j, keep(p * a.dropout.scale, bits[j / 64], static_cast<int>(j % 64)));
+            }
+          }
           if (task.grad_bias) {
-            float* to = a.grad_bias + task.batch * a.bias_strides[0] +
-                        head * a.bias_strides[1] + (r0 + r) * a.bias_strides[2] +
-                        k0 * a.bias_strides[3];
+            float* to = a.grad_bias + task.batch * a.bias_strides[0] + head * a.bias_strides[1] +
+                        (r0 + r) * a.bias_strides[2] + k0 * a.bias_strides[3];
             for (int64_t c = 0; c < limit; ++c) to[c * a.bias_strides[3]] += g_row[c];
           }
         }
         if (task.grad_key_value) {
+          // These queries see the first `columns` keys only.
+          if (first_tile && columns < n) {
+            const size_t bytes = static_cast<size_t>((n - columns) * row_size) * sizeof(float);
+            std::memset(grad_value.data + columns * row_size, 0, bytes);
+            std::memset(grad_key.data + columns * row_size, 0, bytes);
+          }
           const Band band = a.causal ? Band::kDepthFrom : Band::kFull;
-          product(band, diagonal, !first_tile, n, row_size / kW, rows, {weights, 1, block},
+          product(band, diagonal, !first_tile, columns, row_size / kW, rows, {weights, 1, block},
                   grad_out, grad_value);
-          product(band, diagonal, !first_tile, n, row_size / kW, rows, {grad_scores, 1, block},
-                  query, grad_key);
+          product(band, diagonal, !first_tile, columns, row_size / kW, rows,
+                  {grad_scores, 1, block}, query, grad_key);
         }
         if (task.grad_query) {
           const int64_t row = h * queries + r0 - task.first_query;
@@ -712,8 +723,8 @@ void backward_task(const AttentionBackwardArgs& a, const BackwardTask& task) {
   if (task.grad_query) {
     for (int64_t h = 0; h < task.heads; ++h) {
       for (int64_t r = 0; r < queries; ++r) {
-        T* to = at<T>(a.grad_query, s.batch, s.query_row + task.first_query + r,
-                      task.first_head + h);
+        T* to =
+            at<T>(a.grad_query, s.batch, s.query_row + task.first_query + r, task.first_head + h);
         if (first_block) {
           std::memset(to, 0, static_cast<size_t>(head_dim) * sizeof(T));
         } else {
@@ -802,8 +813,8 @@ void backward_of(const AttentionBackwardArgs& a, Parallel& parallel) {
     const int64_t h0 = i % bias_heads;
     for (int64_t b = b0; b < a.batch; b += bias_batch) {
       for (int64_t h = h0; h < a.heads; h += bias_heads) {
-        backward_task<T>(a, {b, h, 1, 0, a.max_query_length, 0, a.max_key_length, false, false,
-                             true});
+        backward_task<T>(a,
+                         {b, h, 1, 0, a.max_query_length, 0, a.max_key_length, false, false, true});
       }
     }
   });

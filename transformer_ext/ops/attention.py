@@ -24,11 +24,15 @@ What all of them share:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from transformer_ext.ops.dropout import keep_mask
+from transformer_ext._native import load_ops
+from transformer_ext.ops._backend import use_compiled
+from transformer_ext.ops.dropout import check_dropout, dropout_scale, keep_mask
 from transformer_ext.ops.masks import key_padding_mask
 from transformer_ext.packed import Packed
 
@@ -82,6 +86,22 @@ def attention(
     Raises:
         ValueError, TypeError: shapes or dtypes that do not fit.
     """
+    _check_padded(query, key, value, key_lengths, mask, bias)
+    if not return_weights and use_compiled("attention_forward", query):
+        on = check_dropout(dropout_p, rng, site)
+        return _PaddedAttention.apply(
+            _unit_stride(query),
+            _unit_stride(key),
+            _unit_stride(value),
+            None if bias is None else _four_dimensions(bias.float()),
+            None if mask is None else _four_dimensions(mask),
+            None if key_lengths is None else key_lengths.to(query.device, torch.int64).contiguous(),
+            causal,
+            _scale(scale, query),
+            dropout_p if on else 0.0,
+            rng if on else None,
+            site,
+        )
     return attention_reference(
         query,
         key,
@@ -150,6 +170,10 @@ def attention_packed(
     Raises:
         ValueError, TypeError: shapes or dtypes that do not fit.
     """
+    _check_packed(query, key, value, q, k)
+    if use_compiled("attention_forward", query):
+        heads = (query.shape[1], key.shape[1])
+        return _packed(heads, q, k, causal, scale, dropout_p, rng, site, query, key, value)
     return attention_packed_reference(
         query,
         key,
@@ -230,6 +254,20 @@ def self_attention_packed(
         ValueError: a width that is no multiple of ``heads + 2 * kv_heads``, or what
             :func:`attention_packed` raises.
     """
+    if use_compiled("attention_forward", qkv):
+        query, key, value = _split(qkv, "qkv", (heads, kv_heads, kv_heads))
+        _check_packed(query, key, value, packed, packed)
+        return _packed(
+            (heads, kv_heads),
+            packed,
+            packed,
+            causal,
+            scale,
+            dropout_p,
+            rng,
+            site,
+            qkv.unflatten(1, (heads + 2 * kv_heads, -1)),
+        ).flatten(1)
     return self_attention_packed_reference(
         qkv,
         heads,
@@ -302,6 +340,22 @@ def cross_attention_packed(
         ValueError: a width that is no multiple of the number of heads in it, or what
             :func:`attention_packed` raises.
     """
+    if use_compiled("attention_forward", query):
+        (split_query,) = _split(query, "query", (heads,))
+        key, value = _split(kv, "kv", (kv_heads, kv_heads))
+        _check_packed(split_query, key, value, packed_q, packed_k)
+        return _packed(
+            (heads, kv_heads),
+            packed_q,
+            packed_k,
+            False,
+            scale,
+            dropout_p,
+            rng,
+            site,
+            split_query,
+            kv.unflatten(1, (2 * kv_heads, -1)),
+        ).flatten(1)
     return cross_attention_packed_reference(
         query,
         kv,
@@ -388,12 +442,11 @@ def _attend(
         weights = weights.masked_fill(~allowed, 0)
 
     dropped = weights
-    if dropout_p > 0 and rng is not None:
+    if rng is not None and check_dropout(dropout_p, rng, site):
         head = torch.arange(heads, device=query.device).view(1, heads, 1)
         rows = token * heads + head
         keep = keep_mask(rng, site, rows.flatten(), key.shape[2], dropout_p)
-        threshold = round(dropout_p * 65536)
-        dropped = weights * keep.view(weights.shape) * (65536 / (65536 - threshold))
+        dropped = weights * keep.view(weights.shape) * dropout_scale(dropout_p)
     output = dropped.to(value.dtype) @ value
     if dead_query is not None:
         output = output.masked_fill(dead_query, 0)
@@ -427,6 +480,202 @@ def _allowed(
         allowed = allowed & other
     shape = (query.shape[0], 1, query.shape[2], key.shape[2])
     return allowed.expand(torch.broadcast_shapes(allowed.shape, shape))
+
+
+class _PaddedAttention(torch.autograd.Function):
+    """Over the raw ops; mask and bias have four dimensions, bias is float32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        key_lengths: Tensor | None,
+        causal: bool,
+        scale: float,
+        dropout_p: float,
+        rng: Tensor | None,
+        site: int,
+    ) -> Tensor:
+        lengths = (query.shape[2], key.shape[2])
+        options = (*lengths, causal, scale, dropout_p, rng, site)
+        out, lse = torch.ops.transformer_ext.attention_forward(
+            query, key, value, None, None, key_lengths, mask, bias, *options
+        )
+        out = out.transpose(1, 2)
+        ctx.save_for_backward(query, key, value, bias, mask, key_lengths, out, lse, rng)
+        ctx.options = (causal, scale, dropout_p, site)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, bias, mask, key_lengths, out, lse, rng = ctx.saved_tensors
+        causal, scale, dropout_p, site = ctx.options
+        grads = [torch.empty_like(x) for x in (query, key, value)]
+        grad_bias = torch.zeros_like(bias) if ctx.needs_input_grad[3] else None
+        torch.ops.transformer_ext.attention_backward(
+            _unit_stride(grad),
+            query,
+            key,
+            value,
+            out,
+            lse,
+            None,
+            None,
+            key_lengths,
+            mask,
+            bias,
+            query.shape[2],
+            key.shape[2],
+            causal,
+            scale,
+            dropout_p,
+            rng,
+            site,
+            *grads,
+            grad_bias,
+        )
+        return *grads, grad_bias, None, None, None, None, None, None, None
+
+
+class _PackedAttention(torch.autograd.Function):
+    """Over the raw ops. The buffers ``[rows, heads in it, head_dim]`` hold, along their second
+    axis, query, key and value in this order: one, two or three buffers."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        heads: tuple[int, int],
+        max_lengths: tuple[int, int],
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        causal: bool,
+        scale: float,
+        dropout_p: float,
+        rng: Tensor | None,
+        site: int,
+        *buffers: Tensor,
+    ) -> Tensor:
+        out, lse = torch.ops.transformer_ext.attention_forward(
+            *_parts(heads, buffers),
+            cu_seqlens_q,
+            cu_seqlens_k,
+            None,
+            None,
+            None,
+            *max_lengths,
+            causal,
+            scale,
+            dropout_p,
+            rng,
+            site,
+        )
+        ctx.save_for_backward(cu_seqlens_q, cu_seqlens_k, out, lse, rng, *buffers)
+        ctx.options = (heads, max_lengths, causal, scale, dropout_p, site)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        cu_seqlens_q, cu_seqlens_k, out, lse, rng, *buffers = ctx.saved_tensors
+        heads, max_lengths, causal, scale, dropout_p, site = ctx.options
+        grads = [torch.empty_like(buffer) for buffer in buffers]
+        torch.ops.transformer_ext.attention_backward(
+            _unit_stride(grad),
+            *_parts(heads, buffers),
+            out,
+            lse,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            None,
+            None,
+            None,
+            *max_lengths,
+            causal,
+            scale,
+            dropout_p,
+            rng,
+            site,
+            *_parts(heads, grads),
+            None,
+        )
+        return None, None, None, None, None, None, None, None, None, *grads
+
+
+def _parts(heads: tuple[int, int], buffers: Sequence[Tensor]) -> list[Tensor]:
+    query_heads, kv_heads = heads
+    sizes = {
+        1: [[query_heads, kv_heads, kv_heads]],
+        2: [[query_heads], [kv_heads, kv_heads]],
+        3: [[query_heads], [kv_heads], [kv_heads]],
+    }[len(buffers)]
+    return [
+        part
+        for buffer, split in zip(buffers, sizes, strict=True)
+        for part in (buffer.split(split, dim=1) if len(split) > 1 else [buffer])
+    ]
+
+
+def _packed(
+    heads: tuple[int, int],
+    q: Packed,
+    k: Packed,
+    causal: bool,
+    scale: float | None,
+    dropout_p: float,
+    rng: Tensor | None,
+    site: int,
+    *buffers: Tensor,
+) -> Tensor:
+    on = check_dropout(dropout_p, rng, site)
+    return _PackedAttention.apply(
+        heads,
+        (q.max_length, k.max_length),
+        q.cu_seqlens,
+        k.cu_seqlens,
+        causal,
+        _scale(scale, buffers[0]),
+        dropout_p if on else 0.0,
+        rng if on else None,
+        site,
+        *(_unit_stride(buffer) for buffer in buffers),
+    )
+
+
+def _unit_stride(tensor: Tensor) -> Tensor:
+    """The kernels take any strides but that of head_dim, which must be 1."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _four_dimensions(tensor: Tensor) -> Tensor:
+    return tensor[(None,) * (4 - tensor.dim())].contiguous()
+
+
+if load_ops():
+
+    @torch.library.register_fake("transformer_ext::attention_forward")
+    def _attention_forward_fake(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cu_seqlens_q: Tensor | None,
+        *_: object,
+    ) -> tuple[Tensor, Tensor]:
+        if cu_seqlens_q is None:
+            batch, heads, length, head_dim = query.shape
+            out = query.new_empty(batch, length, heads, head_dim)
+            return out, query.new_empty(batch, heads, length, dtype=torch.float32)
+        rows, heads, head_dim = query.shape
+        out = query.new_empty(rows, heads, head_dim)
+        return out, query.new_empty(heads, rows, dtype=torch.float32)
+
+    @torch.library.register_fake("transformer_ext::attention_backward")
+    def _attention_backward_fake(*_: object) -> None:
+        return None
 
 
 def _scale(scale: float | None, query: Tensor) -> float:
