@@ -572,7 +572,12 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def parse_arguments(
-    cls: type[ConfigT], argv: Sequence[str] | None, *, prog: str, description: str
+    cls: type[ConfigT],
+    argv: Sequence[str] | None,
+    *,
+    prog: str,
+    description: str,
+    file_cls: type | None = None,
 ) -> ConfigT:
     """A command's configuration: defaults, then the file of ``--config``, then the command line.
 
@@ -584,6 +589,8 @@ def parse_arguments(
         argv: the arguments; None takes the process's.
         prog: the command as the user typed it.
         description: the text at the top of ``--help``.
+        file_cls: what the file may hold, a dataclass with the groups of ``cls`` and others; None is
+            ``cls`` itself.
     """
     parser = ArgumentParser(prog=prog, description=description)
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of the options below")
@@ -598,8 +605,10 @@ def parse_arguments(
         values = given(namespace, cls)
         if namespace.config is not None:
             # Read on its own first: its mistakes are then reported with its name.
-            from_yaml(cls, namespace.config)
-            values = merge(read_yaml(namespace.config), values)
+            from_yaml(file_cls or cls, namespace.config)
+            known = {field.name for field in dataclasses.fields(typing.cast(Any, cls))}
+            file_values = read_yaml(namespace.config)
+            values = merge({key: file_values[key] for key in file_values if key in known}, values)
         config = from_dict(cls, values)
     except ConfigError as error:
         parser.error(str(error))

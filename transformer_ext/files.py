@@ -292,6 +292,22 @@ def parameter_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _without_tied(
+    config: TransformerConfig, weights: Mapping[str, np.ndarray | torch.Tensor]
+) -> dict[str, np.ndarray | torch.Tensor]:
+    """The weights without the second and third name of a shared one, as a state_dict has them."""
+    result = dict(weights)
+    names = ["source_embedding.weight"] if config.tie == "all" else []
+    if config.tie != "none":
+        names += ["target_embedding.weight", "generator.weight"]
+    for name in names[1:]:
+        if name in result and names[0] in result:
+            first, other = _to_numpy(names[0], result[names[0]]), _to_numpy(name, result[name])
+            if np.array_equal(first, other):
+                del result[name]
+    return result
+
+
 def _tokenizer_hash(source: Tokenizer, target: Tokenizer) -> str:
     return hashlib.sha256(f"{source.sha256} {target.sha256}".encode()).hexdigest()
 
@@ -333,7 +349,7 @@ def write_model_files(
     Args:
         folder: where to.
         config: the architecture.
-        weights: by parameter name; names and shapes as :func:`parameter_shapes` has them.
+        weights: by parameter name, as :func:`parameter_shapes` has them, or a ``state_dict()``.
         source_tokenizer: of the source language.
         target_tokenizer: of the target language, possibly the same.
         training: anything worth noting that JSON can hold.
@@ -342,6 +358,7 @@ def write_model_files(
         FileError: weights or tokenizers do not fit the configuration.
     """
     folder = Path(folder)
+    weights = _without_tied(config, weights)
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     _check_shapes(str(folder / WEIGHTS_FILE), config, shapes)
     _check_vocabulary(str(folder), config, source_tokenizer, target_tokenizer)

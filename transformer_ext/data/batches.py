@@ -2,14 +2,13 @@
 
 A batch holds as many sentence pairs as its budget of target tokens takes, laid out one after the
 other without padding. Nothing of the order is ever stored: the batches of an epoch can be had again
-at any time, by any process, and training goes on in the middle of one.
+at any time, by any process, and training goes on in the middle of one. All processes of a
+distributed training see the same batches and share them out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -51,14 +50,10 @@ class BatchSampler:
         seed: of the shuffle.
         max_source_tokens: most source tokens of a batch; None is ``2 * max_tokens``.
         pool_batches: batches in a pool; 0 leaves the pairs unsorted.
-        rank: which of ``world_size`` processes this is: each takes every ``world_size``-th batch of
-            one common order.
-        world_size: number of processes. An epoch has the same number of batches for each: up to
-            ``world_size - 1`` batches at its end are left out, other ones each epoch.
 
     Raises:
-        ValueError: a single pair is larger than a batch may be, there are fewer batches than
-            processes, or an argument is out of range.
+        ValueError: a single pair is larger than a batch may be, or the lengths do not belong
+            together.
     """
 
     def __init__(
@@ -70,23 +65,17 @@ class BatchSampler:
         *,
         max_source_tokens: int | None = None,
         pool_batches: int = 32,
-        rank: int = 0,
-        world_size: int = 1,
     ) -> None:
         if len(source_lengths) != len(target_lengths):
             raise ValueError(
                 f"target_lengths: got {len(target_lengths)}, expected {len(source_lengths)} as of "
                 "the source"
             )
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank: got {rank}, expected 0 to {world_size - 1}")
         self._source = np.asarray(source_lengths)
         self._target = np.asarray(target_lengths)
         self.max_tokens = max_tokens
         self.max_source_tokens = 2 * max_tokens if max_source_tokens is None else max_source_tokens
         self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
         for name, lengths, limit in (
             ("max_tokens", self._target, self.max_tokens),
             ("max_source_tokens", self._source, self.max_source_tokens),
@@ -105,8 +94,8 @@ class BatchSampler:
             )
             self._pool = max(1, round(pool_batches / share))
 
-    def global_batches(self, epoch: int) -> list[np.ndarray]:
-        """The batches of all processes: int64 indices of the pairs in each."""
+    def epoch(self, epoch: int) -> list[np.ndarray]:
+        """The batches of an epoch (counted from 0): int64 indices of the pairs in each."""
         order = random_order(len(self._target), self.seed, epoch)
         pools = [order]
         if self._pool:
@@ -135,43 +124,15 @@ class BatchSampler:
             start = int(end)
         return batches
 
-    def epoch(self, epoch: int) -> list[np.ndarray]:
-        """This process's batches of an epoch: int64 indices of the pairs in each.
-
-        Raises:
-            ValueError: there are fewer batches than processes.
-        """
-        batches = self.global_batches(epoch)
-        count = len(batches) // self.world_size
-        if count == 0:
-            raise ValueError(
-                f"max_tokens: with {self.max_tokens} tokens the data are {len(batches)} batches, "
-                f"expected at least one for each of {self.world_size} processes"
-            )
-        return batches[self.rank : count * self.world_size : self.world_size]
-
-    def stream(self, epoch: int = 0, skip: int = 0) -> Iterator[tuple[int, int, np.ndarray]]:
-        """This process's batches without end: epoch, place in the epoch, indices of the pairs.
-
-        Args:
-            epoch: the first epoch.
-            skip: batches of the first epoch to leave out, those done before a resume.
-        """
-        while True:
-            batches = self.epoch(epoch)
-            for place in range(skip, len(batches)):
-                yield epoch, place, batches[place]
-            epoch, skip = epoch + 1, 0
-
     def efficiency(self, epoch: int = 0) -> float:
         """Part of the token budget that the batches of an epoch fill."""
-        batches = self.global_batches(epoch)
+        batches = self.epoch(epoch)
         return float(self._target.sum()) / (len(batches) * self.max_tokens) if batches else 0.0
 
 
 @dataclass
 class Batch:
-    """Sentence pairs one after the other, without padding; numpy arrays or torch tensors.
+    """Sentence pairs one after the other, without padding.
 
     Attributes:
         src_ids: int64 [source tokens], each sentence with its end id.
@@ -183,25 +144,13 @@ class Batch:
         sentences: number of pairs.
     """
 
-    src_ids: Any
-    src_lengths: Any
-    tgt_ids: Any
-    labels: Any
-    tgt_lengths: Any
+    src_ids: np.ndarray
+    src_lengths: np.ndarray
+    tgt_ids: np.ndarray
+    labels: np.ndarray
+    tgt_lengths: np.ndarray
     target_tokens: int
     sentences: int
-
-    def to_torch(self, device: Any = None) -> Batch:
-        """The same with torch tensors, those of the CPU on the arrays' own memory."""
-        import torch
-
-        def convert(value: Any) -> Any:
-            if not isinstance(value, np.ndarray):
-                return value
-            tensor = torch.from_numpy(value)
-            return tensor if device is None else tensor.to(device)
-
-        return Batch(**{entry.name: convert(getattr(self, entry.name)) for entry in fields(self)})
 
 
 def collate(dataset: ParallelDataset, indices: np.ndarray, start_id: int | None = None) -> Batch:

@@ -1,0 +1,60 @@
+"""``python -m transformer_ext.prepare``: build tokenizer and data set ahead of a training.
+
+Training does the same on its first run. This command is for large text, for a machine without the
+GPU, or to see what is wrong with a corpus before anything else. It writes into the cache, where
+training with the same options for the data finds it.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformer_ext.config import DataConfig, TrainConfig, group, parse_arguments
+from transformer_ext.data.corpus import CorpusError
+from transformer_ext.data.preparation import prepare_data
+from transformer_ext.data.tokenizer import TokenizerError
+
+
+@dataclass
+class PrepareConfig:
+    """The options of ``python -m transformer_ext.prepare``: the data part of training's."""
+
+    data: DataConfig = group(DataConfig, help="Text and tokens; without files, the shipped corpus.")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status is 1 if the text cannot be used."""
+    config = parse_arguments(
+        PrepareConfig,
+        argv,
+        prog="python -m transformer_ext.prepare",
+        description="Train the tokenizer and turn the text into token ids, for training to find. "
+        "--config takes a file of training's, too.",
+        file_cls=TrainConfig,
+    )
+    start = time.perf_counter()
+    try:
+        data = prepare_data(config.data, lambda message: print(f"{message} ...", flush=True))
+    except (CorpusError, TokenizerError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for message in data.messages:
+        print(message)
+    sources, targets = data.train.source_lengths, data.train.target_lengths
+    print(
+        f"tokens: {sources.sum():,} source ({sources.mean():.1f} a sentence, at most "
+        f"{sources.max()}), {targets.sum():,} target ({targets.mean():.1f}, at most "
+        f"{targets.max()})"
+    )
+    print(f"token ids: {data.train.folder}")
+    for tokenizer in dict.fromkeys((data.source_tokenizer.path, data.target_tokenizer.path)):
+        print(f"tokenizer: {tokenizer}")
+    print(f"ready after {time.perf_counter() - start:.1f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
