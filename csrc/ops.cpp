@@ -51,6 +51,33 @@ STABLE_TORCH_LIBRARY(transformer_ext, m) {
       "int ignore_index, bool write_grad) -> (Tensor, Tensor)");
   m.def("add_bfloat16_(Tensor(a!) sum, Tensor x) -> ()");
   m.def("column_sum_(Tensor(a!) out, Tensor x, bool accumulate) -> ()");
+
+  // A result that would be a copy of an argument, or that has nothing to hold, comes back empty.
+  m.def(
+      "residual_dropout(Tensor x, Tensor? residual, float dropout_p, Tensor? rng, int site) -> "
+      "Tensor");
+  // Returns sum, normed, mean, rstd.
+  m.def(
+      "residual_norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, bool rms, "
+      "float eps, float dropout_p, Tensor? rng, int site) -> (Tensor, Tensor, Tensor, Tensor)");
+  // Returns the gradients of x (empty without dropout: that of residual), residual, weight, bias.
+  m.def(
+      "residual_norm_backward(Tensor grad_normed, Tensor? grad_sum, Tensor sum, Tensor mean, "
+      "Tensor rstd, Tensor? weight, bool has_bias, bool rms, float dropout_p, Tensor? rng, "
+      "int site) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "activation_forward(Tensor x, Tensor? bias, int kind, float dropout_p, Tensor? rng, "
+      "int site) -> Tensor");
+  // Returns the gradients of x and bias.
+  m.def(
+      "activation_backward(Tensor grad, Tensor x, Tensor? bias, int kind, float dropout_p, "
+      "Tensor? rng, int site) -> (Tensor, Tensor)");
+  m.def(
+      "embedding_forward(Tensor ids, Tensor weight, float scale, Tensor? positions, "
+      "Tensor? position_table, float dropout_p, Tensor? rng, int site, bool bfloat16) -> Tensor");
+  m.def(
+      "embedding_backward(Tensor grad, Tensor ids, int rows, float scale, float dropout_p, "
+      "Tensor? rng, int site) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(transformer_ext, CompositeExplicitAutograd, m) {

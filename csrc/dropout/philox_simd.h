@@ -54,8 +54,7 @@ inline void philox_rounds(const Dropout& dropout, uint32_t row, PhiloxVec counte
   const uint32_t first0 = static_cast<uint32_t>(step_product >> 32) ^ row ^ key0;
   const uint32_t first1 = static_cast<uint32_t>(step_product);
   PhiloxVec product0 = philox_multiply(kPhiloxMultiplier0, counter);
-  const PhiloxVec first2 =
-      philox_xor(philox_high(product0), philox_broadcast(dropout.site ^ key1));
+  const PhiloxVec first2 = philox_xor(philox_high(product0), philox_broadcast(dropout.site ^ key1));
   key0 += kPhiloxKeyStep0;
   key1 += kPhiloxKeyStep1;
 
@@ -85,25 +84,23 @@ inline void philox_rounds(const Dropout& dropout, uint32_t row, PhiloxVec counte
 #if defined(__AVX512F__)
   PhiloxVec word0, word1, word2, word3;
   // Lane order such that the two unpacks below give counters 0..3 and 4..7 in order.
-  const PhiloxVec counter = _mm512_add_epi64(philox_broadcast(block * 8u),
-                                             _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7));
+  const PhiloxVec counter =
+      _mm512_add_epi64(philox_broadcast(block * 8u), _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7));
   philox_rounds(dropout, row, counter, word0, word1, word2, word3);
   const __m512i pair01 = _mm512_mask_shuffle_epi32(word0, 0xAAAA, word1, _MM_PERM_CCAA);
   const __m512i pair23 = _mm512_mask_shuffle_epi32(word2, 0xAAAA, word3, _MM_PERM_CCAA);
   // value > threshold - 1, not value >= threshold: 65536 does not fit into 16 bits.
   const __m512i below = _mm512_set1_epi16(static_cast<int16_t>(dropout.threshold - 1u));
-  const uint64_t low =
-      _mm512_cmpgt_epu16_mask(_mm512_unpacklo_epi64(pair01, pair23), below);
-  const uint64_t high =
-      _mm512_cmpgt_epu16_mask(_mm512_unpackhi_epi64(pair01, pair23), below);
+  const uint64_t low = _mm512_cmpgt_epu16_mask(_mm512_unpacklo_epi64(pair01, pair23), below);
+  const uint64_t high = _mm512_cmpgt_epu16_mask(_mm512_unpackhi_epi64(pair01, pair23), below);
   return low | (high << 32);
 #elif defined(__AVX2__)
   const __m256i below = _mm256_set1_epi16(static_cast<int16_t>(dropout.threshold - 1u));
   uint64_t bits = 0;
   for (uint32_t half = 0; half < 2; ++half) {
     PhiloxVec word0, word1, word2, word3;
-    const PhiloxVec counter = _mm256_add_epi64(philox_broadcast(block * 8u + half * 4u),
-                                               _mm256_setr_epi64x(0, 1, 2, 3));
+    const PhiloxVec counter =
+        _mm256_add_epi64(philox_broadcast(block * 8u + half * 4u), _mm256_setr_epi64x(0, 1, 2, 3));
     philox_rounds(dropout, row, counter, word0, word1, word2, word3);
     const __m256i pair01 = _mm256_blend_epi32(word0, _mm256_slli_epi64(word1, 32), 0xAA);
     const __m256i pair23 = _mm256_blend_epi32(word2, _mm256_slli_epi64(word3, 32), 0xAA);
@@ -143,6 +140,53 @@ inline void philox_rounds(const Dropout& dropout, uint32_t row, PhiloxVec counte
   const VecI all = VecI{} + static_cast<int32_t>(static_cast<uint32_t>(bits >> first));
   return (VecF)((VecI)v & (VecI)((all & lane_bit) != 0));
 #endif
+}
+
+// Loads and stores of a whole vector (kWhole) or of its first n elements.
+template <bool kWhole, class T>
+inline __attribute__((always_inline)) VecF load_n(const T* p, int64_t n) {
+  if constexpr (kWhole) {
+    return load(p);
+  } else {
+    return load_partial(p, n);
+  }
+}
+
+template <bool kWhole, class T>
+inline __attribute__((always_inline)) void store_n(T* p, VecF v, int64_t n) {
+  if constexpr (kWhole) {
+    store(p, v);
+  } else {
+    store_partial(p, v, n);
+  }
+}
+
+template <bool kValue>
+struct BoolConstant {
+  static constexpr bool value = kValue;
+};
+
+// Walks the columns in groups of 64: start(column / 64) once a group, then body(whole, column,
+// first, n) for each of its vectors: `first` = column % 64, `whole` a BoolConstant, n the number of
+// elements (kWidth if whole).
+template <class Start, class Body>
+inline __attribute__((always_inline)) void for_columns(int64_t columns, Start&& start,
+                                                       Body&& body) {
+  int64_t group = 0;
+  for (; group + 64 <= columns; group += 64) {
+    start(static_cast<uint32_t>(group / 64));
+#pragma GCC unroll 16
+    for (int i = 0; i < 64; i += kWidth) body(BoolConstant<true>{}, group + i, i, kWidth);
+  }
+  if (group == columns) return;
+  start(static_cast<uint32_t>(group / 64));
+  int i = 0;
+  for (; group + i + kWidth <= columns; i += kWidth) {
+    body(BoolConstant<true>{}, group + i, i, kWidth);
+  }
+  if (group + i < columns) {
+    body(BoolConstant<false>{}, group + i, i, static_cast<int>(columns - group - i));
+  }
 }
 
 }  // namespace

@@ -1,0 +1,61 @@
+// Bias, non-linearity (plain or gated) and dropout in one pass over memory.
+#pragma once
+
+#include <cstdint>
+
+#include "common/bfloat16.h"
+#include "common/isa.h"
+#include "common/parallel.h"
+#include "dropout/philox.h"
+
+namespace transformer_ext {
+
+enum class Activation : int {
+  relu = 0,
+  gelu = 1,       // x * Phi(x), by the error function
+  gelu_tanh = 2,  // its approximation by tanh
+  silu = 3,       // x * sigmoid(x)
+  swiglu = 4,     // silu(gate) * up
+  geglu = 5,      // gelu(gate) * up
+  reglu = 6,      // relu(gate) * up
+};
+constexpr int kActivations = 7;
+
+[[maybe_unused]] static inline bool is_gated(Activation kind) { return kind >= Activation::swiglu; }
+
+// out[row, c] = dropout(act(x[row, c] + bias[c])), all [rows, columns], contiguous. Gated kinds: x
+// is [rows, 2 * columns], the gate's columns first, bias likewise. Dropout: row = row, column = c.
+template <class T>
+struct ActivationForward {
+  const T* x;
+  const float* bias;  // nullptr: 0
+  T* out;
+  int64_t rows;
+  int64_t columns;  // of out
+  Activation kind;
+  Dropout dropout;
+};
+
+template <class T>
+struct ActivationBackward {
+  const T* grad;  // of out
+  const T* x;
+  const float* bias;  // nullptr: 0
+  T* grad_x;
+  float* grad_bias;  // of bias's size; nullptr: not wanted
+  int64_t rows;
+  int64_t columns;  // of out
+  Activation kind;
+  Dropout dropout;
+};
+
+struct ActivationKernels {
+  void (*forward_f32)(const ActivationForward<float>&, Parallel&);
+  void (*forward_bf16)(const ActivationForward<bfloat16>&, Parallel&);
+  void (*backward_f32)(const ActivationBackward<float>&, Parallel&);
+  void (*backward_bf16)(const ActivationBackward<bfloat16>&, Parallel&);
+};
+
+TRANSFORMER_EXT_KERNELS(ActivationKernels, activation_kernels)
+
+}  // namespace transformer_ext

@@ -1,0 +1,259 @@
+#include "common/row_blocks.h"
+#include "common/simd.h"
+#include "dropout/philox_simd.h"
+#include "residual_norm/residual_norm.h"
+
+namespace transformer_ext::TRANSFORMER_EXT_ISA {
+namespace {
+
+// Slots of thread_scratch: the first belongs to the calling thread for the whole call.
+constexpr int kPartialSlot = 0;
+constexpr int kRowSlot = 1;
+
+// Sums of gradients over rows are kept for at most so many blocks of rows, and added up at the end.
+constexpr int64_t kMaxBlocks = 64;
+// So many rows share one load and store of these sums.
+constexpr int64_t kRowGroup = 4;
+
+inline VecF store_rounded(float* p, VecF v) {
+  store(p, v);
+  return v;
+}
+
+inline VecF store_rounded(bfloat16* p, VecF v) {
+  const VecH half = round_to_bfloat16(v);
+  std::memcpy(p, &half, sizeof half);
+  return (VecF)(__builtin_convertvector(half, VecU) << 16);
+}
+
+template <bool kWhole, class T>
+inline __attribute__((always_inline)) VecF store_rounded_n(T* p, VecF v, int64_t n) {
+  if constexpr (kWhole) {
+    return store_rounded(p, v);
+  } else {
+    store_partial(p, v, n);
+    return load_partial(p, n);
+  }
+}
+
+template <bool kDrop>
+inline uint64_t bits_of(const Dropout& dropout, int64_t row, uint32_t group) {
+  if constexpr (kDrop) {
+    return keep_bits(dropout, static_cast<uint32_t>(row), group);
+  } else {
+    return 0;
+  }
+}
+
+// Four running sums, so that their additions overlap.
+struct Sum {
+  VecF part[4];
+  float total() const { return reduce_add((part[0] + part[1]) + (part[2] + part[3])); }
+};
+
+constexpr int part_of(int first) { return (first / kWidth) % 4; }
+
+template <class T, bool kResidual, bool kDrop>
+void dropout_rows(const ResidualDropout<T>& args, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t at = row * args.columns;
+    uint64_t bits = 0;
+    for_columns(
+        args.columns, [&](uint32_t group) { bits = bits_of<kDrop>(args.dropout, row, group); },
+        [&](auto whole, int64_t c, int first, int n) {
+          constexpr bool kWhole = decltype(whole)::value;
+          VecF v = load_n<kWhole>(args.x + at + c, n);
+          if constexpr (kDrop) v = keep(v * args.dropout.scale, bits, first);
+          if constexpr (kResidual) v = v + load_n<kWhole>(args.residual + at + c, n);
+          store_n<kWhole>(args.out + at + c, v, n);
+        });
+  }
+}
+
+template <class T>
+void residual_dropout(const ResidualDropout<T>& args, Parallel& parallel) {
+  if (args.rows == 0 || args.columns == 0) return;
+  const bool drop = args.dropout.threshold != 0;
+  const auto run = args.residual == nullptr
+                       ? (drop ? &dropout_rows<T, false, true> : &dropout_rows<T, false, false>)
+                       : (drop ? &dropout_rows<T, true, true> : &dropout_rows<T, true, false>);
+  const RowBlocks blocks = row_blocks(args.rows, args.columns);
+  parallel.for_each(blocks.count,
+                    [&](int64_t block) { run(args, blocks.begin(block), blocks.end(block)); });
+}
+
+template <class T, bool kResidual, bool kDrop>
+void forward_rows(const ResidualNormForward<T>& args, int64_t begin, int64_t end) {
+  const int64_t columns = args.columns;
+  const float* const weight = args.weight;
+  const float* const bias = args.bias;
+  float* const cache =
+      static_cast<float*>(thread_scratch(static_cast<size_t>(columns) * sizeof(float), kRowSlot));
+  const auto no_start = [](uint32_t) {};
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t at = row * columns;
+    uint64_t bits = 0;
+    Sum sum{};
+    for_columns(
+        columns, [&](uint32_t group) { bits = bits_of<kDrop>(args.dropout, row, group); },
+        [&](auto whole, int64_t c, int first, int n) {
+          constexpr bool kWhole = decltype(whole)::value;
+          VecF v = load_n<kWhole>(args.x + at + c, n);
+          if constexpr (kDrop) v = keep(v * args.dropout.scale, bits, first);
+          if constexpr (kResidual) v = v + load_n<kWhole>(args.residual + at + c, n);
+          if constexpr (kResidual || kDrop) v = store_rounded_n<kWhole>(args.sum + at + c, v, n);
+          store_n<kWhole>(cache + c, v, n);
+          sum.part[part_of(first)] = sum.part[part_of(first)] + v;
+        });
+    const float mean = args.rms ? 0.0f : sum.total() / static_cast<float>(columns);
+    Sum squares{};
+    for_columns(columns, no_start, [&](auto whole, int64_t c, int first, int n) {
+      constexpr bool kWhole = decltype(whole)::value;
+      VecF centred = load_n<kWhole>(cache + c, n) - mean;
+      if constexpr (!kWhole) {
+        // The lanes past the row read as 0: their square must not be that of the mean.
+        store_partial(cache + c, centred, n);
+        centred = load_partial(cache + c, n);
+      } else {
+        store(cache + c, centred);
+      }
+      squares.part[part_of(first)] = squares.part[part_of(first)] + centred * centred;
+    });
+    const float rstd =
+        1.0f / __builtin_sqrtf(squares.total() / static_cast<float>(columns) + args.eps);
+    if (args.mean != nullptr) args.mean[row] = mean;
+    if (args.rstd != nullptr) args.rstd[row] = rstd;
+    for_columns(columns, no_start, [&](auto whole, int64_t c, int, int n) {
+      constexpr bool kWhole = decltype(whole)::value;
+      VecF v = load_n<kWhole>(cache + c, n) * rstd;
+      if (weight != nullptr) v = v * load_n<kWhole>(weight + c, n);
+      if (bias != nullptr) v = v + load_n<kWhole>(bias + c, n);
+      store_n<kWhole>(args.normed + at + c, v, n);
+    });
+  }
+}
+
+template <class T>
+void forward(const ResidualNormForward<T>& args, Parallel& parallel) {
+  if (args.rows == 0 || args.columns == 0) return;
+  const bool drop = args.dropout.threshold != 0;
+  const auto run = args.residual == nullptr
+                       ? (drop ? &forward_rows<T, false, true> : &forward_rows<T, false, false>)
+                       : (drop ? &forward_rows<T, true, true> : &forward_rows<T, true, false>);
+  const RowBlocks blocks = row_blocks(args.rows, args.columns);
+  parallel.for_each(blocks.count,
+                    [&](int64_t block) { run(args, blocks.begin(block), blocks.end(block)); });
+}
+
+// Gradients of `count` <= kRowGroup rows, added into weight_sum and bias_sum.
+//
+// With g = grad_normed * weight, h = (sum - mean) * rstd:
+//   grad of sum = rstd * (g - mean(g) - h * mean(g * h)) + grad_sum     (RMSNorm: no mean(g))
+template <class T, bool kGradSum, bool kDrop>
+void backward_group(const ResidualNormBackward<T>& args, const float* weight, int64_t begin,
+                    int64_t count, float* weight_sum, float* bias_sum) {
+  const int64_t columns = args.columns;
+  float mean[kRowGroup], rstd[kRowGroup], mean_g[kRowGroup], mean_gh[kRowGroup];
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t row = begin + i;
+    const T* const grad = args.grad_normed + row * columns;
+    const T* const sum = args.sum + row * columns;
+    mean[i] = args.mean == nullptr ? 0.0f : args.mean[row];
+    rstd[i] = args.rstd[row];
+    Sum g_sum{}, gh_sum{};
+    for_columns(
+        columns, [](uint32_t) {},
+        [&](auto whole, int64_t c, int first, int n) {
+          constexpr bool kWhole = decltype(whole)::value;
+          const VecF g = load_n<kWhole>(grad + c, n) * load_n<kWhole>(weight + c, n);
+          const VecF h = (load_n<kWhole>(sum + c, n) - mean[i]) * rstd[i];
+          g_sum.part[part_of(first)] = g_sum.part[part_of(first)] + g;
+          gh_sum.part[part_of(first)] = gh_sum.part[part_of(first)] + g * h;
+        });
+    mean_g[i] = args.rms ? 0.0f : g_sum.total() / static_cast<float>(columns);
+    mean_gh[i] = gh_sum.total() / static_cast<float>(columns);
+  }
+  uint64_t bits[kRowGroup] = {};
+  for_columns(
+      columns,
+      [&](uint32_t group) {
+        for (int64_t i = 0; i < count; ++i) {
+          bits[i] = bits_of<kDrop>(args.dropout, begin + i, group);
+        }
+      },
+      [&](auto whole, int64_t c, int first, int n) {
+        constexpr bool kWhole = decltype(whole)::value;
+        const VecF w = load_n<kWhole>(weight + c, n);
+        VecF to_weight = load_n<kWhole>(weight_sum + c, n);
+        VecF to_bias = load_n<kWhole>(bias_sum + c, n);
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t at = (begin + i) * columns + c;
+          const VecF grad = load_n<kWhole>(args.grad_normed + at, n);
+          const VecF h = (load_n<kWhole>(args.sum + at, n) - mean[i]) * rstd[i];
+          to_weight = to_weight + grad * h;
+          to_bias = to_bias + grad;
+          VecF v = (grad * w - mean_g[i] - h * mean_gh[i]) * rstd[i];
+          if constexpr (kGradSum) v = v + load_n<kWhole>(args.grad_sum + at, n);
+          if constexpr (kDrop) {
+            if (args.grad_residual != nullptr) store_n<kWhole>(args.grad_residual + at, v, n);
+            store_n<kWhole>(args.grad_x + at, keep(v * args.dropout.scale, bits[i], first), n);
+          } else {
+            store_n<kWhole>(args.grad_residual + at, v, n);
+          }
+        }
+        store_n<kWhole>(weight_sum + c, to_weight, n);
+        store_n<kWhole>(bias_sum + c, to_bias, n);
+      });
+}
+
+template <class T>
+void backward(const ResidualNormBackward<T>& args, Parallel& parallel) {
+  const int64_t columns = args.columns;
+  const size_t row_bytes = static_cast<size_t>(columns) * sizeof(float);
+  if (args.rows == 0 || columns == 0) {
+    if (args.grad_weight != nullptr) std::memset(args.grad_weight, 0, row_bytes);
+    if (args.grad_bias != nullptr) std::memset(args.grad_bias, 0, row_bytes);
+    return;
+  }
+  const bool drop = args.dropout.threshold != 0;
+  const auto run = args.grad_sum == nullptr
+                       ? (drop ? &backward_group<T, false, true> : &backward_group<T, false, false>)
+                       : (drop ? &backward_group<T, true, true> : &backward_group<T, true, false>);
+  const RowBlocks blocks = row_blocks(args.rows, columns, kMaxBlocks, kRowGroup);
+  // [weight sums of all blocks][bias sums of all blocks][ones, in place of a missing weight]
+  float* const partials = static_cast<float*>(
+      thread_scratch((2 * static_cast<size_t>(blocks.count) + 1) * row_bytes, kPartialSlot));
+  float* const bias_partials = partials + blocks.count * columns;
+  const float* weight = args.weight;
+  if (weight == nullptr) {
+    float* const ones = bias_partials + blocks.count * columns;
+    for (int64_t c = 0; c < columns; ++c) ones[c] = 1.0f;
+    weight = ones;
+  }
+  parallel.for_each(blocks.count, [&](int64_t block) {
+    float* const weight_sum = partials + block * columns;
+    float* const bias_sum = bias_partials + block * columns;
+    std::memset(weight_sum, 0, row_bytes);
+    std::memset(bias_sum, 0, row_bytes);
+    const int64_t end = blocks.end(block);
+    for (int64_t row = blocks.begin(block); row < end; row += kRowGroup) {
+      run(args, weight, row, row + kRowGroup < end ? kRowGroup : end - row, weight_sum, bias_sum);
+    }
+  });
+  if (args.grad_weight != nullptr) {
+    add_blocks(partials, blocks.count, columns, args.grad_weight, parallel);
+  }
+  if (args.grad_bias != nullptr) {
+    add_blocks(bias_partials, blocks.count, columns, args.grad_bias, parallel);
+  }
+}
+
+}  // namespace
+
+extern const ResidualNormKernels residual_norm_kernels;
+const ResidualNormKernels residual_norm_kernels = {
+    &residual_dropout<float>, &residual_dropout<bfloat16>, &forward<float>, &forward<bfloat16>,
+    &backward<float>,         &backward<bfloat16>,
+};
+
+}  // namespace transformer_ext::TRANSFORMER_EXT_ISA
