@@ -233,7 +233,7 @@ def _to_numpy(name: str, tensor: Any) -> np.ndarray:
                 f"{name}: got {getattr(tensor, 'dtype', type(tensor).__name__)}, expected an array "
                 f"or tensor of a type that numpy has ({error})"
             ) from None
-    return np.ascontiguousarray(tensor)
+    return np.asarray(tensor, order="C")
 
 
 def parameter_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:

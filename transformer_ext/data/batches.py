@@ -103,6 +103,8 @@ class BatchSampler:
                 pool[np.lexsort((self._source[pool], self._target[pool]))]
                 for pool in np.split(order, range(self._pool, len(order), self._pool))
             ]
+            # Up and down in turn: the batch across two pools then has like lengths, too.
+            pools[1::2] = [pool[::-1] for pool in pools[1::2]]
         # One cut over all pools, so that no pool leaves a remainder batch.
         batches = self._cut(np.concatenate(pools))
         # The order of batches must not repeat that of the pairs: another key.

@@ -1,0 +1,244 @@
+"""Configuration dataclasses, YAML and command line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+from transformer_ext import config as configuration
+from transformer_ext.config import (
+    ConfigError,
+    DataConfig,
+    TrainConfig,
+    from_dict,
+    from_yaml,
+    group,
+    option,
+    options,
+    overrides,
+    parse_arguments,
+    to_commented_yaml,
+    to_dict,
+)
+
+
+@dataclass
+class Inner:
+    size: int = option(4, help="a size", unit="things", minimum=1, maximum=9)
+    kind: Literal["red", "blue"] = option("red", help="a colour")
+    ratio: float | None = option(None, help="a ratio", auto="chosen")
+
+
+@dataclass
+class Part:
+    """A class with its help in the docstring.
+
+    Attributes:
+        width: how wide; None means
+            ``height``.
+        height, depth: the others.
+    """
+
+    width: int | None = None
+    height: int = 2
+    depth: int = 2
+    hidden: int = 0
+
+
+@dataclass
+class Outer:
+    name: str = option("x", help="a name, 100 % free")
+    files: list[str] = option([], help="some files")
+    pair: tuple[float, float] = option((0.5, 0.25), help="two numbers", minimum=0.0)
+    flag: bool = option(False, help="a switch")
+    inner: Inner = group(Inner, help="Inner things.")
+    part: dict[str, object] = overrides(Part, help="Some of Part.", exclude=("hidden",))
+
+
+def parse(*argv: str) -> Outer:
+    return parse_arguments(Outer, argv, prog="test", description="Test.")
+
+
+def failure(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        parse(*argv)
+    assert caught.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_defaults_are_the_dataclass() -> None:
+    assert parse() == Outer()
+    assert parse_arguments(TrainConfig, [], prog="t", description="") == TrainConfig()
+
+
+def test_command_line_values() -> None:
+    config = parse(
+        *("--name", "n", "--files", "a", "b c", "--pair", "1", "1e-3", "--flag", "--size", "7"),
+        *("--kind", "blue", "--ratio", "2", "--width", "3"),
+    )
+    assert config == Outer(
+        "n", ["a", "b c"], (1.0, 1e-3), True, Inner(7, "blue", 2.0), {"width": 3}
+    )
+    assert parse("--no-flag").flag is False
+
+
+def test_command_line_over_file_over_default(tmp_path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("name: file\ninner: {size: 5, ratio: 1e-3}\npart: {width: 8, depth: 1}\n")
+    config = parse("--config", str(path), "--size", "6", "--depth", "7", "--ratio", "auto")
+    assert config.name == "file"
+    assert config.inner == Inner(6, "red", None)
+    assert config.part == {"width": 8, "depth": 7}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--siez", "3"], "unknown option '--siez'; did you mean '--size'?"),
+        (["--size=x"], "--size: got 'x', expected an integer from 1 to 9"),
+        (["--size", "10"], "--size: got 10, expected an integer from 1 to 9"),
+        (["--kind", "bleu"], "got 'bleu', expected one of red, blue; did you mean 'blue'?"),
+        (["--ratio", "nan"], "--ratio: got nan, expected a number, or auto"),
+        (["--pair", "1"], "--pair: expected 2 arguments"),
+        (["--hidden", "1"], "unknown option '--hidden'"),
+        (["--siz", "3"], "unknown option '--siz'"),
+        (["--config", "/nowhere.yaml"], "/nowhere.yaml: cannot be read: No such file"),
+    ],
+)
+def test_wrong_command_lines(capsys, argv: list[str], message: str) -> None:
+    assert message in failure(capsys, *argv)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("naem: x", "unknown key 'naem'; did you mean 'name'?"),
+        ("inner: {siz: 3}", "unknown key 'inner.siz'; did you mean 'size'?"),
+        ("size: 3", "unknown key 'size'; it belongs under 'inner'"),
+        ("inner: {name: x}", "unknown key 'inner.name'; it belongs at the top"),
+        ("inner: {size: big}", "inner.size: got 'big', expected an integer from 1 to 9"),
+        ("inner: {size: true}", "inner.size: got True, expected an integer"),
+        ("inner: {size: 2.5}", "inner.size: got 2.5, expected an integer"),
+        ("inner: {kind: green}", "inner.kind: got 'green', expected one of red, blue"),
+        ("inner: 3", "inner: got 3, expected a group of keys"),
+        ("part: {hidden: 1}", "unknown key 'part.hidden'"),
+        ("pair: [1]", "pair: got [1], expected 2 values, each a number of at least 0.0"),
+        ("pair: [1, -1]", "pair: got [1, -1], expected 2 values"),
+        ("files: 3", "files: got 3, expected a list, each a text"),
+        ("flag: 1", "flag: got 1, expected true or false"),
+        ("name: null", "name: got None, expected a text"),
+        ("name: a\nname: b", "the key 'name' is given twice"),
+        ("- a", "got list, expected a mapping"),
+        ("name: [", "not YAML"),
+        ("name: \udcff", "not YAML"),
+    ],
+)
+def test_wrong_files(tmp_path, text: str, message: str) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ConfigError) as caught:
+        from_yaml(Outer, str(path))
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1 or "not YAML" in message
+
+
+def test_scientific_notation_without_a_dot() -> None:
+    # PyYAML reads 1e-3 as a string.
+    assert from_dict(Outer, {"inner": {"ratio": "1e-3"}}).inner.ratio == 1e-3
+    with pytest.raises(ConfigError):
+        from_dict(Outer, {"inner": {"ratio": "much"}})
+
+
+def test_empty_file_is_all_defaults(tmp_path) -> None:
+    path = tmp_path / "empty.yaml"
+    path.write_text("# nothing\n")
+    assert from_yaml(Outer, str(path)) == Outer()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Outer(),
+        Outer("1e3", ["ä b", "on"], (1e-9, 1e22), True, Inner(9, "blue", 1e-5), {"width": None}),
+        TrainConfig(),
+        TrainConfig(
+            preset="small",
+            data=DataConfig(src_train=["a: b", "#c"], tgt_train=["d", "e"], max_length_ratio=2.5),
+            model={"d_model": 64, "norm_first": True, "activation": "swiglu"},
+        ),
+    ],
+)
+def test_printed_yaml_reads_back_equal(tmp_path, config) -> None:
+    path = tmp_path / "printed.yaml"
+    text = to_commented_yaml(config)
+    path.write_text(text, encoding="utf-8")
+    assert from_yaml(type(config), str(path)) == config
+    assert from_dict(type(config), to_dict(config)) == config
+    for entry in options(type(config)):
+        assert entry.help and f"{entry.name}:" in text, entry.key
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_commented_out_lines_may_be_uncommented(tmp_path) -> None:
+    path = tmp_path / "printed.yaml"
+    path.write_text(to_commented_yaml(Outer()).replace("# height: 2", "height: 3"))
+    assert from_yaml(Outer, str(path)).part == {"height": 3}
+
+
+def test_print_config_ends_the_command(capsys) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse("--print-config", "--size", "3")
+    assert caught.value.code == 0
+    assert "  # a size (things; default: 4)\n  size: 3\n" in capsys.readouterr().out
+
+
+def test_help_shows_defaults_and_units(capsys) -> None:
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "a size (things; default: 4)" in text
+    assert "a colour (red | blue; default: red)" in text
+    assert "a ratio (default: chosen)" in text
+    assert "a name, 100 % free" in text
+    assert "how wide; None means height" in text
+
+
+def test_flags_of_a_training_are_unique_and_explained() -> None:
+    parser = argparse.ArgumentParser()
+    configuration.add_arguments(parser, TrainConfig)
+    names = [entry.name for entry in options(TrainConfig)]
+    assert len(names) == len(set(names))
+    assert all(entry.help for entry in options(TrainConfig))
+    assert {"d_model", "src_train", "learning_rate", "beam_size", "output"} <= set(names)
+    assert "src_vocab_size" not in names
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"data": {"src_train": ["a"]}}, "data.src_train has 1 files and data.tgt_train 0"),
+        ({"data": {"src_dev": ["a"], "tgt_dev": ["a"]}}, "data.src_train: got no file"),
+        ({"data": {"src_tokenizer": "a"}}, "expected both or neither"),
+        ({"output": {"resume": True, "overwrite": True}}, "expected one of them"),
+    ],
+)
+def test_options_that_exclude_each_other(values, message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
+        from_dict(TrainConfig, values)
+
+
+def test_a_list_default_is_not_shared() -> None:
+    first = DataConfig()
+    first.src_train.append("x")
+    assert DataConfig().src_train == []
+
+
+def test_an_unusable_annotation_is_refused() -> None:
+    wrong = dataclasses.make_dataclass("Wrong", [("field", bytes, option(b"", help="bytes"))])
+    with pytest.raises(TypeError, match="field"):
+        options(wrong)

@@ -1,0 +1,233 @@
+"""The cache of tokenizers and token ids, and the command that fills it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from transformer_ext import prepare
+from transformer_ext.config import DataConfig, TrainConfig, to_commented_yaml
+from transformer_ext.data import CorpusError, TokenizerError, read_pairs, shipped_corpus
+from transformer_ext.data.preparation import cache_folder, default_vocab_size, prepare_data
+
+
+@pytest.fixture(scope="module")
+def pairs() -> list[tuple[str, str]]:
+    return list(read_pairs(shipped_corpus().dev))
+
+
+def write_text(folder: Path, name: str, pairs: list[tuple[str, str]]) -> tuple[str, str]:
+    paths = []
+    for side, language in ((0, "en"), (1, "de")):
+        path = folder / f"{name}.{language}"
+        path.write_text("".join(pair[side] + "\n" for pair in pairs), encoding="utf-8")
+        paths.append(str(path))
+    return paths[0], paths[1]
+
+
+@pytest.fixture
+def own(tmp_path, pairs) -> DataConfig:
+    """Options for a text of one's own without validation files."""
+    src, tgt = write_text(tmp_path, "train", pairs)
+    return DataConfig([src], [tgt], vocab_size=600, cache=str(tmp_path / "cache"))
+
+
+def folders(config: DataConfig) -> list[str]:
+    names = os.listdir(cache_folder(config))
+    return sorted(name for name in names if not name.endswith(".lock"))
+
+
+def test_own_text_without_validation_files(own, pairs) -> None:
+    steps: list[str] = []
+    data = prepare_data(own, steps.append)
+    assert steps == [
+        "reading train.en",
+        "training the tokenizer (bpe, 600 pieces)",
+        "turning the text into token ids",
+    ]
+    assert len(data.dev) == 15 and data.test == []
+    assert data.dev_set is not None and len(data.dev_set) == 15
+    assert len(data.train) + data.train.skipped.held_out == len(pairs)
+    assert data.source_tokenizer is data.target_tokenizer
+    text = "\n".join(data.messages)
+    assert f"training text: {len(data.train):,} pairs of 1,500" in text
+    assert "validation text: 15 pairs held out of the training text" in text
+    assert "tokenizer: BPE, one for both languages, 600 pieces" in text
+    held = {src for src, _ in data.dev}
+    for index in range(len(data.train)):
+        source, _ = data.train.example(index)
+        assert data.source_tokenizer.decode(source) not in held
+    assert [name.split("-")[0] for name in folders(own)] == ["dev", "pairs", "split", "tokenizer"]
+
+
+def test_second_time_everything_is_found(own) -> None:
+    first = prepare_data(own)
+    before = {name: os.stat(cache_folder(own) / name).st_mtime_ns for name in folders(own)}
+    steps: list[str] = []
+    second = prepare_data(own, steps.append)
+    assert steps == ["reading train.en"]
+    assert second.messages == first.messages
+    assert second.dev == first.dev
+    after = {name: os.stat(cache_folder(own) / name).st_mtime_ns for name in folders(own)}
+    assert before == after
+
+
+def test_a_changed_text_is_read_again(own, pairs) -> None:
+    first = prepare_data(own)
+    path = Path(own.src_train[0])
+    stat = path.stat()
+    path.write_text(path.read_text(encoding="utf-8").replace("e", "o"), encoding="utf-8")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    second = prepare_data(own)
+    assert first.train.folder != second.train.folder
+    assert len(folders(own)) == 8
+
+
+def test_lengths_do_not_need_new_ids(own) -> None:
+    first = prepare_data(own)
+    before = folders(own)
+    own.max_length, own.max_length_ratio = 20, 1.5
+    second = prepare_data(own)
+    assert folders(own) == before
+    assert second.train.source_lengths.max() <= 20 < first.train.source_lengths.max()
+    assert "too long" in second.messages[0] and "too unequal in length" in second.messages[0]
+    own.long_lines = "error"
+    with pytest.raises(CorpusError, match="are longer than 20 tokens or too unequal in length"):
+        prepare_data(own)
+
+
+def test_validation_and_test_files(own, tmp_path, pairs) -> None:
+    for name in ("dev", "test"):
+        src, tgt = write_text(tmp_path, name, pairs[:7])
+        setattr(own, f"src_{name}", [src])
+        setattr(own, f"tgt_{name}", [tgt])
+    data = prepare_data(own)
+    assert len(data.train) == len(pairs)
+    assert data.dev == data.test == pairs[:7]
+
+
+def test_nothing_held_out(own, pairs) -> None:
+    own.held_out = 0.0
+    data = prepare_data(own)
+    assert len(data.train) == len(pairs)
+    assert data.dev == [] and data.dev_set is None
+    assert "validation text: none" in data.messages
+
+
+def test_two_vocabularies(own) -> None:
+    own.joint_vocab = False
+    own.tokenizer_type = "unigram"
+    data = prepare_data(own)
+    assert data.source_tokenizer.sha256 != data.target_tokenizer.sha256
+    assert "tokenizer: unigram, one for each language, 600 pieces" in data.messages
+
+
+def test_a_vocabulary_larger_than_the_text(own, pairs) -> None:
+    write_text(Path(own.src_train[0]).parent, "train", pairs[:20])
+    data = prepare_data(own)
+    own.vocab_size = 9000
+    data = prepare_data(own)
+    assert data.source_tokenizer.vocab_size < 3000
+    assert any("(the text has no 9,000 different ones)" in message for message in data.messages)
+
+
+def test_tokenizers_brought_along(own, tmp_path) -> None:
+    path = str(prepare_data(own).source_tokenizer.path)
+    for changes in ({"tokenizer": path}, {"src_tokenizer": path, "tgt_tokenizer": path}):
+        config = DataConfig(own.src_train, own.tgt_train, cache=str(tmp_path / "other"), **changes)
+        data = prepare_data(config)
+        assert str(data.source_tokenizer.path) == path
+        assert data.source_tokenizer is data.target_tokenizer
+        assert not any(name.startswith("tokenizer") for name in folders(config))
+    with pytest.raises(TokenizerError, match="cannot be read"):
+        prepare_data(DataConfig(own.src_train, own.tgt_train, cache=own.cache, tokenizer="none"))
+
+
+def test_bad_lines_by_option(own) -> None:
+    path = Path(own.tgt_train[0])
+    lines = path.read_bytes().split(b"\n")
+    lines[3], lines[5] = b"", b"\xff"
+    path.write_bytes(b"\n".join(lines))
+    with pytest.raises(CorpusError, match=r"train\.de:4: empty line"):
+        prepare_data(own)
+    # A text that was refused leaves nothing behind.
+    assert folders(own) == []
+    own.bad_lines = "skip"
+    data = prepare_data(own)
+    assert "1 empty, 1 not UTF-8" in data.messages[0]
+    assert len(data.train) + data.train.skipped.held_out == 1498
+
+
+def test_cache_folder(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.delenv("TRANSFORMER_EXT_CACHE", raising=False)
+    assert cache_folder(DataConfig()) == tmp_path / "xdg" / "transformer_ext"
+    monkeypatch.setenv("TRANSFORMER_EXT_CACHE", str(tmp_path / "env"))
+    assert cache_folder(DataConfig()) == tmp_path / "env"
+    assert cache_folder(DataConfig(cache="~/x")) == Path.home() / "x"
+
+
+def test_a_cache_that_cannot_be_written(own, tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    own.cache = str(tmp_path / "file" / "cache")
+    with pytest.raises(CorpusError, match="the cache cannot be written.*--cache"):
+        prepare_data(own)
+
+
+def test_what_a_killed_process_left_is_removed(own) -> None:
+    prepare_data(own)
+    name = next(name for name in folders(own) if name.startswith("pairs"))
+    whole = cache_folder(own) / name
+    os.rename(whole, whole.with_name(f"{name}.tmp-1-0"))
+    prepare_data(own)
+    assert folders(own).count(name) == 1
+    assert not any(".tmp-" in name for name in folders(own))
+
+
+def test_processes_that_prepare_the_same_text_at_the_same_time(own) -> None:
+    program = (
+        "import sys\n"
+        "from transformer_ext.config import DataConfig\n"
+        "from transformer_ext.data.preparation import prepare_data\n"
+        "src, tgt, cache = sys.argv[1:]\n"
+        "data = prepare_data(DataConfig([src], [tgt], vocab_size=600, cache=cache), print)\n"
+        "print(data.train.folder, int(data.train.source_lengths.sum()))\n"
+    )
+    command = [sys.executable, "-c", program, own.src_train[0], own.tgt_train[0], str(own.cache)]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    outputs = [process.communicate()[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0, 0]
+    assert len({output.splitlines()[-1] for output in outputs}) == 1
+    # One of them did the work, the others waited.
+    assert sum("training the tokenizer" in output for output in outputs) == 1
+    assert len(folders(own)) == 4
+
+
+def test_default_vocabulary_grows_with_the_text() -> None:
+    assert default_vocab_size(36_673) == 8_000
+    sizes = [default_vocab_size(10**power) for power in range(8)]
+    assert sizes == sorted(sizes)
+
+
+def test_command(own, tmp_path, capsys) -> None:
+    path = tmp_path / "train.yaml"
+    path.write_text(to_commented_yaml(TrainConfig(data=own, model={"d_model": 64})))
+    assert prepare.main(["--config", str(path), "--max-length", "100"]) == 0
+    output = capsys.readouterr().out
+    # The command's cache is the one that training finds.
+    data = prepare_data(own)
+    assert f"token ids: {data.train.folder}" in output
+    assert f"tokenizer: {data.source_tokenizer.path}" in output
+
+
+def test_command_with_wrong_text(own, capsys) -> None:
+    arguments = ["--src-train", "nowhere", "--tgt-train", own.tgt_train[0]]
+    assert prepare.main(arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.err == "error: nowhere: no such file\n"
+    with pytest.raises(SystemExit):
+        prepare.main(["--d-model", "3"])
