@@ -1,0 +1,170 @@
+"""What is chosen for the user: size of the model, batch, schedule, length of training.
+
+For the shipped corpus the recipe is fixed and ends by steps. For a user's own text it follows from
+the number of sentence pairs and the device, and ends by early stopping. Everything that the user
+set stays as set.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformer_ext.config import TrainConfig
+
+__all__ = ["Recipe", "fill", "recipe_for", "shipped_recipe"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Values for what a configuration leaves open.
+
+    Attributes:
+        preset: Size of the model.
+        vocab_size: Pieces of the vocabulary; None: as ``transformer_ext.data`` chooses by the pairs.
+        model: Fields of the model that differ from the preset.
+        learning_rate: Peak.
+        schedule: Name of the schedule.
+        warmup_steps: Steps of warm-up.
+        max_tokens: Target tokens of a batch.
+        max_steps: Optimizer steps.
+        validate_every: Steps between validations.
+        early_stop_patience: Validations without a better loss; None: the steps end the training.
+    """
+
+    preset: str
+    vocab_size: int | None
+    learning_rate: float
+    schedule: str
+    warmup_steps: int
+    max_tokens: int
+    max_steps: int
+    validate_every: int
+    early_stop_patience: int | None
+    model: dict[str, Any] = field(default_factory=dict)
+
+
+def shipped_recipe(device_type: str) -> Recipe:
+    """The recipe of the shipped corpus: 15 minutes on two CPU cores."""
+    if device_type == "cpu":
+        return Recipe(
+            preset="small",
+            vocab_size=8000,
+            model={"norm_first": True},
+            learning_rate=2e-3,
+            schedule="linear",
+            warmup_steps=200,
+            max_tokens=2048,
+            max_steps=1400,
+            validate_every=350,
+            early_stop_patience=None,
+        )
+    return Recipe(
+        preset="small",
+        vocab_size=8000,
+        model={"norm_first": True, "dropout": 0.2},
+        learning_rate=2e-3,
+        schedule="inverse_sqrt",
+        warmup_steps=400,
+        max_tokens=8192,
+        max_steps=4000,
+        validate_every=400,
+        early_stop_patience=None,
+    )
+
+
+#: (least number of pairs, preset on the CPU, preset on a GPU, dropout, epochs at most).
+#: Dropout falls and the model grows with the data, as in the low-resource studies of Sennrich and
+#: Zhang, "Revisiting Low-Resource Neural Machine Translation" (2019), and Araabi and Monz,
+#: "Optimizing Transformer for Low-Resource Neural Machine Translation" (2020).
+_BY_PAIRS: tuple[tuple[int, str, str, float, int], ...] = (
+    (0, "tiny", "tiny", 0.3, 200),
+    (5_000, "tiny", "small", 0.3, 100),
+    (20_000, "small", "small", 0.2, 60),
+    (200_000, "small", "base", 0.1, 40),
+    (1_000_000, "base", "base", 0.1, 30),
+    (10_000_000, "base", "big", 0.1, 20),
+)
+
+#: Peak learning rate of inverse_sqrt by preset, at the batch sizes below.
+_LEARNING_RATES = {"tiny": 2e-3, "small": 1.5e-3, "base": 7e-4, "big": 5e-4}
+#: Target tokens of a batch by (preset, device); the paper's batches hold 25,000 (section 5.1).
+_MAX_TOKENS = {
+    "cpu": {"tiny": 2048, "small": 2048, "base": 2048, "big": 2048},
+    "gpu": {"tiny": 8192, "small": 12288, "base": 25000, "big": 25000},
+}
+
+
+def recipe_for(
+    pairs: int, target_tokens_per_pair: float, device_type: str, preset: str | None = None
+) -> Recipe:
+    """The recipe for a user's own text.
+
+    Args:
+        pairs: Sentence pairs to train on.
+        target_tokens_per_pair: Mean length of a target, to estimate the steps of an epoch.
+        device_type: "cpu", or a GPU's.
+        preset: Size that the user chose; None lets it follow from the pairs.
+    """
+    device = "cpu" if device_type == "cpu" else "gpu"
+    row = next(r for r in reversed(_BY_PAIRS) if pairs >= r[0])
+    _, on_cpu, on_gpu, dropout, epochs = row
+    size = preset or (on_cpu if device == "cpu" else on_gpu)
+    max_tokens = _MAX_TOKENS[device].get(size, 4096)
+    steps_per_epoch = max(1, round(pairs * target_tokens_per_pair / max_tokens))
+    max_steps = steps_per_epoch * epochs
+    # Often enough to stop in time, rarely enough that validating stays a small part of the time.
+    validate_every = min(max(50, steps_per_epoch), 2000)
+    return Recipe(
+        preset=size,
+        vocab_size=None,
+        model={"norm_first": True, "dropout": dropout},
+        learning_rate=_LEARNING_RATES.get(size, 7e-4),
+        schedule="inverse_sqrt",
+        warmup_steps=min(4000, max(20, max_steps // 25)),
+        max_tokens=max_tokens,
+        max_steps=max_steps,
+        validate_every=validate_every,
+        early_stop_patience=8,
+    )
+
+
+def fill(config: TrainConfig, recipe: Recipe) -> TrainConfig:
+    """The configuration with the recipe's value in every place that it leaves open."""
+    model = dict(config.model)
+    # A preset named by the user means that architecture; only the recipe's own gets its changes.
+    if config.preset is None:
+        model = {**recipe.model, **model}
+    else:
+        model = {**{k: v for k, v in recipe.model.items() if k == "dropout"}, **model}
+    optimizer, training = config.optimizer, config.training
+    schedule: Any = optimizer.schedule or recipe.schedule
+    rate = optimizer.learning_rate
+    if rate is None:
+        rate = 1.0 if schedule == "noam" else recipe.learning_rate
+    return dataclasses.replace(
+        config,
+        preset=config.preset or recipe.preset,
+        model=model,
+        data=dataclasses.replace(
+            config.data, vocab_size=_first(config.data.vocab_size, recipe.vocab_size)
+        ),
+        optimizer=dataclasses.replace(
+            optimizer,
+            learning_rate=rate,
+            schedule=schedule,
+            warmup_steps=_first(optimizer.warmup_steps, recipe.warmup_steps),
+        ),
+        training=dataclasses.replace(
+            training,
+            max_tokens=_first(training.max_tokens, recipe.max_tokens),
+            max_steps=_first(training.max_steps, recipe.max_steps),
+            validate_every=_first(training.validate_every, recipe.validate_every),
+            early_stop_patience=_first(training.early_stop_patience, recipe.early_stop_patience),
+        ),
+    )
+
+
+def _first(value: Any, other: Any) -> Any:
+    return other if value is None else value

@@ -1,0 +1,500 @@
+"""The training loop: steps, reports, validations, checkpoints, and going on where it stopped."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from transformer_ext import ops
+from transformer_ext.training.batches import BatchStream, DeviceBatch, Position, to_device
+from transformer_ext.training.checkpoint import Checkpoints
+from transformer_ext.training.distributed import World
+from transformer_ext.training.optimizer import Optimizer
+from transformer_ext.training.report import Console, JsonLog, duration
+from transformer_ext.training.schedules import Schedule
+
+__all__ = ["LossModule", "Plan", "StopRequest", "Trainer", "Validation", "evaluate_loss"]
+
+#: With several ranks, steps between two agreements on whether to stop.
+_STEPS_BETWEEN_AGREEMENTS = 10
+
+
+class LossModule(nn.Module):
+    """A model with its loss, so that a wrapper of modules (DDP) sees one forward pass.
+
+    Args:
+        model: Has ``forward_packed(src_ids, src, tgt_ids, tgt) -> [tokens, d_model]`` and
+            ``generator`` with ``weight`` and ``bias``.
+        label_smoothing: As in :func:`transformer_ext.ops.linear_cross_entropy`.
+    """
+
+    def __init__(self, model: nn.Module, label_smoothing: float) -> None:
+        super().__init__()
+        self.model = model
+        self.label_smoothing = label_smoothing
+
+    def forward(
+        self, batch: DeviceBatch, normalizer: float | Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss divided by the normalizer, sum of the negative log-likelihoods, count correct)."""
+        model: Any = self.model
+        hidden = model.forward_packed(batch.src_ids, batch.src, batch.tgt_ids, batch.tgt)
+        output = ops.linear_cross_entropy(
+            hidden,
+            model.generator.weight,
+            batch.labels,
+            bias=model.generator.bias,
+            label_smoothing=self.label_smoothing,
+            normalizer=normalizer,
+        )
+        return output.loss, output.nll_sum, output.correct
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Figures of one validation.
+
+    Attributes:
+        step: Optimizer steps done.
+        loss: Smoothed loss per target token, nats.
+        nll: Negative log-likelihood per target token, nats.
+        accuracy: Share of the target tokens predicted, given the ones before, in [0, 1].
+        bleu: sacreBLEU of at most 300 dev sentences, 0 to 100; None where nothing was decoded.
+        seconds: How long it took.
+    """
+
+    step: int
+    loss: float
+    nll: float
+    accuracy: float
+    bleu: float | None
+    seconds: float
+
+    @property
+    def perplexity(self) -> float:
+        """``exp(nll)``."""
+        return math.exp(min(self.nll, 700.0))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the loop does and when; the numbers of a training that have no place in the model.
+
+    Attributes:
+        max_steps: Optimizer steps of the whole training.
+        log_every: Steps between two lines of the log.
+        validate_every: Steps between two validations, each with a checkpoint.
+        checkpoint_every: Steps between two checkpoints beside these; 0: none.
+        early_stop_patience: Validations without a better loss before the training ends; 0: never.
+        max_seconds: Time after which the training ends, counted over resumes; None: no limit.
+        label_smoothing: Share of the target distribution spread over the vocabulary.
+        seed: Seed of dropout.
+    """
+
+    max_steps: int
+    log_every: int = 50
+    validate_every: int = 500
+    checkpoint_every: int = 0
+    early_stop_patience: int = 0
+    max_seconds: float | None = None
+    label_smoothing: float = 0.1
+    seed: int = 1
+
+
+@dataclass
+class Progress:
+    """How far a training is; all of it is in the checkpoint.
+
+    Attributes:
+        step: Optimizer steps done.
+        position: The next batch.
+        target_tokens: Labels read over all ranks.
+        sentences: Sentence pairs read by the first rank.
+        seconds: Time spent in training and validating.
+        best_loss: Lowest validation loss (nll per token).
+        best_step: Its step.
+        worse: Validations since then.
+    """
+
+    step: int = 0
+    position: Position = field(default_factory=Position)
+    target_tokens: int = 0
+    sentences: int = 0
+    seconds: float = 0.0
+    best_loss: float = math.inf
+    best_step: int = 0
+    worse: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As values that JSON holds."""
+        values = asdict(self)
+        if math.isinf(self.best_loss):
+            values["best_loss"] = None
+        return values
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> Progress:
+        """Inverse of :meth:`to_dict`."""
+        values = dict(values)
+        values["position"] = Position(**values["position"])
+        if values["best_loss"] is None:
+            values["best_loss"] = math.inf
+        return Progress(**values)
+
+
+class StopRequest:
+    """Turns the first Ctrl-C (SIGINT) or SIGTERM into a flag; the second SIGINT ends at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    @contextmanager
+    def installed(self) -> Iterator[StopRequest]:
+        """Handles the signals within the block (only possible in the main thread)."""
+        former = {n: signal.signal(n, self._handle) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+
+
+def evaluate_loss(
+    losses: LossModule, batches: Sequence[Callable[[], Any]], world: World
+) -> tuple[float, float, float]:
+    """Loss, negative log-likelihood and accuracy per target token over batches shared by the ranks.
+
+    Args:
+        losses: The model with its loss; put into evaluation mode for the time of the call.
+        batches: Each gives a batch of ``transformer_ext.data``; rank r takes every W-th from r.
+        world: The processes.
+    """
+    training = losses.training
+    losses.eval()
+    sums: Tensor | None = None
+    tokens = 0
+    with torch.no_grad():
+        for make in batches[world.rank :: world.size]:
+            batch = to_device(make(), world.device)
+            loss, nll, correct = losses(batch, 1.0)
+            part = torch.stack([loss.float(), nll.float(), correct.float()])
+            sums = part if sums is None else sums + part
+            tokens += batch.target_tokens
+    losses.train(training)
+    mine = [0.0, 0.0, 0.0] if sums is None else sums.tolist()
+    loss_sum, nll_sum, correct_sum, all_tokens = world.sum(*mine, tokens)
+    return loss_sum / all_tokens, nll_sum / all_tokens, correct_sum / all_tokens
+
+
+class Trainer:
+    """Trains a model.
+
+    Args:
+        model: As :class:`LossModule` wants it, with ``rng`` as in
+            :class:`transformer_ext.model.Transformer` where it has dropout; on ``world.device``.
+        stream: The batches.
+        optimizer: Over the model's parameters.
+        schedule: Learning rate of each step.
+        plan: What to do when.
+        world: The processes; one by default.
+        validation_batches: Each gives one batch of the held-out text.
+        score: Decodes held-out sentences with the checkpoint in the directory it is given, prints
+            the samples, and returns BLEU; called by the first rank only.
+        checkpoints: Where to save; None saves nothing.
+        write_model: Writes the model directory of the current weights.
+        console: Where people read.
+        log: Where programs read.
+        run_facts: Added to ``training.json``, and compared on resuming: a difference is warned of.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stream: BatchStream,
+        optimizer: Optimizer,
+        schedule: Schedule,
+        plan: Plan,
+        *,
+        world: World | None = None,
+        validation_batches: Sequence[Callable[[], Any]] | None = None,
+        score: Callable[[Path], float | None] | None = None,
+        checkpoints: Checkpoints | None = None,
+        write_model: Callable[[Path], None] | None = None,
+        console: Console | None = None,
+        log: JsonLog | None = None,
+        run_facts: dict[str, Any] | None = None,
+    ) -> None:
+        self.model = model
+        self.stream = stream
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.plan = plan
+        self.world = world or World(0, 1, optimizer.device)
+        self.validation_batches = validation_batches or []
+        self.score = score
+        self.checkpoints = checkpoints
+        self.write_model = write_model
+        self.console = console or Console(silent=True)
+        self.log = log or JsonLog(None)
+        self.run_facts = run_facts or {}
+        self.progress = Progress(position=stream.position)
+        self.stop = StopRequest()
+        self.losses = LossModule(model, plan.label_smoothing)
+        self._parallel: nn.Module = self.losses
+        if self.world.size > 1:
+            self._parallel = nn.parallel.DistributedDataParallel(
+                self.losses, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+        self._rng: Tensor | None = getattr(model, "rng", None)
+        self._sums = torch.zeros(2, device=self.world.device)
+        self._interval_tokens = 0
+        self._interval_all_tokens = 0
+        self._interval_steps = 0
+        self._interval_started = time.monotonic()
+        self._skipped_before = 0.0
+
+    # One optimizer step ---------------------------------------------------------------------------
+
+    def train_step(self) -> None:
+        """Reads the next batches and updates the parameters once; does not wait for the device."""
+        step = next(self.stream)
+        number = self.progress.step + 1
+        world = self.world
+        # DDP averages the gradients of the ranks, where the loss of the whole step is their sum.
+        normalizer: float | Tensor = step.target_tokens / world.size
+        if self.optimizer.scale is not None:
+            # In float16 the scale belongs inside the loss: its gradients are made there.
+            normalizer = normalizer / self.optimizer.scale
+        self.losses.train()
+        last = len(step.batches) - 1
+        for index, (data, microstep) in enumerate(zip(step.batches, step.microsteps, strict=True)):
+            batch = to_device(data, world.device)
+            self._seed_dropout(number, microstep)
+            with self._without_sync() if index < last else nullcontext():
+                loss, nll, _ = self._parallel(batch, normalizer)
+                loss.backward()
+            self._sums += torch.stack([loss.detach().float() * normalizer, nll.float()])
+            self._interval_tokens += batch.target_tokens
+            self.progress.sentences += batch.sentences
+        self.optimizer.step(self.schedule(number))
+        self.progress.step = number
+        self.progress.position = step.after
+        self.progress.target_tokens += step.target_tokens
+        self._interval_all_tokens += step.target_tokens
+        self._interval_steps += 1
+
+    def _seed_dropout(self, step: int, microstep: int) -> None:
+        if self._rng is not None:
+            words = torch.tensor([self.plan.seed, step, microstep], dtype=torch.int64)
+            self._rng.copy_(words, non_blocking=True)
+
+    def _without_sync(self) -> AbstractContextManager[None]:
+        if isinstance(self._parallel, nn.parallel.DistributedDataParallel):
+            return self._parallel.no_sync()
+        return nullcontext()
+
+    # The loop -------------------------------------------------------------------------------------
+
+    def fit(self) -> str:
+        """Trains until the plan ends.
+
+        Returns:
+            Why it ended: "finished", "early stop", "time", or "interrupted" (by a signal; a
+            checkpoint of this moment is saved).
+
+        Raises:
+            FloatingPointError: The loss or all gradients of an interval are not finite.
+        """
+        plan, progress = self.plan, self.progress
+        began = time.monotonic() - progress.seconds
+        self._start_interval()
+        reason = "finished"
+        while progress.step < plan.max_steps:
+            self.train_step()
+            progress.seconds = time.monotonic() - began
+            if progress.step % plan.log_every == 0 or progress.step == plan.max_steps:
+                self.report()
+            elif self.console.wants_update():
+                self.console.update(self._line(*self._averages()))
+            stopped = self._agreed_stop()
+            due = progress.step % plan.validate_every == 0 or progress.step == plan.max_steps
+            if due or stopped == "time":
+                self.validate_and_save()
+                progress.seconds = time.monotonic() - began
+                self._start_interval()
+            elif stopped or (plan.checkpoint_every and progress.step % plan.checkpoint_every == 0):
+                self.save()
+            if stopped:
+                return stopped
+            if plan.early_stop_patience and progress.worse >= plan.early_stop_patience:
+                reason = "early stop"
+                break
+        return reason
+
+    def _agreed_stop(self) -> str:
+        progress, limit = self.progress, self.plan.max_seconds
+        over_time = limit is not None and progress.seconds >= limit
+        if self.world.size > 1:
+            if progress.step % _STEPS_BETWEEN_AGREEMENTS:
+                return ""
+            interrupted, over_time = self.world.any(bool(self.stop)), self.world.any(over_time)
+        else:
+            interrupted = bool(self.stop)
+        return "interrupted" if interrupted else "time" if over_time else ""
+
+    # Reports --------------------------------------------------------------------------------------
+
+    def _start_interval(self) -> None:
+        self._sums.zero_()
+        self._interval_tokens = self._interval_all_tokens = self._interval_steps = 0
+        self._interval_started = time.monotonic()
+
+    def _averages(self) -> tuple[float, float, float]:
+        """(loss, nll) per token of this rank and target tokens/s of all since the last report."""
+        loss, nll = self._sums.tolist()
+        tokens = max(1, self._interval_tokens)
+        elapsed = max(1e-9, time.monotonic() - self._interval_started)
+        return loss / tokens, nll / tokens, self._interval_all_tokens / elapsed
+
+    def _line(self, loss: float, nll: float, speed: float) -> str:
+        progress, plan = self.progress, self.plan
+        left = self._seconds_left()
+        return (
+            f"step {progress.step}/{plan.max_steps}  loss {loss:.3f}  "
+            f"ppl {math.exp(min(nll, 20.0)):.2f}  {speed:,.0f} tok/s  "
+            f"lr {self.schedule(max(1, progress.step)):.2e}  {duration(left)} left"
+        )
+
+    def _seconds_left(self) -> float:
+        progress, plan = self.progress, self.plan
+        left = (plan.max_steps - progress.step) * progress.seconds / max(1, progress.step)
+        if plan.max_seconds is not None:
+            left = min(left, plan.max_seconds - progress.seconds)
+        return left
+
+    def report(self) -> None:
+        """Prints and logs the averages since the last report, and begins to average anew.
+
+        Raises:
+            FloatingPointError: The loss or all gradients since the last report are not finite.
+        """
+        loss, nll, speed = self._averages()
+        skipped = float(self.optimizer.skipped)
+        all_skipped = skipped - self._skipped_before >= self._interval_steps
+        self._skipped_before = skipped
+        if not math.isfinite(nll) or (all_skipped and self.optimizer.scale is None):
+            what = "loss" if not math.isfinite(nll) else "gradients"
+            raise FloatingPointError(
+                f"the {what} became NaN or infinite before step {self.progress.step}: lower "
+                "learning_rate, lengthen warmup_steps or set clip_norm; to see whether a compiled "
+                "kernel is the cause, train with TRANSFORMER_EXT_BACKEND=reference"
+            )
+        line = self._line(loss, nll, speed)
+        if self.console.live:
+            self.console.update(line)
+        else:
+            self.console.print(line)
+        self.log.write(
+            "train",
+            step=self.progress.step,
+            epoch=self.progress.position.epoch,
+            loss=loss,
+            nll=nll,
+            target_tokens=self.progress.target_tokens,
+            seconds=round(self.progress.seconds, 3),
+            tokens_per_second=round(speed, 1),
+            learning_rate=self.schedule(self.progress.step),
+            gradient_norm=float(self.optimizer.gradient_norm),
+            skipped_steps=int(skipped),
+        )
+        self._start_interval()
+
+    # Validation and checkpoints -------------------------------------------------------------------
+
+    def validate_and_save(self) -> Validation | None:
+        """Saves a checkpoint, validates with it, and lets ``best`` point to it if it is."""
+        started = time.monotonic()
+        progress = self.progress
+        if not self.validation_batches:
+            self.save()
+            return None
+        loss, nll, accuracy = evaluate_loss(self.losses, self.validation_batches, self.world)
+        best = nll < progress.best_loss
+        if best:
+            progress.best_loss, progress.best_step, progress.worse = nll, progress.step, 0
+        else:
+            progress.worse += 1
+        directory = self.save(best=best)
+        bleu = None
+        if self.score is not None and directory is not None and self.world.first:
+            bleu = self.score(directory)
+        seconds = time.monotonic() - started
+        result = Validation(progress.step, loss, nll, accuracy, bleu, round(seconds, 3))
+        self.console.print(
+            f"validation at step {result.step}: loss {loss:.3f}  ppl {result.perplexity:.2f}  "
+            f"accuracy {100 * accuracy:.1f} %"
+            + ("" if bleu is None else f"  BLEU {bleu:.2f}")
+            + ("  (best so far)" if best else f"  (best: step {progress.best_step})")
+            + f"  [{duration(progress.seconds)}]"
+        )
+        self.log.write(
+            "validation",
+            **asdict(result),
+            best=best,
+            training_seconds=round(progress.seconds, 3),
+            target_tokens=progress.target_tokens,
+        )
+        self.world.barrier()
+        return result
+
+    def save(self, *, best: bool = False) -> Path | None:
+        """Writes the checkpoint of this moment; returns its directory (None on other ranks)."""
+        if self.checkpoints is None or self.write_model is None or not self.world.first:
+            return None
+        state = {"progress": self.progress.to_dict(), "facts": self.run_facts}
+        directory = self.checkpoints.save(
+            self.progress.step, self.write_model, self.optimizer.state_dict(), state, best=best
+        )
+        self.log.write("checkpoint", step=self.progress.step, path=str(directory))
+        return directory
+
+    def restore(self, step: int) -> list[str]:
+        """Takes over progress and optimizer state of a checkpoint (weights are the caller's).
+
+        The stream must have been made with the position that :class:`Progress` of the checkpoint
+        names. Returns warnings: facts of the run that differ now, so that bits may differ.
+        """
+        assert self.checkpoints is not None
+        tensors, state = self.checkpoints.load(step)
+        self.optimizer.load_state_dict(tensors)
+        self.progress = Progress.from_dict(state["progress"])
+        self._skipped_before = float(self.optimizer.skipped)
+        if self.stream.position != self.progress.position:
+            raise ValueError(
+                f"stream: begins at {self.stream.position}, expected {self.progress.position}"
+            )
+        self.log.write("resume", step=step)
+        return [
+            f"{name} was {value!r} and is {self.run_facts.get(name)!r} now: the training goes on, "
+            "but not bit for bit as it would have"
+            for name, value in state["facts"].items()
+            if self.run_facts.get(name) != value
+        ]
