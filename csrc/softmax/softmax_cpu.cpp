@@ -31,12 +31,28 @@ void fill(T* out, int64_t begin, int64_t end, float value) {
   store_partial(out + i, v, end - i);
 }
 
-// Calls body(first column, columns) for each vector of a row; columns is kWidth but for the last.
+// Accumulators of a row's sum or maximum side by side: a single one would be a chain of dependent
+// additions, slower and, in a narrow instruction set, less exact.
+constexpr int kChains = 4;
+
+// Calls body(first column, columns, chain) for each vector of a row; columns is kWidth but for the
+// last.
 template <class Body>
 inline void for_each_vector(int64_t n, Body body) {
   int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) body(i, kWidth);
-  if (i < n) body(i, n - i);
+  for (; i + kChains * kWidth <= n; i += kChains * kWidth) {
+    for (int k = 0; k < kChains; ++k) body(i + k * kWidth, kWidth, k);
+  }
+  for (int k = 0; i + kWidth <= n; i += kWidth, ++k) body(i, kWidth, k);
+  if (i < n) body(i, n - i, kChains - 1);
+}
+
+inline float sum_chains(const VecF (&x)[kChains]) {
+  return reduce_add((x[0] + x[1]) + (x[2] + x[3]));
+}
+
+inline float max_chains(const VecF (&x)[kChains]) {
+  return reduce_max(max(max(x[0], x[1]), max(x[2], x[3])));
 }
 
 template <class T>
@@ -63,40 +79,41 @@ inline VecI first_lanes(int64_t n) {
 // holds `columns` floats and may be `out`. Returns whether any slot is kept.
 template <class T, bool kLog>
 bool forward_row(const T* x, const uint8_t* mask, float* work, T* out, int64_t columns) {
-  VecF top = broadcast(-kInfinity);
-  for_each_vector(columns, [&](int64_t i, int64_t n) {
+  VecF top[kChains];
+  for (VecF& t : top) t = broadcast(-kInfinity);
+  for_each_vector(columns, [&](int64_t i, int64_t n, int k) {
     VecF v = load_n(x + i, n);
     if (mask != nullptr) {
       v = select(n == kWidth ? load_mask(mask + i) : load_mask_partial(mask + i, n), v,
                  broadcast(-kInfinity));
     }
     if (n < kWidth) v = select(first_lanes(n), v, broadcast(-kInfinity));
-    top = max(v, top);  // a NaN loses here and reaches the result through the sum below
+    top[k] = max(v, top[k]);  // a NaN loses here and reaches the result through the sum below
     store_n(work + i, v, n);
   });
-  const float row_max = reduce_max(top);
+  const float row_max = max_chains(top);
   // A row of only masked slots and NaN has no maximum: 0 in its place lets the NaN through.
   const float shift = row_max == -kInfinity ? 0.0f : row_max;
 
-  VecF total = zero();
-  for_each_vector(columns, [&](int64_t i, int64_t n) {
+  VecF total[kChains] = {};
+  for_each_vector(columns, [&](int64_t i, int64_t n, int k) {
     VecF e = exp(load_n(work + i, n) - shift);
     if (n < kWidth) e = select(first_lanes(n), e, zero());
-    total += e;
+    total[k] += e;
     if constexpr (!kLog) store_n(work + i, e, n);
   });
-  const float sum = reduce_add(total);
+  const float sum = sum_chains(total);
   if (sum == 0.0f) return false;
 
   if constexpr (kLog) {
     const float log_sum = __builtin_logf(sum);
-    for_each_vector(columns, [&](int64_t i, int64_t n) {
+    for_each_vector(columns, [&](int64_t i, int64_t n, int) {
       const VecF v = load_n(work + i, n);
       store_n(out + i, select(v == -kInfinity, v, (v - shift) - log_sum), n);
     });
   } else {
     const float inverse = 1.0f / sum;
-    for_each_vector(columns, [&](int64_t i, int64_t n) {
+    for_each_vector(columns, [&](int64_t i, int64_t n, int) {
       const VecF e = load_n(work + i, n);
       // The select keeps masked slots at 0 where a NaN elsewhere in the row makes the sum NaN.
       store_n(out + i, select(e == 0.0f, e, e * inverse), n);
@@ -165,13 +182,13 @@ void forward(const SoftmaxForward& a, Parallel& parallel) {
 // must not be read from grad, which may hold NaN there.
 template <class T>
 void softmax_backward_row(const T* grad, const T* y, T* grad_x, int64_t columns) {
-  VecF total = zero();
-  for_each_vector(columns, [&](int64_t i, int64_t n) {
+  VecF total[kChains] = {};
+  for_each_vector(columns, [&](int64_t i, int64_t n, int k) {
     const VecF p = load_n(y + i, n);
-    total += select(p == 0.0f, zero(), p * load_n(grad + i, n));
+    total[k] += select(p == 0.0f, zero(), p * load_n(grad + i, n));
   });
-  const float dot = reduce_add(total);
-  for_each_vector(columns, [&](int64_t i, int64_t n) {
+  const float dot = sum_chains(total);
+  for_each_vector(columns, [&](int64_t i, int64_t n, int) {
     const VecF p = load_n(y + i, n);
     store_n(grad_x + i, select(p == 0.0f, zero(), p * (load_n(grad + i, n) - dot)), n);
   });
@@ -186,12 +203,12 @@ void log_softmax_backward_row(const T* grad, const T* y, T* grad_x, int64_t colu
     fill(grad_x, 0, columns, 0.0f);
     return;
   }
-  VecF total = zero();
-  for_each_vector(columns, [&](int64_t i, int64_t n) {
-    total += select(load_n(y + i, n) == -kInfinity, zero(), load_n(grad + i, n));
+  VecF total[kChains] = {};
+  for_each_vector(columns, [&](int64_t i, int64_t n, int k) {
+    total[k] += select(load_n(y + i, n) == -kInfinity, zero(), load_n(grad + i, n));
   });
-  const float sum = reduce_add(total);
-  for_each_vector(columns, [&](int64_t i, int64_t n) {
+  const float sum = sum_chains(total);
+  for_each_vector(columns, [&](int64_t i, int64_t n, int) {
     const VecF v = load_n(y + i, n);
     store_n(grad_x + i, select(v == -kInfinity, zero(), load_n(grad + i, n) - exp(v) * sum), n);
   });
