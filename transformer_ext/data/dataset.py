@@ -163,16 +163,19 @@ class ParallelDataset:
         starts = offsets[rows]
         return starts, offsets[rows + 1] - starts
 
+    def _lengths(self, offsets: np.ndarray) -> np.ndarray:
+        lengths = np.subtract(offsets[1:], offsets[:-1], dtype=np.int32, casting="unsafe")
+        return lengths if self._rows is None else lengths[self._rows]
+
     @cached_property
     def source_lengths(self) -> np.ndarray:
         """int32 [pairs]: tokens of each source sentence, its end included."""
-        return self._spans(self._source_offsets, np.arange(len(self)))[1].astype(np.int32)
+        return self._lengths(self._source_offsets)
 
     @cached_property
     def target_lengths(self) -> np.ndarray:
         """int32 [pairs]: tokens of each target sentence, its end included."""
-        lengths = self._spans(self._target_offsets, np.arange(len(self)))[1]
-        return (lengths + 1).astype(np.int32)
+        return self._lengths(self._target_offsets) + np.int32(1)
 
     def example(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """One pair as int32 ids: the source with its end, the target without start and end."""
