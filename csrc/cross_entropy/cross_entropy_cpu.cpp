@@ -114,7 +114,8 @@ RowLoss cross_entropy_row(const Row<T, kBias>& row, int64_t target, int64_t colu
     if (i < columns) {
       store_partial(grad + i, load_partial(work + i, columns - i) * factor - offset, columns - i);
     }
-    grad[target] = from_float<T>(scale * ((probability - (1.0f - label_smoothing)) - uniform));
+    // In this order nothing is left over where the result is 0: a sure prediction, one column.
+    grad[target] = from_float<T>(scale * ((probability - 1.0f) + (label_smoothing - uniform)));
   }
   return result;
 }

@@ -85,7 +85,7 @@ def linear_cross_entropy(
         and weight.dtype == torch.float32
         and (bias is None or bias.dtype == torch.float32)
     ):
-        divisor = _divisor(normalizer, x.device)
+        divisor = _divisor(normalizer, x)
         return LossOutput(
             *_LinearCrossEntropy.apply(
                 x, weight, bias, targets, divisor, label_smoothing, ignore_index
@@ -124,7 +124,7 @@ def label_smoothing_loss(
     """
     _check_targets(logits.shape[:-1], "logits", targets, label_smoothing)
     if use_compiled("cross_entropy", logits):
-        divisor = _divisor(normalizer, logits.device)
+        divisor = _divisor(normalizer, logits)
         return LossOutput(
             *_LabelSmoothingLoss.apply(logits, targets, divisor, label_smoothing, ignore_index)
         )
@@ -186,8 +186,9 @@ def label_smoothing_loss_reference(
             logits, targets, ignore_index=ignore_index, reduction="sum"
         )
         correct = ((logits.argmax(-1) == targets) & counted).sum()
-    if normalizer is not None:
-        loss = loss / normalizer
+    divisor = _divisor(normalizer, loss)
+    if divisor is not None:
+        loss = loss / divisor
     return LossOutput(loss, nll_sum, correct, counted.sum())
 
 
@@ -218,17 +219,18 @@ def _chunk_rows(rows: int, columns: int, item_size: int) -> int:
     return max(min(most, -(-rows // (16 * max(chunks, 1))) * 16), 1)
 
 
-def _divisor(normalizer: float | Tensor | None, device: torch.device) -> Tensor | None:
-    """The normalizer as a float32 tensor without dimensions."""
+def _divisor(normalizer: float | Tensor | None, like: Tensor) -> Tensor | None:
+    """The normalizer as a tensor without dimensions: float32, or float64 as ``like`` is."""
     if normalizer is None:
         return None
+    dtype = torch.promote_types(like.dtype, torch.float32)
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1:
             raise ValueError(
                 f"normalizer: expected one element, got shape {list(normalizer.shape)}"
             )
-        return normalizer.detach().to(device=device, dtype=torch.float32).reshape(())
-    return torch.tensor(float(normalizer), dtype=torch.float32, device=device)
+        return normalizer.detach().to(device=like.device, dtype=dtype).reshape(())
+    return torch.tensor(float(normalizer), dtype=dtype, device=like.device)
 
 
 def _check_range(targets: Tensor, vocabulary: int) -> None:
