@@ -1,11 +1,10 @@
 // float32 matrix product with prepacked weights: y[m, n] = activation(y0 + x[m, k] W[n, k]^T +
 // bias).
 //
-// Every output is one chain of fused multiply-adds in ascending k, started from the bias (plus the
-// old y with `accumulate`), on one vector lane. Nothing in that chain depends on the number of
-// rows, on the row's position, on the threads or on the blocking, so a row's result is the same
-// bit for bit alone and in any batch. (It does depend on the instruction set: without FMA every
-// product is rounded.)
+// Every output is a sum over slices of k, each a chain of fused multiply-adds in ascending k on one
+// vector lane. Nothing in that order depends on the number of rows, on the row's position, on the
+// threads or on the blocking, so a row's result is the same bit for bit alone and in any batch. (It
+// does depend on the instruction set: without FMA every product is rounded.)
 #pragma once
 
 #include <cstddef>
