@@ -3,6 +3,7 @@
 
 #include "common/isa.h"
 #include "common/thread_pool.h"
+#include "engine_binding.h"
 
 namespace py = pybind11;
 
@@ -30,4 +31,5 @@ PYBIND11_MODULE(_C, m) {
       "Instruction sets found by CPUID, as a dict of name to bool.");
   m.def("default_threads", &tx::default_thread_count,
         "min(physical cores, cores this process may run on, cgroup CPU quota), at least 1.");
+  tx::bind_engine(m);
 }

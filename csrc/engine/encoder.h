@@ -1,0 +1,48 @@
+// The encoder, on packed sentences, and what the decoder needs of its output.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "common/parallel.h"
+#include "engine/buffer.h"
+#include "engine/model.h"
+
+namespace transformer_ext::engine {
+
+// The keys and values of the decoder's attention to the sources, of every decoder layer: computed
+// once for each sentence, and shared by its hypotheses.
+class EncodedSources {
+ public:
+  // Runs the encoder. Each source has at least one token; ids must be in the vocabulary (else
+  // std::invalid_argument).
+  void encode(const Model& model, const std::vector<std::vector<int32_t>>& sources,
+              PositionTables& positions, Parallel& parallel);
+
+  int64_t sentences() const { return static_cast<int64_t>(offsets_.size()) - 1; }
+  int64_t length(int64_t sentence) const {
+    return offsets_[static_cast<size_t>(sentence) + 1] - offsets_[static_cast<size_t>(sentence)];
+  }
+  // The key [kv_width] of a sentence's first token in the first layer; its value follows it. The
+  // next token is token_stride() further, the next layer layer_stride().
+  const float* keys(int64_t sentence) const {
+    return key_values_.data() + offsets_[static_cast<size_t>(sentence)] * token_stride_;
+  }
+  int64_t token_stride() const { return token_stride_; }
+  int64_t layer_stride() const { return offsets_.back() * token_stride_; }
+
+ private:
+  std::vector<int32_t> offsets_;  // [sentences + 1]
+  std::vector<int32_t> ids_;
+  std::vector<int32_t> token_positions_;
+  int64_t token_stride_ = 0;
+  Buffer<float> key_values_;  // [layers][tokens][2 * kv_width]
+  Buffer<float> x_;
+  Buffer<float> normed_;
+  Buffer<float> projected_;
+  Buffer<float> attended_;
+  Buffer<float> inner_;
+  Buffer<float> lse_;
+};
+
+}  // namespace transformer_ext::engine

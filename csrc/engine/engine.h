@@ -1,0 +1,42 @@
+// A model ready to translate: weights, threads and workspaces.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "common/thread_pool.h"
+#include "engine/model.h"
+#include "engine/search.h"
+
+namespace transformer_ext::engine {
+
+// Any number of threads may call one engine at once: the weights are only read, each call has a
+// workspace of its own, and the pool's threads go to the call that comes first.
+class Engine {
+ public:
+  Engine(const ModelConfig& config, const Weights& weights, int threads)
+      : pool_(threads), model_(config, weights, pool_) {}
+
+  const ModelConfig& config() const { return model_.config(); }
+  int threads() const { return pool_.threads(); }
+
+  // See search() and score() in search.h.
+  std::vector<SearchResult> search(const std::vector<std::vector<int32_t>>& sources,
+                                   const std::vector<int64_t>& limits,
+                                   const SearchOptions& options);
+  std::vector<std::vector<double>> score(const std::vector<std::vector<int32_t>>& sources,
+                                         const std::vector<std::vector<int32_t>>& targets,
+                                         int32_t start_id);
+
+ private:
+  class Lease;
+
+  ThreadPool pool_;
+  Model model_;
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<Workspace>> idle_;
+};
+
+}  // namespace transformer_ext::engine

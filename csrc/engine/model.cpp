@@ -1,0 +1,256 @@
+#include "engine/model.h"
+
+#include <cmath>
+#include <stdexcept>
+#include <utility>
+
+#include "embedding/embedding.h"
+#include "residual_norm/residual_norm.h"
+
+namespace transformer_ext::engine {
+
+namespace {
+
+std::string shape_text(const std::vector<int64_t>& shape) {
+  std::string text = "[";
+  for (const int64_t size : shape) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
+  return text + "]";
+}
+
+// Takes weights by name and says what is wrong with them.
+class Reader {
+ public:
+  Reader(const ModelConfig& config, const Weights& weights, Parallel& parallel)
+      : config_(config), weights_(weights), parallel_(parallel) {}
+
+  std::vector<float> copy(const std::string& name, const std::vector<int64_t>& shape) {
+    const float* const data = find(name, shape);
+    int64_t size = 1;
+    for (const int64_t n : shape) size *= n;
+    return {data, data + size};
+  }
+
+  Linear linear(const std::string& name, int64_t rows, int64_t columns) {
+    return linear_of(name + ".weight", config_.bias ? name + ".bias" : "", rows, columns);
+  }
+
+  Linear linear_of(const std::string& weight, const std::string& bias, int64_t rows,
+                   int64_t columns) {
+    Linear linear;
+    linear.weight.pack(find(weight, {rows, columns}), rows, columns, columns, parallel_);
+    if (!bias.empty()) linear.bias = copy(bias, {rows});
+    return linear;
+  }
+
+  Norm norm(const std::string& name) {
+    Norm norm;
+    norm.weight = copy(name + ".weight", {config_.width});
+    if (!config_.rms) norm.bias = copy(name + ".bias", {config_.width});
+    norm.rms = config_.rms;
+    norm.eps = config_.eps;
+    return norm;
+  }
+
+  Stack stack(const std::string& name, const float* embedding) {
+    Stack stack;
+    stack.embedding = embedding;
+    if (config_.positions == Positions::learned) {
+      stack.positions = copy(name + ".positions.weight", {config_.max_positions, config_.width});
+    }
+    if (config_.embedding_norm) stack.embedding_norm = norm(name + ".embedding_norm");
+    if (config_.final_norm) stack.norm = norm(name + ".norm");
+    return stack;
+  }
+
+  void layer(const std::string& name, Layer* layer) {
+    const int64_t width = config_.width;
+    const int64_t inner = config_.inner;
+    layer->self_in = linear(name + ".self_attention.in_projection",
+                            config_.query_width() + 2 * config_.kv_width(), width);
+    layer->self_out = linear(name + ".self_attention.out_projection", width, config_.query_width());
+    layer->self_norm = norm(name + ".self_attention_norm");
+    layer->feed_forward.in = linear(name + ".feed_forward.in_projection",
+                                    is_gated(config_.activation) ? 2 * inner : inner, width);
+    layer->feed_forward.out = linear(name + ".feed_forward.out_projection", width, inner);
+    layer->feed_forward_norm = norm(name + ".feed_forward_norm");
+  }
+
+ private:
+  const float* find(const std::string& name, const std::vector<int64_t>& shape) {
+    const auto found = weights_.find(name);
+    if (found == weights_.end()) throw std::invalid_argument("weight " + name + " is missing");
+    if (found->second.shape != shape) {
+      throw std::invalid_argument("weight " + name + ": got shape " +
+                                  shape_text(found->second.shape) + ", expected " +
+                                  shape_text(shape));
+    }
+    return found->second.data;
+  }
+
+  const ModelConfig& config_;
+  const Weights& weights_;
+  Parallel& parallel_;
+};
+
+int64_t grown(int64_t rows, int64_t length) {
+  rows = rows == 0 ? 128 : rows;
+  while (rows < length) rows *= 2;
+  return rows;
+}
+
+}  // namespace
+
+void Linear::apply(const float* x, int64_t rows, float* y, Epilogue epilogue,
+                   Parallel& parallel) const {
+  gemm(x, rows, weight.k(), weight, bias_data(), y, weight.n(), epilogue, parallel);
+}
+
+void Norm::apply(const float* x, int64_t rows, float* out, Parallel& parallel) const {
+  ResidualNormForward<float> arguments{};
+  arguments.x = x;
+  arguments.weight = weight.data();
+  arguments.bias = bias.empty() ? nullptr : bias.data();
+  arguments.normed = out;
+  arguments.rows = rows;
+  arguments.columns = static_cast<int64_t>(weight.size());
+  arguments.rms = rms;
+  arguments.eps = eps;
+  residual_norm_kernels().forward_f32(arguments, parallel);
+}
+
+Model::Model(const ModelConfig& config, const Weights& weights, Parallel& parallel)
+    : config_(config) {
+  Reader reader(config_, weights, parallel);
+  const int64_t width = config_.width;
+  source_table_ = reader.copy("source_embedding.weight", {config_.source_vocabulary, width});
+  if (config_.tie != Tying::all) {
+    target_table_ = reader.copy("target_embedding.weight", {config_.target_vocabulary, width});
+  }
+  encoder_ = reader.stack("encoder", source_table_.data());
+  decoder_ = reader.stack("decoder",
+                          config_.tie == Tying::all ? source_table_.data() : target_table_.data());
+  for (int64_t i = 0; i < config_.encoder_layers; ++i) {
+    encoder_layers_.emplace_back();
+    reader.layer("encoder.layers." + std::to_string(i), &encoder_layers_.back());
+  }
+  for (int64_t i = 0; i < config_.decoder_layers; ++i) {
+    const std::string name = "decoder.layers." + std::to_string(i);
+    DecoderLayer& layer = decoder_layers_.emplace_back();
+    reader.layer(name, &layer);
+    const std::string cross = name + ".cross_attention";
+    layer.cross_query = reader.linear(cross + ".query_projection", config_.query_width(), width);
+    layer.cross_key_value =
+        reader.linear(cross + ".key_value_projection", 2 * config_.kv_width(), width);
+    layer.cross_out = reader.linear(cross + ".out_projection", width, config_.query_width());
+    layer.cross_norm = reader.norm(name + ".cross_attention_norm");
+  }
+  const char* const generator = config_.tie == Tying::all      ? "source_embedding.weight"
+                                : config_.tie == Tying::target ? "target_embedding.weight"
+                                                               : "generator.weight";
+  generator_ = reader.linear_of(generator, config_.output_bias ? "generator.bias" : "",
+                                config_.target_vocabulary, width);
+}
+
+void Model::embed(const Stack& stack, const int32_t* ids, const int32_t* positions,
+                  const float* table, int64_t rows, float* x, Parallel& parallel) const {
+  EmbeddingForward<float> arguments{};
+  arguments.ids = {nullptr, ids};
+  arguments.weight = stack.embedding;
+  arguments.scale = config_.scale_embedding
+                        ? static_cast<float>(std::sqrt(static_cast<double>(config_.width)))
+                        : 1.0f;
+  arguments.positions = {nullptr, positions};
+  arguments.position_table = table;
+  arguments.out = x;
+  arguments.tokens = rows;
+  arguments.columns = config_.width;
+  embedding_kernels().forward_f32(arguments, parallel);
+  if (!stack.embedding_norm.weight.empty()) stack.embedding_norm.apply(x, rows, x, parallel);
+}
+
+void Model::add_feed_forward(const FeedForward& network, const float* input, int64_t rows, float* x,
+                             Buffer<float>& scratch, Parallel& parallel) const {
+  const int64_t wide = network.in.weight.n();
+  const int64_t inner = config_.inner;
+  const bool relu = config_.activation == Activation::relu;
+  float* const hidden = scratch.reserve(rows * (relu ? wide : wide + inner));
+  const float* activated = hidden;
+  if (relu) {
+    network.in.apply(input, rows, hidden, {GemmActivation::relu, false}, parallel);
+  } else {
+    network.in.apply(input, rows, hidden, {}, parallel);
+    ActivationForward<float> arguments{};
+    arguments.x = hidden;
+    arguments.out = hidden + rows * wide;
+    arguments.rows = rows;
+    arguments.columns = inner;
+    arguments.kind = config_.activation;
+    activation_kernels().forward_f32(arguments, parallel);
+    activated = arguments.out;
+  }
+  network.out.apply(activated, rows, x, {GemmActivation::none, true}, parallel);
+}
+
+const float* PositionTables::added(const ModelConfig& config, const Stack& stack, int64_t length) {
+  if (config.positions == Positions::learned) {
+    if (length > config.max_positions) {
+      throw std::invalid_argument("a sequence of " + std::to_string(length) +
+                                  " tokens is longer than the " +
+                                  std::to_string(config.max_positions) +
+                                  " learned positions of this model (max_positions)");
+    }
+    return stack.positions.data();
+  }
+  const bool halves = config.positions == Positions::sinusoidal_halves;
+  if (!halves && config.positions != Positions::sinusoidal) return nullptr;
+  const int64_t width = config.width;
+  if (length > sinusoidal_rows_) {
+    sinusoidal_rows_ = grown(sinusoidal_rows_, length);
+    sinusoidal_.resize(static_cast<size_t>(sinusoidal_rows_ * width));
+    for (int64_t position = 0; position < sinusoidal_rows_; ++position) {
+      float* const row = sinusoidal_.data() + position * width;
+      for (int64_t i = 0; i < width / 2; ++i) {
+        const double angle = static_cast<double>(position) *
+                             std::exp(static_cast<double>(2 * i) *
+                                      (-std::log(10000.0) / static_cast<double>(width)));
+        row[halves ? i : 2 * i] = static_cast<float>(std::sin(angle));
+        row[halves ? width / 2 + i : 2 * i + 1] = static_cast<float>(std::cos(angle));
+      }
+    }
+  }
+  return sinusoidal_.data();
+}
+
+const float* PositionTables::rotary(const ModelConfig& config, int64_t length) {
+  if (config.positions != Positions::rope) return nullptr;
+  const int64_t half = config.head_dim / 2;
+  if (length > rotary_rows_) {
+    rotary_rows_ = grown(rotary_rows_, length);
+    rotary_.resize(static_cast<size_t>(rotary_rows_ * 2 * half));
+    for (int64_t position = 0; position < rotary_rows_; ++position) {
+      float* const row = rotary_.data() + position * 2 * half;
+      for (int64_t i = 0; i < half; ++i) {
+        // float32, as the model in Python computes it.
+        const float angle = static_cast<float>(position) *
+                            std::pow(10000.0f, -(static_cast<float>(i) / static_cast<float>(half)));
+        row[i] = std::cos(angle);
+        row[half + i] = std::sin(angle);
+      }
+    }
+  }
+  return rotary_.data();
+}
+
+void rotate(float* vectors, int64_t heads, int64_t head_dim, const float* angles) {
+  const int64_t half = head_dim / 2;
+  for (int64_t h = 0; h < heads; ++h, vectors += head_dim) {
+    for (int64_t i = 0; i < half; ++i) {
+      const float real = vectors[i];
+      const float imaginary = vectors[half + i];
+      vectors[i] = real * angles[i] - imaginary * angles[half + i];
+      vectors[half + i] = imaginary * angles[i] + real * angles[half + i];
+    }
+  }
+}
+
+}  // namespace transformer_ext::engine

@@ -1,0 +1,158 @@
+// The weights of a Transformer as the engine computes with them, and its shape.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "activation/activation.h"
+#include "common/parallel.h"
+#include "engine/buffer.h"
+#include "gemm/gemm.h"
+
+namespace transformer_ext::engine {
+
+enum class Positions { none, sinusoidal, sinusoidal_halves, learned, rope };
+enum class Tying { none, target, all };
+
+// The fields of TransformerConfig (transformer_ext/model/config.py) that decoding needs.
+struct ModelConfig {
+  int64_t source_vocabulary = 0;
+  int64_t target_vocabulary = 0;
+  int64_t width = 0;  // d_model
+  int64_t heads = 0;
+  int64_t kv_heads = 0;
+  int64_t head_dim = 0;
+  int64_t encoder_layers = 0;
+  int64_t decoder_layers = 0;
+  int64_t inner = 0;  // dim_feedforward
+  Activation activation = Activation::relu;
+  bool norm_first = false;
+  bool rms = false;
+  float eps = 1e-5f;
+  Positions positions = Positions::sinusoidal;
+  int64_t max_positions = 0;  // of learned positions
+  Tying tie = Tying::all;
+  bool scale_embedding = true;
+  bool embedding_norm = false;
+  bool final_norm = false;
+  bool bias = true;
+  bool output_bias = false;
+
+  int64_t query_width() const { return heads * head_dim; }
+  int64_t kv_width() const { return kv_heads * head_dim; }
+};
+
+// A float32 array of the caller's, contiguous.
+struct Array {
+  const float* data = nullptr;
+  std::vector<int64_t> shape;
+};
+
+// By parameter name, as in model.safetensors; copied or packed, never kept.
+using Weights = std::map<std::string, Array>;
+
+struct Linear {
+  PackedMatrix weight;
+  std::vector<float> bias;  // empty: none
+
+  const float* bias_data() const { return bias.empty() ? nullptr : bias.data(); }
+  // y[rows, n] = epilogue(x[rows, k] W^T + bias), rows side by side.
+  void apply(const float* x, int64_t rows, float* y, Epilogue epilogue, Parallel& parallel) const;
+};
+
+struct Norm {
+  std::vector<float> weight;
+  std::vector<float> bias;  // empty: RMSNorm
+  bool rms = false;
+  float eps = 0.0f;
+
+  // out[rows, width] from x of the same shape; out may be x.
+  void apply(const float* x, int64_t rows, float* out, Parallel& parallel) const;
+};
+
+struct FeedForward {
+  Linear in;  // gated: the gate's rows first
+  Linear out;
+};
+
+struct Layer {
+  Linear self_in;  // query, key, value
+  Linear self_out;
+  Norm self_norm;
+  FeedForward feed_forward;
+  Norm feed_forward_norm;
+};
+
+struct DecoderLayer : Layer {
+  Linear cross_query;
+  Linear cross_key_value;
+  Linear cross_out;
+  Norm cross_norm;
+};
+
+// What encoder and decoder have beside their layers.
+struct Stack {
+  const float* embedding = nullptr;  // [vocabulary, width], in one of Model's tables
+  std::vector<float> positions;      // learned: [max_positions, width]
+  Norm embedding_norm;               // empty weight: none
+  Norm norm;                         // empty weight: none
+};
+
+class Model {
+ public:
+  // Packs and copies the weights. Throws std::invalid_argument, naming it, where one is missing or
+  // has another shape than the configuration asks for.
+  Model(const ModelConfig& config, const Weights& weights, Parallel& parallel);
+
+  const ModelConfig& config() const { return config_; }
+  const Stack& encoder() const { return encoder_; }
+  const Stack& decoder() const { return decoder_; }
+  const std::vector<Layer>& encoder_layers() const { return encoder_layers_; }
+  const std::vector<DecoderLayer>& decoder_layers() const { return decoder_layers_; }
+  const Linear& generator() const { return generator_; }
+
+  // x[rows, width] = embeddings of the ids, scaled, with positions (those of `table`, see
+  // position_table), normalised where the model does so. The ids must be in range.
+  void embed(const Stack& stack, const int32_t* ids, const int32_t* positions, const float* table,
+             int64_t rows, float* x, Parallel& parallel) const;
+
+  // x += network(input): the residual connection is the product's start. input may be x.
+  void add_feed_forward(const FeedForward& network, const float* input, int64_t rows, float* x,
+                        Buffer<float>& scratch, Parallel& parallel) const;
+
+ private:
+  ModelConfig config_;
+  std::vector<float> source_table_;
+  std::vector<float> target_table_;  // empty where it is the source's
+  Stack encoder_;
+  Stack decoder_;
+  std::vector<Layer> encoder_layers_;
+  std::vector<DecoderLayer> decoder_layers_;
+  Linear generator_;
+};
+
+// Tables that depend on the position alone, grown as longer sentences come. Each workspace has its
+// own, so that no lock is needed.
+class PositionTables {
+ public:
+  // Rows for positions 0 .. length - 1 at least: to be added to embeddings, [length, width], or
+  // null where the model has none. Throws std::invalid_argument where learned positions end before.
+  const float* added(const ModelConfig& config, const Stack& stack, int64_t length);
+
+  // Cosines, then sines, [length][2][head_dim / 2], or null where the model does not rotate.
+  const float* rotary(const ModelConfig& config, int64_t length);
+
+ private:
+  std::vector<float> sinusoidal_;
+  int64_t sinusoidal_rows_ = 0;
+  std::vector<float> rotary_;
+  int64_t rotary_rows_ = 0;
+};
+
+// Turns `heads` vectors by the angles of one position (Su et al. 2021, "RoFormer", equation 34);
+// `angles` is that position's row of PositionTables::rotary.
+void rotate(float* vectors, int64_t heads, int64_t head_dim, const float* angles);
+
+}  // namespace transformer_ext::engine

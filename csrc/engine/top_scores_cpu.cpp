@@ -1,0 +1,75 @@
+#include "common/simd.h"
+#include "engine/top_scores.h"
+
+namespace transformer_ext::TRANSFORMER_EXT_ISA {
+namespace {
+
+// Columns whose maximum is compared with the lowest entry at once.
+constexpr int64_t kBlock = 4 * kWidth;
+
+void insert(TopScores* top, float score, int32_t id) {
+  int32_t at = top->count < top->capacity ? top->count++ : top->capacity - 1;
+  for (; at > 0 && top->scores[at - 1] < score; --at) {
+    top->scores[at] = top->scores[at - 1];
+    top->ids[at] = top->ids[at - 1];
+  }
+  top->scores[at] = score;
+  top->ids[at] = id;
+}
+
+float lowest(const TopScores& top) {
+  return top.count < top.capacity ? -__builtin_inff() : top.scores[top.capacity - 1];
+}
+
+void scan(const float* scores, int64_t n, int32_t first_id, TopScores* top) {
+  const VecF nothing = broadcast(-__builtin_inff());
+  VecF highest = nothing;
+  float threshold = lowest(*top);
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t end = begin + kBlock < n ? begin + kBlock : n;
+    VecF block = nothing;
+    int64_t i = begin;
+    for (; i + kWidth <= end; i += kWidth) block = max(load(scores + i), block);
+    float block_maximum = reduce_max(block);
+    for (; i < end; ++i) block_maximum = scores[i] > block_maximum ? scores[i] : block_maximum;
+    highest = max(broadcast(block_maximum), highest);
+    if (!(block_maximum > threshold)) continue;
+    for (i = begin; i < end; ++i) {
+      if (scores[i] > threshold) {
+        insert(top, scores[i], first_id + static_cast<int32_t>(i));
+        threshold = lowest(*top);
+      }
+    }
+  }
+  const float old = top->maximum;
+  const float chunk_maximum = reduce_max(highest);
+  const float maximum = chunk_maximum > old ? chunk_maximum : old;
+  const VecF shift = broadcast(maximum == -__builtin_inff() ? 0.0f : maximum);
+  VecF sum[2] = {};
+  int64_t i = 0;
+  for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
+    sum[0] = sum[0] + exp(load(scores + i) - shift);
+    sum[1] = sum[1] + exp(load(scores + i + kWidth) - shift);
+  }
+  for (; i < n; i += kWidth) {
+    const int64_t left = n - i < kWidth ? n - i : kWidth;
+    VecF v = load_partial(scores + i, left) - shift;
+    if (left < kWidth) {
+      float lanes[kWidth];
+      store(lanes, v);
+      for (int64_t lane = left; lane < kWidth; ++lane) lanes[lane] = -__builtin_inff();
+      v = load(lanes);
+    }
+    sum[0] = sum[0] + exp(v);
+  }
+  const float total = reduce_add(sum[0] + sum[1]);
+  const VecF rescale = exp(broadcast(old) - shift);
+  top->sum = top->sum * rescale[0] + total;
+  top->maximum = maximum;
+}
+
+}  // namespace
+
+extern const TopScoresKernels top_scores_kernels = {&scan};
+
+}  // namespace transformer_ext::TRANSFORMER_EXT_ISA
