@@ -58,9 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     if command not in available():
         print(f"transformer-ext: no command {command!r}\n\n{_usage()}", file=sys.stderr)
         return 2
-    # The modules read sys.argv, as under `python -m`; their help then shows this name.
-    sys.argv = [f"transformer-ext {command}", *rest]
-    return importlib.import_module(f"transformer_ext.{command}").main() or 0
+    return importlib.import_module(f"transformer_ext.{command}").main(rest) or 0
 
 
 if __name__ == "__main__":

@@ -59,9 +59,10 @@ def repair_command() -> str:
     """The command that makes the compiled part fit."""
     if _IS_SOURCE_TREE:
         command = "pip install ."
-        for preset in _PRESETS:
-            if (_ROOT / "build" / preset).is_dir():
-                command = f"cmake --preset {preset} && cmake --build --preset {preset}"
+        found = find_compiled()
+        if found is not None and found.folder.is_relative_to(_ROOT / "build"):
+            preset = found.folder.parent.name
+            command = f"cmake --preset {preset} && cmake --build --preset {preset}"
         return f"cd {shlex.quote(str(_ROOT))} && {command}"
     return "pip install --force-reinstall --no-deps <the folder of the repository>"
 
