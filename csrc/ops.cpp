@@ -17,8 +17,10 @@ STABLE_TORCH_LIBRARY(transformer_ext, m) {
 
   // The float32 product of csrc/gemm, with weights in the order of its kernel or as they lie.
   m.def("gemm_pack(Tensor weight) -> Tensor");
-  m.def("gemm_linear(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor");
-  m.def("gemm_matmul(Tensor a, Tensor b) -> Tensor");
+  m.def("gemm_panel_columns() -> int");
+  m.def(
+      "gemm_linear_(Tensor(a!) out, Tensor x, Tensor packed, Tensor? bias, bool accumulate) -> ()");
+  m.def("gemm_matmul_(Tensor(a!) out, Tensor a, Tensor b, bool accumulate) -> ()");
 
   // Packed: query [rows, heads, head_dim], output alike, lse [heads, rows]. Padded: query [batch,
   // heads, length, head_dim], output [batch, length, heads, head_dim], lse [batch, heads, length].

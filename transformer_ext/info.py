@@ -132,10 +132,9 @@ def _cuda_devices(torch: Any, ops: _native.LoadedOps, architectures: str) -> lis
 
 
 def _gemm() -> Any:
-    from transformer_ext.ops import linear
+    from transformer_ext.ops.linear import gemm_choices
 
-    choice = getattr(linear, "gemm_choice", None)
-    return choice() if choice is not None else {}
+    return gemm_choices()
 
 
 def _torch(problems: list[str], architectures: str) -> dict[str, Any]:

@@ -15,46 +15,55 @@ Tensor gemm_pack_op(const Tensor& weight) {
   return packed;
 }
 
-Tensor gemm_linear_op(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
-                      int64_t out_features) {
-  check_dim(x, "x", 2);
-  STD_TORCH_CHECK(out_features >= 0, "out_features: got ", out_features, ", expected >= 0");
-  const int64_t m = x.size(0), k = x.size(1);
-  check_shape(packed, "packed", {gemm_packed_size(out_features, k)});
-  check_contiguous(packed, "packed");
-  if (bias) {
-    check_shape(*bias, "bias", {out_features});
-    check_contiguous(*bias, "bias");
-  }
-  Tensor y = empty({m, out_features}, ScalarType::Float, x);
-  TorchParallel parallel;
-  gemm(GemmArguments{data<float>(x, "x"), m, x.stride(0), x.stride(1),
-                     PackedView{data<float>(packed, "packed"), out_features, k}, nullptr, 0,
-                     data_or_null<float>(bias, "bias"), mutable_data<float>(y, "y"), out_features,
-                     Epilogue{}},
-       parallel);
-  return y;
+// The leading dimension of a matrix with its columns side by side.
+int64_t leading_dimension(const Tensor& x, const char* argument) {
+  STD_TORCH_CHECK(x.size(1) <= 1 || x.stride(1) == 1, argument, ": got a column stride of ",
+                  x.stride(1), ", expected 1");
+  return x.stride(0);
 }
 
-Tensor gemm_matmul_op(const Tensor& a, const Tensor& b) {
-  check_dim(a, "a", 2);
-  const int64_t m = a.size(0), k = a.size(1);
-  check_shape(b, "b", {k, -1});
-  const int64_t n = b.size(1);
-  STD_TORCH_CHECK(n <= 1 || b.stride(1) == 1, "b: got a column stride of ", b.stride(1),
-                  ", expected 1");
-  Tensor y = empty({m, n}, ScalarType::Float, a);
+void gemm_linear_op(const Tensor& out, const Tensor& x, const Tensor& packed,
+                    const std::optional<Tensor>& bias, bool accumulate) {
+  check_dim(out, "out", 2);
+  check_shape(x, "x", {out.size(0), -1});
+  const int64_t n = out.size(1), k = x.size(1);
+  check_shape(packed, "packed", {gemm_packed_size(n, k)});
+  check_contiguous(packed, "packed");
+  if (bias) {
+    check_shape(*bias, "bias", {n});
+    check_contiguous(*bias, "bias");
+  }
+  Epilogue epilogue;
+  epilogue.accumulate = accumulate;
   TorchParallel parallel;
-  gemm_matmul(data<float>(a, "a"), m, a.stride(0), a.stride(1), data<float>(b, "b"), n, k,
-              b.stride(0), mutable_data<float>(y, "y"), n, Epilogue{}, parallel);
-  return y;
+  gemm(GemmArguments{data<float>(x, "x"), x.size(0), x.stride(0), x.stride(1),
+                     PackedView{data<float>(packed, "packed"), n, k}, nullptr, 0,
+                     data_or_null<float>(bias, "bias"), mutable_data<float>(out, "out"),
+                     leading_dimension(out, "out"), epilogue},
+       parallel);
+}
+
+void gemm_matmul_op(const Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
+  check_dim(out, "out", 2);
+  check_shape(a, "a", {out.size(0), -1});
+  check_shape(b, "b", {a.size(1), out.size(1)});
+  Epilogue epilogue;
+  epilogue.accumulate = accumulate;
+  TorchParallel parallel;
+  gemm_matmul(data<float>(a, "a"), a.size(0), a.stride(0), a.stride(1), data<float>(b, "b"),
+              b.size(1), a.size(1), leading_dimension(b, "b"), mutable_data<float>(out, "out"),
+              leading_dimension(out, "out"), epilogue, parallel);
 }
 
 }  // namespace
 }  // namespace transformer_ext
 
+STABLE_TORCH_LIBRARY_IMPL(transformer_ext, CompositeExplicitAutograd, m) {
+  m.impl("gemm_panel_columns", TORCH_BOX(&transformer_ext::gemm_panel_columns));
+}
+
 STABLE_TORCH_LIBRARY_IMPL(transformer_ext, CPU, m) {
   m.impl("gemm_pack", TORCH_BOX(&transformer_ext::gemm_pack_op));
-  m.impl("gemm_linear", TORCH_BOX(&transformer_ext::gemm_linear_op));
-  m.impl("gemm_matmul", TORCH_BOX(&transformer_ext::gemm_matmul_op));
+  m.impl("gemm_linear_", TORCH_BOX(&transformer_ext::gemm_linear_op));
+  m.impl("gemm_matmul_", TORCH_BOX(&transformer_ext::gemm_matmul_op));
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,100 @@ from torch import Tensor
 from torch.nn import functional
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-__all__ = ["forget_copies", "linear", "linear_reference", "weight_for"]
+from transformer_ext._native import load_ops
+from transformer_ext.ops._backend import has_kernel, use_compiled
+
+__all__ = [
+    "forget_copies",
+    "gemm_choices",
+    "linear",
+    "linear_reference",
+    "product",
+    "product_input",
+    "product_weight",
+    "weight_for",
+]
+
+
+@dataclass(frozen=True)
+class _Choice:
+    product: str  # forward: x W^T; input: dy W; weight: dy^T x
+    dtype: torch.dtype
+    isas: tuple[str, ...]
+    library: str  # "transformer_ext": csrc/gemm; "torch": whatever torch's dispatcher takes
+    reason: str
+
+
+# Which library multiplies on a CPU, the first that fits. Everything else, and every other device,
+# is torch's. Measured by benchmarks/linear.py; the figures are of 2 cores of a Zen 5.
+_VECTORS = ("avx2", "avx512", "avx512_bf16")
+_CHOICES = (
+    _Choice(
+        "forward",
+        torch.float32,
+        _VECTORS,
+        "transformer_ext",
+        "2.2 times MKL, 3 times for one row; the same bits for a row in any batch",
+    ),
+    _Choice(
+        "input",
+        torch.float32,
+        _VECTORS,
+        "transformer_ext",
+        "2 times MKL; the same bits for any number of threads",
+    ),
+    _Choice(
+        "weight",
+        torch.float32,
+        _VECTORS,
+        "transformer_ext",
+        "2 times MKL; the same bits for any number of threads",
+    ),
+)
+
+
+def gemm_choices() -> list[dict[str, str]]:
+    """Which library does each matrix product on this machine's CPU, and why.
+
+    One row for each product (``forward``: x W^T, ``input``: dy W, ``weight``: dy^T x) and dtype:
+    keys ``product``, ``dtype``, ``library``, ``reason``.
+    """
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for name in ("forward", "input", "weight"):
+            choice = _choice(name, dtype)
+            rows.append(
+                {
+                    "product": name,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "library": "torch" if choice is None else choice.library,
+                    "reason": "the choice of torch's dispatcher"
+                    if choice is None
+                    else choice.reason,
+                }
+            )
+    return rows
+
+
+_chosen: dict[tuple[str, torch.dtype], _Choice | None] = {}
+
+
+def _choice(name: str, dtype: torch.dtype) -> _Choice | None:
+    key = (name, dtype)
+    if key not in _chosen:
+        isa = torch.ops.transformer_ext.isa() if has_kernel("gemm_matmul_", "cpu") else ""
+        fits = (c for c in _CHOICES if (c.product, c.dtype) == key and isa in c.isas)
+        _chosen[key] = next(fits, None)
+    return _chosen[key]
+
+
+def _ours(name: str, op: str, x: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and _choice(name, x.dtype) is not None
+        and not torch.is_grad_enabled()
+        and use_compiled(op, x)
+    )
 
 
 class _Copies:
@@ -94,18 +188,93 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     return functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
+def _pack(weight: Tensor, stale: Tensor | None) -> Tensor:
+    return torch.ops.transformer_ext.gemm_pack(weight)
+
+
+def product(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None
+) -> Tensor:
+    """``x @ weight.T + bias`` by the library that :func:`gemm_choices` names.
+
+    Args:
+        x: ``[rows, in]``. weight: ``[out, in]``, float32. bias: ``[out]``, float32.
+        out: ``[rows, out]`` in ``x.dtype``, overwritten.
+
+    Differentiable only while autograd records (then torch multiplies, and ``out`` is not allowed).
+    """
+    if (
+        weight.dtype == x.dtype
+        and not weight.is_inference()
+        and _ours("forward", "gemm_linear_", x)
+    ):
+        if out is None:
+            out = x.new_empty(x.shape[0], weight.shape[0])
+        packed = _copies.get(weight, "packed", _pack)
+        if bias is not None:
+            bias = bias.contiguous()
+        torch.ops.transformer_ext.gemm_linear_(out, x, packed, bias, False)
+        return out
+    columns = weight_for(weight, x.dtype).t()
+    if bias is None:
+        return torch.mm(x, columns, out=out)
+    return torch.addmm(weight_for(bias, x.dtype), x, columns, out=out)
+
+
+def product_input(grad: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """The gradient of :func:`product` with respect to ``x``: ``grad @ weight``.
+
+    Args:
+        grad: ``[rows, out]``. weight: ``[out, in]``, float32.
+        out: ``[rows, in]`` in ``grad.dtype``, overwritten.
+    """
+    if weight.dtype == grad.dtype and _ours("input", "gemm_matmul_", grad):
+        if out is None:
+            out = grad.new_empty(grad.shape[0], weight.shape[1])
+        torch.ops.transformer_ext.gemm_matmul_(out, grad, _rows(weight), False)
+        return out
+    return torch.mm(grad, weight_for(weight, grad.dtype), out=out)
+
+
+def product_weight(
+    grad: Tensor,
+    x: Tensor,
+    *,
+    dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
+    accumulate: bool = False,
+) -> Tensor:
+    """The gradient of :func:`product` with respect to ``weight``: ``grad.T @ x``.
+
+    Args:
+        grad: ``[rows, out]``. x: ``[rows, in]``, of the same dtype.
+        dtype: of the result.
+        out: ``[out, in]`` in ``dtype``; overwritten, or added to with ``accumulate``.
+    """
+    if dtype == torch.float32 and _ours("weight", "gemm_matmul_", x):
+        if out is None:
+            out = x.new_empty(grad.shape[1], x.shape[1], dtype=dtype)
+        torch.ops.transformer_ext.gemm_matmul_(out, grad.t(), _rows(x), accumulate)
+        return out
+    if out is None:
+        return torch.mm(grad.t(), x).to(dtype)
+    if x.dtype == dtype:
+        return torch.addmm(out, grad.t(), x, beta=int(accumulate), out=out)
+    result = torch.mm(grad.t(), x)
+    return out.add_(result) if accumulate else out.copy_(result)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``x``, copied unless its columns lie side by side."""
+    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        rows = x.reshape(-1, x.shape[-1])
-        columns = weight_for(weight, x.dtype).t()
-        if bias is None:
-            y = torch.mm(rows, columns)
-        else:
-            y = torch.addmm(weight_for(bias, x.dtype), rows, columns)
-        return y.view(*x.shape[:-1], weight.shape[0])
+        return _apply(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -113,13 +282,26 @@ class _Linear(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         grad_rows = grad.reshape(-1, grad.shape[-1])
         if ctx.needs_input_grad[0]:
-            grad_x = torch.mm(grad_rows, weight_for(weight, grad.dtype)).view(x.shape)
+            grad_x = product_input(grad_rows, weight).view(x.shape)
         if ctx.needs_input_grad[1]:
             rows = x.reshape(-1, x.shape[-1])
-            grad_weight = torch.mm(grad_rows.t(), rows).to(weight.dtype)
+            grad_weight = product_weight(grad_rows, rows, dtype=weight.dtype)
         if ctx.needs_input_grad[2]:
-            grad_bias = grad_rows.sum(0, dtype=ctx.bias_dtype)
+            grad_bias = _column_sum(grad_rows, ctx.bias_dtype)
         return grad_x, grad_weight, grad_bias
+
+
+def _column_sum(x: Tensor, dtype: torch.dtype) -> Tensor:
+    # torch sums columns at 1 to 2 GB/s here (bfloat16 [4096, 2048]: 73 ms).
+    if dtype == torch.float32 and not torch.is_grad_enabled() and use_compiled("column_sum_", x):
+        out = x.new_empty(x.shape[1], dtype=dtype)
+        torch.ops.transformer_ext.column_sum_(out, _rows(x), False)
+        return out
+    return x.sum(0, dtype=dtype)
+
+
+def _apply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -158,4 +340,28 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         x = x.to(torch.get_autocast_dtype(device))
     if torch.compiler.is_compiling():
         return linear_reference(x, weight, bias)
-    return _Linear.apply(x, weight, bias)
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return _Linear.apply(x, weight, bias)
+    with torch.no_grad():
+        return _apply(x, weight, bias)
+
+
+if load_ops():
+
+    @torch.library.register_fake("transformer_ext::gemm_pack")
+    def _pack_fake(weight: Tensor) -> Tensor:
+        columns = torch.ops.transformer_ext.gemm_panel_columns()
+        panels = (weight.shape[0] + columns - 1) // columns
+        return weight.new_empty(panels * columns * weight.shape[1])
+
+    @torch.library.register_fake("transformer_ext::gemm_linear_")
+    def _linear_fake(
+        out: Tensor, x: Tensor, packed: Tensor, bias: Tensor | None, accumulate: bool
+    ) -> None:
+        return None
+
+    @torch.library.register_fake("transformer_ext::gemm_matmul_")
+    def _matmul_fake(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
+        return None
