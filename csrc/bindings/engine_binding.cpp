@@ -3,6 +3,8 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <memory>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -16,6 +18,11 @@ using namespace engine;
 
 namespace {
 
+// A part of a model that the engine does not have.
+struct UnsupportedModel : std::invalid_argument {
+  using std::invalid_argument::invalid_argument;
+};
+
 using FloatArray = py::array_t<float, py::array::c_style>;
 
 // The value of a field with the given name among those that the engine knows.
@@ -27,8 +34,7 @@ T choose(const std::string& field, const std::string& value,
     if (value == name) return result;
     names += (names.empty() ? "" : ", ") + std::string(name);
   }
-  throw std::invalid_argument(field + " " + value + " is not known to the engine, which has " +
-                              names);
+  throw UnsupportedModel(field + " " + value + " is not known to the engine, which has " + names);
 }
 
 ModelConfig model_config(const py::dict& fields) {
@@ -93,6 +99,8 @@ std::unique_ptr<Engine> make_engine(const py::dict& config, const py::dict& weig
 }  // namespace
 
 void bind_engine(py::module_& m) {
+  py::register_exception<UnsupportedModel>(m, "UnsupportedModel", PyExc_ValueError);
+
   py::class_<Hypothesis>(m, "Hypothesis")
       .def_readonly("tokens", &Hypothesis::tokens)
       .def_readonly("score", &Hypothesis::score)

@@ -200,7 +200,7 @@ double NextTokens::log_sum(int64_t row) const {
   }
   const double result = maximum + std::log(sum);
   if (!std::isfinite(result)) {
-    throw std::runtime_error("the model's scores are not finite numbers (NaN or infinity)");
+    throw std::domain_error("the model's scores are not finite numbers (NaN or infinity)");
   }
   return result;
 }

@@ -57,7 +57,7 @@ class Decoder {
 class NextTokens {
  public:
   // For states [rows, width], at least `count` tokens a row (or the whole vocabulary). Throws
-  // std::runtime_error where the model's scores are not finite numbers.
+  // std::domain_error where the model's scores are not finite numbers.
   void find(const Model& model, const float* states, int64_t rows, int64_t count,
             Parallel& parallel);
 

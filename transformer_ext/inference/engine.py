@@ -67,7 +67,10 @@ class Engine:
             threads = compiled.default_threads()
         if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
             raise ValueError(f"threads: got {threads!r}, expected an integer of at least 1")
-        self._engine: Any = compiled.Engine(config.to_dict(), arrays, threads)
+        try:
+            self._engine: Any = compiled.Engine(config.to_dict(), arrays, threads)
+        except compiled.UnsupportedModel as error:
+            raise UnsupportedModelError(str(error)) from None
 
     @property
     def threads(self) -> int:

@@ -1,0 +1,306 @@
+"""The compiled engine on token ids: against the plain Python search on the torch model."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from transformer_ext.files import parameter_shapes  # noqa: E402
+from transformer_ext.inference.engine import Engine, UnsupportedModelError  # noqa: E402
+from transformer_ext.inference.options import SearchOptions  # noqa: E402
+from transformer_ext.inference.search import beam_search  # noqa: E402
+from transformer_ext.model.config import TransformerConfig  # noqa: E402
+from transformer_ext.model.transformer import Transformer  # noqa: E402
+
+VARIANTS = {
+    "the paper's": {},
+    "pre-norm": {"norm_first": True},
+    "pre-norm without final norm": {"norm_first": True, "final_norm": False},
+    "post-norm with final norm": {"final_norm": True},
+    "rms": {"norm": "rms", "norm_first": True, "layer_norm_eps": 1e-6},
+    "rms, post-norm": {"norm": "rms"},
+    "sinusoidal_halves": {"positions": "sinusoidal_halves"},
+    "learned": {"positions": "learned", "max_positions": 30},
+    "rope": {"positions": "rope"},
+    "no positions": {"positions": "none"},
+    "gelu": {"activation": "gelu"},
+    "gelu_tanh": {"activation": "gelu_tanh"},
+    "silu": {"activation": "silu"},
+    "swiglu": {"activation": "swiglu"},
+    "geglu": {"activation": "geglu"},
+    "reglu": {"activation": "reglu"},
+    "no bias": {"bias": False},
+    "output bias": {"output_bias": True},
+    "tie target": {"tie": "target", "src_vocab_size": 31},
+    "tie none": {"tie": "none", "src_vocab_size": 31, "output_bias": True},
+    "no scale": {"scale_embedding": False},
+    "embedding norm": {"embedding_norm": True},
+    "grouped heads": {"num_kv_heads": 2},
+    "one key head, rope": {"num_kv_heads": 1, "positions": "rope"},
+    "head_dim of its own": {"head_dim": 24},
+    "odd sizes": {"d_model": 36, "nhead": 3, "dim_feedforward": 51},
+    "unequal depth": {"num_encoder_layers": 3, "num_decoder_layers": 1},
+    "no layers": {"num_encoder_layers": 0, "num_decoder_layers": 0},
+    "special ids": {"pad_id": 36, "eos_id": 0, "bos_id": 1, "unk_id": 2, "decoder_start_id": 36},
+    "modern": {
+        "norm": "rms",
+        "norm_first": True,
+        "positions": "rope",
+        "activation": "swiglu",
+        "bias": False,
+        "num_kv_heads": 2,
+        "tie": "target",
+    },
+}
+
+
+def make_model(seed=0, **changes):
+    """A model of random weights, norms and biases included, that is sure enough of its tokens."""
+    torch.manual_seed(seed)
+    fields = dict(
+        src_vocab_size=37,
+        tgt_vocab_size=37,
+        d_model=32,
+        nhead=4,
+        num_encoder_layers=2,
+        num_decoder_layers=2,
+        dim_feedforward=48,
+    )
+    config = TransformerConfig(**{**fields, **changes})
+    model = Transformer(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.3)
+            elif "norm" in name:
+                parameter.normal_(mean=1.0, std=0.3)
+            elif "embedding" in name or "generator" in name:
+                parameter.mul_(2.0)
+    return model
+
+
+def weights_of(model):
+    state = model.state_dict()
+    return {name: state[name].numpy() for name in parameter_shapes(model.config)}
+
+
+def make_engine(model, threads=1):
+    return Engine(model.config, weights_of(model), threads=threads)
+
+
+def random_sources(model, count=6, longest=17, seed=0):
+    config = model.config
+    generator = np.random.default_rng(seed)
+    special = {config.pad_id, config.bos_id, config.eos_id, config.decoder_start_id}
+    words = [i for i in range(config.src_vocab_size) if i not in special]
+    lengths = generator.integers(1, longest, size=count)
+    return [[*generator.choice(words, size=n).tolist(), config.eos_id] for n in lengths]
+
+
+def assert_same(results, expected, tolerance=2e-5):
+    assert len(results) == len(expected)
+    for result, other in zip(results, expected, strict=True):
+        assert result.stop == other.stop and result.steps == other.steps
+        assert len(result.hypotheses) == len(other.hypotheses)
+        for mine, reference in zip(result.hypotheses, other.hypotheses, strict=True):
+            assert mine.tokens == reference.tokens
+            assert mine.ended == reference.ended
+            np.testing.assert_allclose(mine.score, reference.score, rtol=tolerance)
+            np.testing.assert_allclose(mine.log_prob, reference.log_prob, rtol=tolerance)
+            np.testing.assert_allclose(
+                mine.token_scores, reference.token_scores, rtol=10 * tolerance, atol=1e-5
+            )
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_finds_what_the_python_search_finds(variant):
+    model = make_model(**VARIANTS[variant])
+    engine = make_engine(model)
+    sources = random_sources(model)
+    for options in (
+        SearchOptions(num_hypotheses=3, max_length=14),
+        SearchOptions(beam_size=1, max_length=14),
+    ):
+        assert_same(engine.search(sources, options), beam_search(model, sources, options))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"beam_size": 7, "num_hypotheses": 7},
+        {"length_penalty": 0.0},
+        {"length_penalty": 1.4, "length_penalty_kind": "divide"},
+        {"length_penalty_kind": "none", "length_counts_eos": False},
+        {"early_stopping": "first", "num_hypotheses": 4},
+        {"min_length": 6, "num_hypotheses": 2},
+        {"min_length": 99, "num_hypotheses": 2},
+        {"max_length": 1, "num_hypotheses": 4},
+        {"max_length": None, "max_length_a": 0.5, "max_length_b": 2},
+        {"beam_size": 60, "num_hypotheses": 60, "max_length": 3},
+    ],
+)
+def test_options(changes):
+    model = make_model(seed=3)
+    sources = random_sources(model)
+    options = SearchOptions(**{"max_length": 15, **changes})
+    assert_same(make_engine(model).search(sources, options), beam_search(model, sources, options))
+
+
+def test_a_long_sentence():
+    model = make_model(seed=4, positions="rope")
+    sources = random_sources(model, count=1, longest=2) + [[5, 6] * 150 + [3]]
+    options = SearchOptions(beam_size=2, max_length=200, min_length=170)
+    assert_same(
+        make_engine(model).search(sources, options),
+        beam_search(model, sources, options),
+        tolerance=1e-4,
+    )
+
+
+def test_a_vocabulary_of_several_chunks():
+    model = make_model(seed=5, src_vocab_size=11000, tgt_vocab_size=11000)
+    sources = random_sources(model, count=3)
+    options = SearchOptions(beam_size=3, num_hypotheses=3, max_length=8)
+    assert_same(make_engine(model).search(sources, options), beam_search(model, sources, options))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_wide_beam_finds_what_exhaustive_search_finds(seed):
+    # Vocabulary: pad, unk, bos, eos and two words; unk can be said too.
+    model = make_model(seed, src_vocab_size=6, tgt_vocab_size=6)
+    engine = make_engine(model)
+    source, limit = [4, 5, 5, 3], 5
+    options = SearchOptions(
+        beam_size=3**limit, num_hypotheses=5, length_penalty=1.0, max_length=limit
+    )
+    found = []
+    for length in range(limit):
+        for tokens in itertools.product((1, 4, 5), repeat=length):
+            log_probs = engine.score([source], [[*tokens, 3]])[0]
+            found.append((sum(log_probs) / options.penalty(length, True), list(tokens)))
+    found.sort(key=lambda item: -item[0])
+    hypotheses = engine.search([source], options)[0].hypotheses
+    assert [h.tokens for h in hypotheses] == [tokens for _, tokens in found[:5]]
+    np.testing.assert_allclose([h.score for h in hypotheses], [score for score, _ in found[:5]])
+
+
+def test_scores_are_teacher_forced_scores():
+    model = make_model(seed=6)
+    engine = make_engine(model)
+    sources = random_sources(model)
+    for source, result in zip(
+        sources, engine.search(sources, num_options := SearchOptions(num_hypotheses=4)), strict=True
+    ):
+        assert len(result.hypotheses) == num_options.num_hypotheses
+        for hypothesis in result.hypotheses:
+            labels = hypothesis.tokens + [model.config.eos_id] * hypothesis.ended
+            # The same arithmetic on the same rows: equal to the last bit.
+            assert engine.score([source], [labels])[0] == hypothesis.token_scores
+            fed = [model.config.decoder_start_id, *labels[:-1]]
+            with torch.no_grad():
+                logits = model.logits(torch.tensor([source]), torch.tensor([fed]))[0]
+            expected = torch.log_softmax(logits, -1)[torch.arange(len(labels)), labels]
+            np.testing.assert_allclose(hypothesis.token_scores, expected, rtol=2e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["the paper's", "modern", "geglu", "learned"])
+def test_bitwise_the_same_in_any_batch_and_for_any_number_of_threads(variant):
+    model = make_model(seed=7, **VARIANTS[variant])
+    sources = random_sources(model, count=40, longest=25, seed=1)
+    options = SearchOptions(num_hypotheses=4, max_length=25)
+    expected = make_engine(model).search(sources, options, batch_size=1)
+    for threads in (1, 2, 4):
+        engine = make_engine(model, threads)
+        for batch_size in (3, 40):
+            assert engine.search(sources, options, batch_size=batch_size) == expected
+        assert engine.search(sources[::-1], options) == expected[::-1]
+
+
+def test_several_threads_on_one_engine():
+    model = make_model(seed=8)
+    engine = make_engine(model, threads=2)
+    options = SearchOptions(max_length=20)
+    batches = [random_sources(model, count=5, seed=seed) for seed in range(4)]
+    expected = [engine.search(batch, options) for batch in batches]
+    failures = []
+
+    def work(number):
+        for _ in range(5):
+            if engine.search(batches[number], options) != expected[number]:
+                failures.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_empty_sources():
+    model = make_model()
+    engine = make_engine(model)
+    assert engine.search([]) == []
+    results = engine.search([[], [5, 3], []])
+    assert [result.steps == 0 for result in results] == [True, False, True]
+    assert results[0].hypotheses[0].tokens == [] and results[0].hypotheses[0].ended
+    assert engine.score([[], [5, 3]], [[4, 3], []]) == [[], []]
+
+
+def test_weights_are_copied():
+    model = make_model()
+    weights = {name: array.copy() for name, array in weights_of(model).items()}
+    engine = Engine(model.config, weights, threads=1)
+    before = engine.search([[5, 6, 3]])
+    for array in weights.values():
+        array[:] = 0
+    assert engine.search([[5, 6, 3]]) == before
+
+
+def test_errors():
+    model = make_model(positions="learned", max_positions=12)
+    weights = weights_of(model)
+    engine = make_engine(model)
+    with pytest.raises(ValueError, match="source ids: got 37, expected 0 to 36"):
+        engine.search([[5, 37, 3]])
+    with pytest.raises(ValueError, match="13 tokens is longer than the 12 learned positions"):
+        engine.search([[5] * 13])
+    with pytest.raises(ValueError, match="target ids: got -1"):
+        engine.score([[5, 3]], [[-1]])
+    with pytest.raises(ValueError, match="targets: got 2, expected one for each of the 1"):
+        engine.score([[5, 3]], [[3], [3]])
+    with pytest.raises(ValueError, match="batch_size: got 0"):
+        engine.search([[5, 3]], batch_size=0)
+    assert len(engine.search([[5] * 12])[0].hypotheses) == 1
+    with pytest.raises(ValueError, match="threads: got 0"):
+        Engine(model.config, weights, threads=0)
+    name = "decoder.layers.1.self_attention.in_projection.weight"
+    with pytest.raises(ValueError, match=f"weight {name} is missing"):
+        Engine(model.config, {n: a for n, a in weights.items() if n != name}, threads=1)
+    with pytest.raises(ValueError, match=rf"weight {name}: got shape \[5, 2\]"):
+        Engine(model.config, {**weights, name: np.zeros((5, 2), np.float32)}, threads=1)
+    with pytest.raises(ValueError, match=f"weight {name}: got float64"):
+        Engine(model.config, {**weights, name: weights[name].astype(np.float64)}, threads=1)
+    with pytest.raises(UnsupportedModelError, match="does not know: 'encoder.adapter.weight'"):
+        Engine(model.config, {**weights, "encoder.adapter.weight": weights[name]}, threads=1)
+    config = TransformerConfig(**model.config.to_dict())
+    config.activation = "mish"
+    with pytest.raises(UnsupportedModelError, match="activation mish is not known to the engine"):
+        Engine(config, weights, threads=1)
+    engine.close()
+    with pytest.raises(ValueError, match="closed"):
+        engine.search([[5, 3]])
+
+
+def test_nan_weights_are_an_error():
+    model = make_model()
+    weights = weights_of(model)
+    name = "decoder.layers.1.feed_forward_norm.weight"
+    engine = Engine(model.config, {**weights, name: np.full_like(weights[name], np.nan)}, threads=2)
+    with pytest.raises(ValueError, match="not finite numbers"):
+        engine.search([[5, 3]])

@@ -1,0 +1,297 @@
+"""Text in, text out: tokenizer, compiled engine, tokenizer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, overload
+
+import numpy as np
+
+from transformer_ext.data.tokenizer import Tokenizer
+from transformer_ext.files import load_model_dir
+from transformer_ext.inference.engine import Engine
+from transformer_ext.inference.options import Hypothesis, SearchOptions, SearchResult
+from transformer_ext.model.config import TransformerConfig
+
+
+@dataclass(frozen=True)
+class TextHypothesis(Hypothesis):
+    """A hypothesis with its text.
+
+    Attributes:
+        text: the decoded tokens, always one line.
+    """
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Translation:
+    """The translation of one text.
+
+    Attributes:
+        text: of the best hypothesis.
+        tokens: its ids in the target vocabulary, without end of sentence.
+        score: its score, see :class:`transformer_ext.inference.options.Hypothesis`.
+        hypotheses: ``num_hypotheses`` of them, best first.
+    """
+
+    text: str
+    tokens: list[int]
+    score: float
+    hypotheses: list[TextHypothesis]
+
+
+class Translator:
+    """Translates with a model directory, on the CPU, without importing torch.
+
+    ::
+
+        with Translator("runs/my-model") as translator:
+            print(translator.translate("Click the button.").text)
+            for translation in translator.translate(lines, beam_size=8, num_hypotheses=3):
+                print(translation.text, translation.score)
+
+    One translator may be used by any number of threads at once.
+
+    Args:
+        model_dir: folder with ``config.json``, ``model.safetensors`` and the tokenizer.
+        threads: threads at work on one call; None takes as many as there are physical cores that
+            this process may use.
+        options: how to search where a call does not say otherwise; the defaults if None.
+
+    Attributes:
+        config: the architecture.
+        options: how to search where a call does not say otherwise.
+        source_tokenizer: of the source language.
+        target_tokenizer: of the target language.
+        max_train_length: longest sentence trained on, in tokens, where the model says so.
+
+    Raises:
+        FileError: something in the folder is missing, broken, or does not fit the rest.
+        UnsupportedModelError: the model has a part that the engine does not know.
+        ValueError: ``threads`` is below 1.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        threads: int | None = None,
+        *,
+        options: SearchOptions | None = None,
+    ) -> None:
+        model = load_model_dir(model_dir)
+        longest = model.training.get("max_train_length")
+        self._set_up(
+            Engine(model.config, model.weights, threads=threads),
+            model.source_tokenizer,
+            model.target_tokenizer,
+            longest if isinstance(longest, int) else None,
+            options,
+        )
+
+    @classmethod
+    def from_weights(
+        cls,
+        config: TransformerConfig,
+        weights: Mapping[str, np.ndarray],
+        source_tokenizer: Tokenizer,
+        target_tokenizer: Tokenizer | None = None,
+        *,
+        threads: int | None = None,
+        options: SearchOptions | None = None,
+    ) -> Translator:
+        """A translator of weights in memory, as of a model in training.
+
+        Args:
+            config: the architecture.
+            weights: float32 arrays by parameter name, as in ``model.safetensors``; copied.
+            source_tokenizer: of the source language.
+            target_tokenizer: of the target language; None: the same.
+            threads: see the class.
+            options: see the class.
+
+        Raises:
+            UnsupportedModelError, ValueError: see :class:`transformer_ext.inference.engine.Engine`.
+        """
+        translator = cls.__new__(cls)
+        translator._set_up(
+            Engine(config, weights, threads=threads),
+            source_tokenizer,
+            target_tokenizer or source_tokenizer,
+            None,
+            options,
+        )
+        return translator
+
+    def _set_up(
+        self,
+        engine: Engine,
+        source_tokenizer: Tokenizer,
+        target_tokenizer: Tokenizer,
+        max_train_length: int | None,
+        options: SearchOptions | None,
+    ) -> None:
+        self._engine = engine
+        self.config = engine.config
+        self.options = options or SearchOptions()
+        self.source_tokenizer = source_tokenizer
+        self.target_tokenizer = target_tokenizer
+        self.max_train_length = max_train_length
+
+    @property
+    def threads(self) -> int:
+        """Threads at work on one call."""
+        return self._engine.threads
+
+    def close(self) -> None:
+        """Give the memory back; the translator cannot be used afterwards."""
+        self._engine.close()
+
+    def __enter__(self) -> Translator:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Source ids of each text, end of sentence included; none for a text without tokens."""
+        eos = self.source_tokenizer.eos_id
+        return [[*ids, eos] if ids else [] for ids in self.source_tokenizer.encode_batch(texts)]
+
+    @overload
+    def translate(
+        self, text: str, options: SearchOptions | None = None, **changes: Any
+    ) -> Translation: ...
+
+    @overload
+    def translate(
+        self, text: Sequence[str], options: SearchOptions | None = None, **changes: Any
+    ) -> list[Translation]: ...
+
+    def translate(
+        self,
+        text: str | Sequence[str],
+        options: SearchOptions | None = None,
+        *,
+        batch_size: int = 64,
+        **changes: Any,
+    ) -> Translation | list[Translation]:
+        """Translate a text, or each of many.
+
+        A text longer than any that the model was trained on is translated like the others; one
+        warning says how many there were.
+
+        Args:
+            text: one text, or a sequence of them; each is one sentence for the model.
+            options: how to search; the translator's own if None.
+            batch_size: texts decoded together.
+            changes: single search options, as ``beam_size=8``.
+
+        Returns:
+            one :class:`Translation` for one text, a list for a sequence. A text without tokens
+            (empty, or white space) gives an empty one.
+
+        Raises:
+            ConfigError: an unknown search option, or a wrong value.
+            TypeError: neither a text nor a sequence of texts.
+            ValueError: a text longer than the learned positions of the model.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        for number, entry in enumerate(texts):
+            if not isinstance(entry, str):
+                raise TypeError(
+                    f"text: got {type(entry).__name__} at position {number}, "
+                    "expected a text or a sequence of texts"
+                )
+        sources = self.encode(texts)
+        over_long = self.count_over_long(sources)
+        if over_long:
+            warnings.warn(self.over_long_message(over_long), stacklevel=2)
+        results = self.translate_ids(sources, options, batch_size=batch_size, **changes)
+        translations = [self._translation(result) for result in results]
+        return translations[0] if isinstance(text, str) else translations
+
+    def translate_ids(
+        self,
+        sources: Sequence[Sequence[int]],
+        options: SearchOptions | None = None,
+        *,
+        batch_size: int = 64,
+        **changes: Any,
+    ) -> list[SearchResult]:
+        """:meth:`translate` on token ids.
+
+        Args:
+            sources: ids of each sentence, end of sentence included.
+            options: how to search; the translator's own if None.
+            batch_size: sentences decoded together.
+            changes: single search options.
+
+        Returns:
+            for each source, hypotheses of ids; an empty source gives one empty hypothesis.
+
+        Raises:
+            ConfigError, ValueError: see :meth:`translate`; an id that is not in the vocabulary.
+        """
+        options = (options or self.options).replace(**changes)
+        return self._engine.search(sources, options, batch_size=batch_size)
+
+    def score(
+        self, sources: Sequence[str], targets: Sequence[str], *, batch_size: int = 64
+    ) -> list[list[float]]:
+        """Log-probability of each token of given translations, the end of sentence's last.
+
+        Args:
+            sources: source texts.
+            targets: a translation of each.
+            batch_size: pairs scored together.
+
+        Returns:
+            natural logarithms, one for each token of the target and one for the end of sentence;
+            none for an empty source.
+
+        Raises:
+            ValueError: the numbers of sources and targets differ, or a text is longer than the
+                learned positions of the model.
+        """
+        eos = self.config.eos_id
+        ids = [[*target, eos] for target in self.target_tokenizer.encode_batch(targets)]
+        return self._engine.score(self.encode(sources), ids, batch_size=batch_size)
+
+    def count_over_long(self, sources: Sequence[Sequence[int]]) -> int:
+        """How many sources are longer than any sentence that the model was trained on."""
+        longest = self.max_train_length
+        return 0 if longest is None else sum(len(source) > longest for source in sources)
+
+    def over_long_message(self, count: int) -> str:
+        """The warning for so many."""
+        lines = "1 text is" if count == 1 else f"{count} texts are"
+        return (
+            f"{lines} longer than any that this model was trained on ({self.max_train_length} "
+            "tokens); the translation may be poor: give it one sentence at a time"
+        )
+
+    def _translation(self, result: SearchResult) -> Translation:
+        hypotheses = [
+            TextHypothesis(
+                h.tokens,
+                h.score,
+                h.log_prob,
+                h.token_scores,
+                h.ended,
+                self.target_tokenizer.decode(h.tokens),
+            )
+            for h in result.hypotheses
+        ]
+        best = hypotheses[0]
+        return Translation(best.text, best.tokens, best.score, hypotheses)
