@@ -153,8 +153,8 @@ def test_options(changes):
 
 def test_a_long_sentence():
     model = make_model(seed=4, positions="rope")
-    sources = random_sources(model, count=1, longest=2) + [[5, 6] * 150 + [3]]
-    options = SearchOptions(beam_size=2, max_length=200, min_length=170)
+    sources = random_sources(model, count=1, longest=2) + [[5, 6] * 80 + [3]]
+    options = SearchOptions(beam_size=2, max_length=90, min_length=80)
     assert_same(
         make_engine(model).search(sources, options),
         beam_search(model, sources, options),

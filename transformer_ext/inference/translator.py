@@ -148,6 +148,11 @@ class Translator:
         """Threads at work on one call."""
         return self._engine.threads
 
+    @property
+    def longest_source(self) -> int | None:
+        """Longest source that can be translated, in tokens; None: any."""
+        return self._engine.positions
+
     def close(self) -> None:
         """Give the memory back; the translator cannot be used afterwards."""
         self._engine.close()
@@ -218,7 +223,7 @@ class Translator:
         if over_long:
             warnings.warn(self.over_long_message(over_long), stacklevel=2)
         results = self.translate_ids(sources, options, batch_size=batch_size, **changes)
-        translations = [self._translation(result) for result in results]
+        translations = [self.translation(result) for result in results]
         return translations[0] if isinstance(text, str) else translations
 
     def translate_ids(
@@ -281,7 +286,8 @@ class Translator:
             "tokens); the translation may be poor: give it one sentence at a time"
         )
 
-    def _translation(self, result: SearchResult) -> Translation:
+    def translation(self, result: SearchResult) -> Translation:
+        """A result of :meth:`translate_ids` as text."""
         hypotheses = [
             TextHypothesis(
                 h.tokens,

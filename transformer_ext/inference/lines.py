@@ -1,0 +1,85 @@
+"""Lines of text in, for the commands: in blocks, as soon as they are there."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import select
+from collections.abc import Iterable, Iterator
+
+from transformer_ext.data.corpus import read_lines
+
+
+class TextLines:
+    """Decodes lines, and counts those that are not UTF-8.
+
+    Only ``\\n`` ends a line; a ``\\r`` before it is dropped. Bytes that are not UTF-8 become U+FFFD.
+
+    Attributes:
+        undecodable: lines in which bytes were replaced.
+    """
+
+    def __init__(self) -> None:
+        self.undecodable = 0
+
+    def decode(self, line: bytes) -> str:
+        """One line, without its end."""
+        try:
+            return line.decode("utf-8")
+        except UnicodeDecodeError:
+            self.undecodable += 1
+            return line.decode("utf-8", errors="replace")
+
+    def read(self, path: str) -> list[str]:
+        """All lines of a file: plain, gzip or xz.
+
+        Raises:
+            CorpusError: it cannot be read.
+        """
+        return [self.decode(line) for line in read_lines(path)]
+
+    def file_blocks(self, paths: Iterable[str], limit: int) -> Iterator[list[str]]:
+        """The lines of files, ``limit`` at a time."""
+        lines = (self.decode(line) for path in paths for line in read_lines(path))
+        while block := list(itertools.islice(lines, limit)):
+            yield block
+
+    def stream_blocks(self, descriptor: int, limit: int) -> Iterator[list[str]]:
+        """The lines of a pipe or terminal, in blocks of at most ``limit``.
+
+        A block is what has come by the time it is asked for, one line at least: whoever sends a
+        line and waits for the answer gets it.
+
+        Args:
+            descriptor: of the open stream.
+            limit: most lines held.
+        """
+        rest = b""
+        ended = False
+        first = True
+        while not ended or rest:
+            while not ended and (
+                b"\n" not in rest or (_ready(descriptor) and rest.count(b"\n") < limit)
+            ):
+                # Bounded, so that lines already read never exceed the limit by much.
+                chunk = os.read(descriptor, 1 << 16)
+                ended = not chunk
+                rest += chunk
+            if first and rest.startswith(b"\xef\xbb\xbf"):
+                rest = rest[3:]
+            first = False
+            *lines, rest = rest.split(b"\n", limit)
+            if ended and rest and len(lines) < limit:
+                lines.append(rest)
+                rest = b""
+            if lines:
+                yield [self.decode(line.removesuffix(b"\r")) for line in lines]
+
+
+def _ready(descriptor: int) -> bool:
+    """Whether a read would return at once."""
+    try:
+        return bool(select.select([descriptor], [], [], 0)[0])
+    except (OSError, ValueError):
+        # Where files cannot be asked (Windows), each line is taken by itself.
+        return False
