@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from transformer_ext._native import load_ops
 from transformer_ext.ops._backend import use_compiled
-from transformer_ext.ops.linear import weight_for
+from transformer_ext.ops.linear import product, product_input, product_weight
 
 __all__ = [
     "LossOutput",
@@ -243,6 +243,7 @@ def _check_range(targets: Tensor, vocabulary: int) -> None:
         )
 
 
+@torch.no_grad()
 def _linear_cross_entropy_cpu(
     x: Tensor,
     weight: Tensor,
@@ -283,7 +284,6 @@ def _linear_cross_entropy_cpu(
     if bias is not None:
         bias = bias.contiguous()
 
-    projection = weight_for(weight, x.dtype)
     scale = None if divisor is None else divisor.reciprocal()
     chunk = _chunk_rows(rows, vocabulary, x.element_size())
     for begin in range(0, rows, chunk):
@@ -291,7 +291,7 @@ def _linear_cross_entropy_cpu(
         part = rows_x[begin:end]
         logits = _workspace("logits", chunk * vocabulary, x.dtype, x.device)
         logits = logits[: (end - begin) * vocabulary].view(end - begin, vocabulary)
-        torch.mm(part, projection.t(), out=logits)
+        product(part, weight, out=logits)
         sums += ops.cross_entropy_(
             logits,
             bias,
@@ -303,23 +303,17 @@ def _linear_cross_entropy_cpu(
         )
         if want_weight:
             if x.dtype == weight.dtype:
-                torch.addmm(
-                    grad_weight,
-                    logits.t(),
-                    part,
-                    beta=0 if begin == 0 else 1,
-                    out=grad_weight,
-                )
+                product_weight(logits, part, out=grad_weight, accumulate=begin > 0)
             else:
-                product = _workspace("weight", vocabulary * features, x.dtype, x.device)
-                product = product.view(vocabulary, features)
-                torch.mm(logits.t(), part, out=product)
+                term = _workspace("weight", vocabulary * features, x.dtype, x.device)
+                term = term.view(vocabulary, features)
+                product_weight(logits, part, dtype=x.dtype, out=term)
                 if begin == 0:
-                    grad_weight.copy_(product)
+                    grad_weight.copy_(term)
                 else:
-                    ops.add_bfloat16_(grad_weight, product)
+                    ops.add_bfloat16_(grad_weight, term)
         if want_x:
-            torch.mm(logits, projection, out=rows_grad[begin:end])
+            product_input(logits, weight, out=rows_grad[begin:end])
         if want_bias:
             ops.column_sum_(grad_bias, logits, begin > 0)
 

@@ -1,0 +1,38 @@
+#include <benchmark/benchmark.h>
+
+#include <vector>
+
+#include "common/bfloat16.h"
+#include "common/thread_pool.h"
+#include "softmax/softmax.h"
+
+namespace transformer_ext {
+namespace {
+
+// Scores of attention: 32 sentences, 8 heads, 128 queries, keys by argument.
+template <class T>
+void softmax(benchmark::State& state, bool backward) {
+  const int64_t rows = 32 * 8 * 128, keys = state.range(0);
+  std::vector<T> x(rows * keys, from_float<T>(0.5f)), out(x.size()), grad_x(x.size());
+  const SoftmaxType type = std::is_same_v<T, float> ? SoftmaxType::float32 : SoftmaxType::bfloat16;
+  ThreadPool pool;
+  softmax_kernels().forward({x.data(), out.data(), rows, keys, {}, false}, type, pool);
+  for (auto _ : state) {
+    if (backward) {
+      softmax_kernels().backward({x.data(), out.data(), grad_x.data(), rows, keys, false}, type,
+                                 pool);
+    } else {
+      softmax_kernels().forward({x.data(), out.data(), rows, keys, {}, false}, type, pool);
+    }
+  }
+  state.SetBytesProcessed(state.iterations() * static_cast<int64_t>(x.size() * sizeof(T)) *
+                          (backward ? 3 : 2));
+}
+
+BENCHMARK_CAPTURE(softmax<float>, forward, false)->Arg(32)->Arg(128)->UseRealTime();
+BENCHMARK_CAPTURE(softmax<float>, backward, true)->Arg(32)->Arg(128)->UseRealTime();
+BENCHMARK_CAPTURE(softmax<bfloat16>, forward, false)->Arg(32)->Arg(128)->UseRealTime();
+BENCHMARK_CAPTURE(softmax<bfloat16>, backward, true)->Arg(32)->Arg(128)->UseRealTime();
+
+}  // namespace
+}  // namespace transformer_ext
