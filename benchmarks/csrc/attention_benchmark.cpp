@@ -24,7 +24,7 @@ struct Problem {
         grad_qkv(qkv.size()),
         out(static_cast<size_t>(rows * width)),
         grad_out(fill(rows * width)),
-        lse(static_cast<size_t>(rows * heads)),
+        statistics(static_cast<size_t>(2 * rows * heads)),
         ends(static_cast<size_t>(batch + 1)) {
     for (int64_t b = 0; b <= batch; ++b) {
       ends[static_cast<size_t>(b)] = static_cast<int32_t>(b * length);
@@ -46,7 +46,7 @@ struct Problem {
     args.grad_query = slice(grad_qkv, 3, 0);
     args.grad_key = slice(grad_qkv, 3, 1);
     args.grad_value = slice(grad_qkv, 3, 2);
-    args.lse = lse.data();
+    args.statistics = statistics.data();
     pairs = static_cast<double>(rows * length * heads) * (causal ? 0.5 : 1.0);
   }
 
@@ -63,7 +63,7 @@ struct Problem {
   int64_t rows;
   int64_t width;
   std::vector<T> qkv, grad_qkv, out, grad_out;
-  std::vector<float> lse;
+  std::vector<float> statistics;
   std::vector<int32_t> ends;
   AttentionBackwardArgs args;
   double pairs;

@@ -1,8 +1,10 @@
 // Scaled dot-product attention ("Attention Is All You Need", section 3.2.1), forward and backward,
 // for packed and padded batches, without a [length, length] matrix in memory.
 //
-// Backward makes the weights again from the scores and the saved logarithm of their row sums (lse),
-// tile by tile, as in FlashAttention-2 (T. Dao, 2023, section 3.1).
+// Backward makes the weights again, tile by tile, from the scores and two saved numbers a row, as
+// in FlashAttention (T. Dao et al., 2022, section 3.1): the maximum and the inverse of the sum of
+// the exponentials. (One number, the logarithm of the sum, would be less exact: its own rounding
+// error grows with the scores.)
 #pragma once
 
 #include <cstdint>
@@ -49,9 +51,9 @@ struct AttentionArgs {
   Dropout dropout;  // row = query token * heads + head, column = key in its sequence
 
   AttentionTensor query, key, value, out;
-  // [heads, rows] (packed) or [batch, heads, query_length] (padded); +inf where a query may attend
-  // to nothing.
-  float* lse = nullptr;
+  // Maximum and inverse sum, both 0 where a query may attend to nothing: [2, heads, rows] (packed)
+  // or [2, batch, heads, query_length] (padded). Slack rows are left undefined.
+  float* statistics = nullptr;
 };
 
 struct AttentionBackwardArgs : AttentionArgs {

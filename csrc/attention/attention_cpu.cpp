@@ -155,13 +155,13 @@ inline VecF load_first(const T* p, int64_t n) {
 
 // live: null, or a 0 for each row that counts as 0 whatever stands in it.
 template <class T>
-void pack_rows(const T* source, int64_t stride, int64_t rows, int64_t head_dim, float factor,
-               const uint8_t* live, Rows to) {
+void pack_rows(const T* source, int64_t stride, int64_t rows, int64_t head_dim, const uint8_t* live,
+               Rows to) {
   for (int64_t r = 0; r < rows; ++r) {
     const bool dead = live != nullptr && !live[r];
     for (int64_t d = 0; d < head_dim; d += kW) {
       store(to.data + r * to.stride + d,
-            dead ? zero() : load_first(source + r * stride + d, head_dim - d) * factor);
+            dead ? zero() : load_first(source + r * stride + d, head_dim - d));
     }
   }
 }
@@ -271,31 +271,15 @@ inline VecF exp_nonpositive(VecF value) {
 inline VecF exp_nonpositive(VecF x) { return exp(x); }
 #endif
 
-// Natural logarithm of normal positive numbers, relative error of about 1e-7 of max(1, |result|):
-// the row sums lie between 1 and the number of keys.
-inline VecF log_of_sum(VecF x) {
-  const VecI bits = (VecI)x;
-  // Mantissa in [sqrt(1/2), sqrt(2)).
-  const VecI exponent = (bits - 0x3f3504f3) >> 23;
-  const VecF m = (VecF)(bits - (exponent << 23));
-  const VecF s = (m - 1.0f) / (m + 1.0f);
-  const VecF z = s * s;
-  VecF p = broadcast(2.0f / 9.0f);
-  p = p * z + (2.0f / 7.0f);
-  p = p * z + (2.0f / 5.0f);
-  p = p * z + (2.0f / 3.0f);
-  p = p * z + 2.0f;
-  return __builtin_convertvector(exponent, VecF) * 0.693147181f + p * s;
-}
-
 // The score of W keys, -inf where the query may not attend to them.
 struct ScoreRow {
-  const float* scores;
+  const float* scores;  // before scaling
+  float scale;
   const float* addend;  // null, or bias, and -inf where masked
   int64_t limit;        // keys from there on are masked
 
   VecF operator()(int64_t j) const {
-    VecF x = load(scores + j);
+    VecF x = load(scores + j) * scale;
     if (addend != nullptr) {
       const VecF add = load(addend + j);
       x = select(add == -kInfinity, add, x + add);
@@ -351,8 +335,16 @@ inline T* at(const AttentionTensor& t, int64_t batch, int64_t token, int64_t hea
          head * t.head_stride;
 }
 
-inline float* lse_of(const AttentionArgs& a, const Sequence& s, int64_t head) {
-  return a.lse + (s.batch * a.heads + head) * a.query_length + s.query_row;
+// Of one head, by query.
+struct Statistics {
+  float* maximum;
+  float* inverse_sum;
+};
+
+Statistics statistics_of(const AttentionArgs& a, const Sequence& s, int64_t head) {
+  const int64_t entries = a.cu_seqlens_q == nullptr ? a.batch : 1;
+  float* p = a.statistics + (s.batch * a.heads + head) * a.query_length + s.query_row;
+  return {p, p + entries * a.heads * a.query_length};
 }
 
 Addend addend_of(const AttentionArgs& a, int64_t b, int64_t head) {
@@ -437,7 +429,7 @@ void forward_task(const AttentionArgs& a, int64_t b, int64_t kv_head, int64_t qu
 
   for (int64_t g = 0; g < group; ++g) {
     pack_rows(at<const T>(a.query, s.batch, s.query_row + q0, kv_head * group + g),
-              a.query.token_stride, queries, head_dim, a.scale, nullptr,
+              a.query.token_stride, queries, head_dim, nullptr,
               {packed_query + g * queries * row_size, row_size});
   }
   for (int64_t i = 0; i < round_up(group * queries); ++i) {
@@ -452,7 +444,7 @@ void forward_task(const AttentionArgs& a, int64_t b, int64_t kv_head, int64_t qu
     pack_transposed(at<const T>(a.key, s.batch, s.key_row + k0, kv_head), a.key.token_stride, n,
                     head_dim, use, packed_key);
     pack_rows(at<const T>(a.value, s.batch, s.key_row + k0, kv_head), a.value.token_stride, n,
-              head_dim, 1.0f, use, packed_value);
+              head_dim, use, packed_value);
 
     for (int64_t g = 0; g < group; ++g) {
       const int64_t head = kv_head * group + g;
@@ -474,7 +466,7 @@ void forward_task(const AttentionArgs& a, int64_t b, int64_t kv_head, int64_t qu
           const int64_t query = q0 + r0 + r;
           const int64_t limit = a.causal ? larger(0, smaller(n, diagonal + r + 1)) : n;
           if (addend.any()) addend.fill(query, k0, n, addend_row);
-          const ScoreRow score{row, addend.any() ? addend_row : nullptr, limit};
+          const ScoreRow score{row, a.scale, addend.any() ? addend_row : nullptr, limit};
           VecF most = broadcast(-kInfinity);
           for (int64_t j = 0; j < limit; j += kW) most = max(score(j), most);
           const float before = maximum[first + r];
@@ -510,22 +502,19 @@ void forward_task(const AttentionArgs& a, int64_t b, int64_t kv_head, int64_t qu
 
   for (int64_t g = 0; g < group; ++g) {
     const int64_t head = kv_head * group + g;
-    float* lse = lse_of(a, s, head) + q0;
+    const Statistics statistics = statistics_of(a, s, head);
     for (int64_t r = 0; r < queries; ++r) {
       const int64_t i = g * queries + r;
       T* to = at<T>(a.out, s.batch, s.query_row + q0 + r, head);
-      if (sum[i] == 0.0f) {
+      const bool dead = sum[i] == 0.0f;
+      const float inverse = dead ? 0.0f : 1.0f / sum[i];
+      statistics.maximum[q0 + r] = dead ? 0.0f : maximum[i];
+      statistics.inverse_sum[q0 + r] = inverse;
+      if (dead) {
         std::memset(to, 0, static_cast<size_t>(head_dim) * sizeof(T));
       } else {
-        store_row(to, out + i * row_size, head_dim, a.dropout.scale / sum[i]);
+        store_row(to, out + i * row_size, head_dim, a.dropout.scale * inverse);
       }
-    }
-    for (int64_t r = 0; r < queries; r += kW) {
-      const int64_t i = g * queries + r;
-      const VecF total = load(sum + i);
-      const VecF x =
-          select(total == 0.0f, broadcast(kInfinity), load(maximum + i) + log_of_sum(total));
-      store_partial(lse + r, x, smaller(kW, queries - r));
     }
   }
 }
@@ -606,26 +595,26 @@ void backward_task(const AttentionBackwardArgs& a, const BackwardTask& task) {
       pack_transposed(k_rows, a.key.token_stride, n, head_dim, use, key);
       pack_transposed(v_rows, a.value.token_stride, n, head_dim, use, value);
       if (task.grad_query) {
-        pack_rows(k_rows, a.key.token_stride, n, head_dim, 1.0f, use, key_rows);
+        pack_rows(k_rows, a.key.token_stride, n, head_dim, use, key_rows);
       }
     }
     bool first_tile = true;
     for (int64_t h = 0; h < task.heads; ++h) {
       const int64_t head = task.first_head + h;
       const Addend addend = addend_of(a, s.batch, head);
-      const float* lse = lse_of(a, s, head);
+      const Statistics statistics = statistics_of(a, s, head);
       for (int64_t r0 = q_begin; r0 < q_end; r0 += kBackwardRows) {
         const int64_t rows = smaller(kBackwardRows, q_end - r0);
         const int64_t diagonal = r0 - k0;
         const int64_t columns = a.causal ? smaller(n, diagonal + rows) : n;
         const int64_t end = round_up(columns);
 
-        for (int64_t r = 0; r < rows; ++r) live_queries[r] = lse[r0 + r] != kInfinity;
+        for (int64_t r = 0; r < rows; ++r) live_queries[r] = statistics.inverse_sum[r0 + r] != 0.0f;
         pack_rows(at<const T>(a.query, s.batch, s.query_row + r0, head), a.query.token_stride, rows,
-                  head_dim, a.scale, live_queries, query);
+                  head_dim, live_queries, query);
         const T* grad_rows = at<const T>(a.grad_out, s.batch, s.query_row + r0, head);
         const T* out_rows = at<const T>(a.out, s.batch, s.query_row + r0, head);
-        pack_rows(grad_rows, a.grad_out.token_stride, rows, head_dim, 1.0f, live_queries, grad_out);
+        pack_rows(grad_rows, a.grad_out.token_stride, rows, head_dim, live_queries, grad_out);
         for (int64_t r = 0; r < rows && !all_keys; ++r) {
           VecF dot = zero();
           for (int64_t d = 0; d < head_dim; d += kW) {
@@ -644,14 +633,15 @@ void backward_task(const AttentionBackwardArgs& a, const BackwardTask& task) {
           float* g_row = grad_scores + r * block;
           const int64_t limit = a.causal ? larger(0, smaller(n, diagonal + r + 1)) : n;
           if (addend.any()) addend.fill(r0 + r, k0, n, addend_row);
-          const ScoreRow score{p_row, addend.any() ? addend_row : nullptr, limit};
-          const float row_lse = lse[r0 + r];
+          const ScoreRow score{p_row, a.scale, addend.any() ? addend_row : nullptr, limit};
+          const float maximum = statistics.maximum[r0 + r];
+          const float inverse_sum = statistics.inverse_sum[r0 + r];
           const int64_t dropout_row = (s.token + r0 + r) * a.heads + head;
           uint64_t bits[kKeyBlock / 64];
           VecF dot = zero();
           int64_t j = 0;
           for (; j < limit; j += kW) {
-            const VecF p = exp_nonpositive(score(j) - row_lse);
+            const VecF p = exp_nonpositive(score(j) - maximum) * inverse_sum;
             VecF g = load(g_row + j);
             if (dropout) {
               if (j % 64 == 0) {
@@ -712,7 +702,7 @@ void backward_task(const AttentionBackwardArgs& a, const BackwardTask& task) {
           std::memset(to_key, 0, static_cast<size_t>(head_dim) * sizeof(T));
           std::memset(to_value, 0, static_cast<size_t>(head_dim) * sizeof(T));
         } else {
-          store_row(to_key, grad_key.data + r * row_size, head_dim, 1.0f);
+          store_row(to_key, grad_key.data + r * row_size, head_dim, a.scale);
           store_row(to_value, grad_value.data + r * row_size, head_dim, 1.0f);
         }
       }

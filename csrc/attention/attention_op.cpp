@@ -155,21 +155,22 @@ std::tuple<Tensor, Tensor> attention_forward(
   Tensor out =
       packed ? empty({a.query_length, a.heads, a.head_dim}, query.scalar_type(), query)
              : empty({a.batch, a.query_length, a.heads, a.head_dim}, query.scalar_type(), query);
-  Tensor lse = packed ? empty({a.heads, a.query_length}, ScalarType::Float, query)
-                      : empty({a.batch, a.heads, a.query_length}, ScalarType::Float, query);
+  Tensor statistics = packed
+                          ? empty({2, a.heads, a.query_length}, ScalarType::Float, query)
+                          : empty({2, a.batch, a.heads, a.query_length}, ScalarType::Float, query);
   a.out.data = out.mutable_data_ptr();
   a.out.batch_stride = a.query_length * a.heads * a.head_dim;
   a.out.token_stride = a.heads * a.head_dim;
   a.out.head_stride = a.head_dim;
-  a.lse = mutable_data<float>(lse, "lse");
+  a.statistics = mutable_data<float>(statistics, "statistics");
   TorchParallel parallel;
   attention_kernels().forward(a, parallel);
-  return {std::move(out), std::move(lse)};
+  return {std::move(out), std::move(statistics)};
 }
 
 // All tensors in the layout of query, key and value; the gradients may be slices of one buffer.
 void attention_backward(const Tensor& grad, const Tensor& query, const Tensor& key,
-                        const Tensor& value, const Tensor& out, const Tensor& lse,
+                        const Tensor& value, const Tensor& out, const Tensor& statistics,
                         const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
                         const OptionalTensor& key_lengths, const OptionalTensor& mask,
                         const OptionalTensor& bias, int64_t max_q, int64_t max_k, bool causal,
@@ -187,15 +188,15 @@ void attention_backward(const Tensor& grad, const Tensor& query, const Tensor& k
   check_like(grad_key, "grad_key", key);
   check_like(grad_value, "grad_value", value);
   if (packed) {
-    check_shape(lse, "lse", {a.heads, a.query_length});
+    check_shape(statistics, "statistics", {2, a.heads, a.query_length});
   } else {
-    check_shape(lse, "lse", {a.batch, a.heads, a.query_length});
+    check_shape(statistics, "statistics", {2, a.batch, a.heads, a.query_length});
   }
-  check_contiguous(lse, "lse");
-  check_type(lse, "lse", ScalarType::Float);
+  check_contiguous(statistics, "statistics");
+  check_type(statistics, "statistics", ScalarType::Float);
   a.grad_out = view(grad, "grad", query, false);
   a.out = view(out, "out", query, false);
-  a.lse = static_cast<float*>(const_cast<void*>(lse.const_data_ptr()));
+  a.statistics = static_cast<float*>(const_cast<void*>(statistics.const_data_ptr()));
   a.grad_query = view(grad_query, "grad_query", query, true);
   a.grad_key = view(grad_key, "grad_key", query, true);
   a.grad_value = view(grad_value, "grad_value", query, true);

@@ -502,18 +502,18 @@ class _PaddedAttention(torch.autograd.Function):
     ) -> Tensor:
         lengths = (query.shape[2], key.shape[2])
         options = (*lengths, causal, scale, dropout_p, rng, site)
-        out, lse = torch.ops.transformer_ext.attention_forward(
+        out, statistics = torch.ops.transformer_ext.attention_forward(
             query, key, value, None, None, key_lengths, mask, bias, *options
         )
         out = out.transpose(1, 2)
-        ctx.save_for_backward(query, key, value, bias, mask, key_lengths, out, lse, rng)
+        ctx.save_for_backward(query, key, value, bias, mask, key_lengths, out, statistics, rng)
         ctx.options = (causal, scale, dropout_p, site)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, bias, mask, key_lengths, out, lse, rng = ctx.saved_tensors
+        query, key, value, bias, mask, key_lengths, out, statistics, rng = ctx.saved_tensors
         causal, scale, dropout_p, site = ctx.options
         grads = [torch.empty_like(x) for x in (query, key, value)]
         grad_bias = torch.zeros_like(bias) if ctx.needs_input_grad[3] else None
@@ -523,7 +523,7 @@ class _PaddedAttention(torch.autograd.Function):
             key,
             value,
             out,
-            lse,
+            statistics,
             None,
             None,
             key_lengths,
@@ -544,7 +544,8 @@ class _PaddedAttention(torch.autograd.Function):
 
 class _PackedAttention(torch.autograd.Function):
     """Over the raw ops. The buffers ``[rows, heads in it, head_dim]`` hold, along their second
-    axis, query, key and value in this order: one, two or three buffers."""
+    axis, query, key and value in this order: one, two or three buffers. cu_seqlens_k: None where
+    it is cu_seqlens_q."""
 
     @staticmethod
     def forward(
@@ -552,7 +553,7 @@ class _PackedAttention(torch.autograd.Function):
         heads: tuple[int, int],
         max_lengths: tuple[int, int],
         cu_seqlens_q: Tensor,
-        cu_seqlens_k: Tensor,
+        cu_seqlens_k: Tensor | None,
         causal: bool,
         scale: float,
         dropout_p: float,
@@ -560,10 +561,10 @@ class _PackedAttention(torch.autograd.Function):
         site: int,
         *buffers: Tensor,
     ) -> Tensor:
-        out, lse = torch.ops.transformer_ext.attention_forward(
+        out, statistics = torch.ops.transformer_ext.attention_forward(
             *_parts(heads, buffers),
             cu_seqlens_q,
-            cu_seqlens_k,
+            cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k,
             None,
             None,
             None,
@@ -574,23 +575,23 @@ class _PackedAttention(torch.autograd.Function):
             rng,
             site,
         )
-        ctx.save_for_backward(cu_seqlens_q, cu_seqlens_k, out, lse, rng, *buffers)
+        ctx.save_for_backward(cu_seqlens_q, cu_seqlens_k, out, statistics, rng, *buffers)
         ctx.options = (heads, max_lengths, causal, scale, dropout_p, site)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        cu_seqlens_q, cu_seqlens_k, out, lse, rng, *buffers = ctx.saved_tensors
+        cu_seqlens_q, cu_seqlens_k, out, statistics, rng, *buffers = ctx.saved_tensors
         heads, max_lengths, causal, scale, dropout_p, site = ctx.options
         grads = [torch.empty_like(buffer) for buffer in buffers]
         torch.ops.transformer_ext.attention_backward(
             _unit_stride(grad),
             *_parts(heads, buffers),
             out,
-            lse,
+            statistics,
             cu_seqlens_q,
-            cu_seqlens_k,
+            cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k,
             None,
             None,
             None,
@@ -636,7 +637,7 @@ def _packed(
         heads,
         (q.max_length, k.max_length),
         q.cu_seqlens,
-        k.cu_seqlens,
+        None if k is q else k.cu_seqlens,  # torch.compile refuses the same tensor twice
         causal,
         _scale(scale, buffers[0]),
         dropout_p if on else 0.0,
@@ -648,6 +649,8 @@ def _packed(
 
 def _unit_stride(tensor: Tensor) -> Tensor:
     """The kernels take any strides but that of head_dim, which must be 1."""
+    if torch.compiler.is_compiling():
+        tensor = tensor.view_as(tensor)  # attention(x, x, x): see _packed
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -668,10 +671,10 @@ if load_ops():
         if cu_seqlens_q is None:
             batch, heads, length, head_dim = query.shape
             out = query.new_empty(batch, length, heads, head_dim)
-            return out, query.new_empty(batch, heads, length, dtype=torch.float32)
+            return out, query.new_empty(2, batch, heads, length, dtype=torch.float32)
         rows, heads, head_dim = query.shape
         out = query.new_empty(rows, heads, head_dim)
-        return out, query.new_empty(heads, rows, dtype=torch.float32)
+        return out, query.new_empty(2, heads, rows, dtype=torch.float32)
 
     @torch.library.register_fake("transformer_ext::attention_backward")
     def _attention_backward_fake(*_: object) -> None:
