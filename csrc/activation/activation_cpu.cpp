@@ -59,7 +59,8 @@ struct GeluTanh {
   static ValueAndSlope both(VecF x) {
     const Sigmoid s(twice_u(x));
     const VecF slope = kTwice * (1.0f + 3.0f * kCubic * x * x);
-    return {x * s.value, s.value * (1.0f + x * s.rest * slope)};
+    // In this order a vanishing factor comes first: x * slope overflows from |x| = 1e13 on.
+    return {x * s.value, s.value + s.value * s.rest * x * slope};
   }
 };
 
