@@ -3,8 +3,7 @@ import torch
 from kernel_testing import (
     BACKENDS,
     ISAS,
-    assert_as_precise,
-    factor_of,
+    assert_all_as_precise,
     needs_compiled,
     rerun_at_isa,
     set_backend,
@@ -36,9 +35,7 @@ def run(face, kind, x, bias, grad, **options):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize(
-    "shape", [(37, 1), (29, 7), (5, 16), (37, 64), (2, 3, 65), (67, 130), (99, 517)]
-)
+@pytest.mark.parametrize("shape", [(37, 1), (29, 7), (37, 64), (2, 3, 65), (99, 517)])
 def test_precision_against_float64(shape, p, kind, dtype):
     x, bias, grad = case(kind, shape, dtype)
     options = {"dropout_p": p, "rng": RNG, "site": 7}
@@ -48,8 +45,7 @@ def test_precision_against_float64(shape, p, kind, dtype):
         peer = run(activation_reference, kind, x, b, grad, **options)
         with set_backend("compiled"):
             got = run(activation, kind, x, b, grad, **options)
-        for ours, true, plain in zip(got, exact, peer, strict=True):
-            assert_as_precise(ours, true, plain, factor=factor_of(ours))
+        assert_all_as_precise(got, exact, peer)
 
 
 @needs_compiled

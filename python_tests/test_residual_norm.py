@@ -3,8 +3,7 @@ import torch
 from kernel_testing import (
     BACKENDS,
     ISAS,
-    assert_as_precise,
-    factor_of,
+    assert_all_as_precise,
     needs_compiled,
     rerun_at_isa,
     set_backend,
@@ -68,17 +67,14 @@ def check_precision(face, twin, inputs, grads, **options):
     peer = sum(run(twin, inputs, grads, **options), [])
     with set_backend("compiled"):
         got = sum(run(face, inputs, grads, **options), [])
-    for ours, true, plain in zip(got, exact, peer, strict=True):
-        assert_as_precise(ours, true, plain, factor=factor_of(ours))
+    assert_all_as_precise(got, exact, peer)
 
 
 @needs_compiled
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize(
-    "shape", [(37, 1), (29, 7), (5, 16), (37, 64), (2, 3, 65), (3, 130), (203, 512), (2, 2051)]
-)
+@pytest.mark.parametrize("shape", [(37, 1), (29, 7), (2, 3, 65), (203, 512), (2, 2051)])
 def test_precision_against_float64(shape, p, kind, dtype):
     options = {"kind": kind, "dropout_p": p, "rng": RNG, "site": 7}
     for residual in (True, False):
