@@ -169,9 +169,10 @@ class Translator:
         self.close()
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Source ids of each text, end of sentence included; none for a text without tokens."""
+        """Source ids of each text, end of sentence included; none for empty text or white space."""
         eos = self.source_tokenizer.eos_id
-        return [[*ids, eos] if ids else [] for ids in self.source_tokenizer.encode_batch(texts)]
+        ids = self.source_tokenizer.encode_batch(texts)
+        return [[*row, eos] if text.strip() else [] for text, row in zip(texts, ids, strict=True)]
 
     @overload
     def translate(
@@ -203,8 +204,8 @@ class Translator:
             changes: single search options, as ``beam_size=8``.
 
         Returns:
-            one :class:`Translation` for one text, a list for a sequence. A text without tokens
-            (empty, or white space) gives an empty one.
+            one :class:`Translation` for one text, a list for a sequence. An empty text,
+            or one of white space, gives an empty one.
 
         Raises:
             ConfigError: an unknown search option, or a wrong value.

@@ -1,0 +1,193 @@
+"""`python -m transformer_ext.translate` and `score`: lines in, lines out."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from decoding_helpers import SENTENCES, save_random_model
+
+from transformer_ext.inference.translator import Translator
+
+ROOT = Path(__file__).parents[1]
+QUICK = ["--max-length", "12", "--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return save_random_model(tmp_path_factory.mktemp("command") / "model")
+
+
+@pytest.fixture(scope="module")
+def expected(model_dir):
+    with Translator(model_dir) as translator:
+        return [t.text for t in translator.translate(SENTENCES, max_length=12)]
+
+
+def command(*arguments, module="translate"):
+    return [sys.executable, "-m", f"transformer_ext.{module}", *map(str, arguments)]
+
+
+def run(*arguments, stdin=b"", module="translate"):
+    return subprocess.run(
+        command(*arguments, module=module), input=stdin, capture_output=True, cwd=ROOT, timeout=300
+    )
+
+
+def test_as_many_lines_out_as_in(model_dir, expected):
+    text = "\n".join(["", SENTENCES[0], "   ", *SENTENCES[1:], ""]) + "\n"
+    done = run(model_dir, *QUICK, "--batch-size", 2, stdin=text.encode())
+    assert done.returncode == 0 and done.stderr == b""
+    assert done.stdout.decode() == "\n".join(["", expected[0], "", *expected[1:], ""]) + "\n"
+    # No line end after the last line.
+    done = run(model_dir, *QUICK, stdin="\n".join(SENTENCES[:2]).encode())
+    assert done.stdout.decode().splitlines() == expected[:2]
+    assert run(model_dir, *QUICK, stdin=b"").stdout == b""
+
+
+def test_only_a_newline_ends_a_line(model_dir, expected):
+    odd = "one\u2028two\x0bthree\x0cfour\x85five\rsix"
+    done = run(model_dir, *QUICK, stdin=f"\ufeff{SENTENCES[0]}\r\n{odd}\n".encode())
+    lines = done.stdout.split(b"\n")
+    assert len(lines) == 3 and lines[0].decode() == expected[0] and lines[2] == b""
+
+
+def test_undecodable_bytes_are_replaced_and_counted(model_dir):
+    done = run(model_dir, *QUICK, stdin=b"open \xff\xfe\nfile\n\xc3\n")
+    assert done.returncode == 0 and done.stdout.count(b"\n") == 3
+    assert b"not UTF-8, replaced by U+FFFD: 2" in done.stderr
+
+
+def test_long_lines_are_translated_with_one_warning(model_dir):
+    line = " ".join(SENTENCES)
+    done = run(model_dir, *QUICK, stdin=f"{line}\nopen\n{line}\n".encode())
+    assert done.returncode == 0 and done.stdout.count(b"\n") == 3
+    assert done.stderr.count(b"warning") == 1 and b"2 texts are longer" in done.stderr
+
+
+def test_files(model_dir, expected, tmp_path):
+    (tmp_path / "a.txt").write_text("\n".join(SENTENCES[:4]) + "\n")
+    with gzip.open(tmp_path / "b.gz", "wt", encoding="utf-8") as file:
+        file.write("\n".join(SENTENCES[4:]) + "\n")
+    done = run(model_dir, tmp_path / "a.txt", tmp_path / "b.gz", *QUICK)
+    assert done.stdout.decode().splitlines() == expected
+    done = run(model_dir, tmp_path / "missing.txt", *QUICK)
+    assert done.returncode == 2 and b"missing.txt: cannot be read: No such file" in done.stderr
+
+
+def test_jsonl_and_nbest(model_dir, expected):
+    text = "\n".join(["", *SENTENCES[:2]]).encode()
+    options = [*QUICK, "--num-hypotheses", "3"]
+    lines = run(model_dir, *options, "--format", "jsonl", stdin=text).stdout.splitlines()
+    values = [json.loads(line) for line in lines]
+    assert [value["text"] for value in values] == ["", *expected[:2]]
+    assert [len(value["hypotheses"]) for value in values] == [1, 3, 3]
+    best = values[1]["hypotheses"][0]
+    assert best["text"] == expected[0] and best["score"] == values[1]["score"]
+    assert set(best) == {"text", "tokens", "score", "log_prob", "token_scores", "ended"}
+    lines = run(model_dir, *options, "--format", "nbest", stdin=text).stdout.decode().splitlines()
+    numbers = [line.split(" ||| ")[0] for line in lines]
+    assert numbers == ["0", "1", "1", "1", "2", "2", "2"]
+    assert lines[1].split(" ||| ")[1] == expected[0]
+
+
+def test_an_answer_comes_before_the_next_line_is_sent(model_dir, expected):
+    with subprocess.Popen(
+        command(model_dir, *QUICK), stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
+    ) as process:
+        for sentence, translation in zip(SENTENCES[:3], expected, strict=False):
+            process.stdin.write(sentence.encode() + b"\n")
+            process.stdin.flush()
+            assert process.stdout.readline().decode() == translation + "\n"
+        process.stdin.close()
+        assert process.stdout.read() == b"" and process.wait() == 0
+
+
+def test_a_reader_that_goes_away_is_no_error(model_dir):
+    with subprocess.Popen(
+        command(model_dir, *QUICK, "--batch-size", 1, "--format", "jsonl"),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+    ) as process:
+        process.stdout.close()
+        try:
+            process.stdin.write("\n".join(SENTENCES * 20).encode())
+            process.stdin.close()
+        except BrokenPipeError:
+            process.stdin = None
+        assert process.stderr.read() == b""
+        assert process.wait() == 141
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals are POSIX")
+def test_a_terminal_gets_a_prompt(model_dir, expected):
+    import pty
+
+    master, slave = pty.openpty()
+    with subprocess.Popen(
+        command(model_dir, *QUICK),
+        stdin=slave,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+    ) as process:
+        os.close(slave)
+        os.write(master, SENTENCES[0].encode() + b"\n")
+        assert process.stdout.readline().decode() == expected[0] + "\n"
+        os.write(master, b"\x04")
+        assert process.wait() == 0
+        assert process.stderr.read().decode().startswith("Type a sentence")
+    os.close(master)
+
+
+def test_learned_positions(tmp_path):
+    folder = save_random_model(tmp_path / "model", positions="learned", max_positions=16)
+    done = run(folder, "--threads", 1, stdin=f"{SENTENCES[0] * 3}\nopen\n".encode())
+    assert done.returncode == 0 and done.stdout.count(b"\n") == 2
+    assert b"1 longer than the 16 positions of this model were cut" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--beam-sise", "3"], b"unknown option '--beam-sise'; did you mean '--beam-size'?"),
+        (["--beam-size", "none"], b"--beam-size: got 'none', expected an integer of at least 1"),
+        (["--num-hypotheses", "9"], b"num_hypotheses: got 9, expected at most beam_size (4)"),
+        (["--format", "xml"], b"--format"),
+        (["--batch-size", "0"], b"--batch-size: got 0, expected at least 1"),
+        (["--threads", "0"], b"threads: got 0, expected an integer of at least 1"),
+        (["a", "-"], b"standard input cannot be one of several files"),
+    ],
+)
+def test_wrong_arguments(model_dir, arguments, message):
+    done = run(model_dir, *arguments)
+    assert done.returncode == 2 and done.stdout == b""
+    assert message in done.stderr and b"Traceback" not in done.stderr
+
+
+def test_no_such_model(tmp_path):
+    done = run(tmp_path / "nothing")
+    assert done.returncode == 2 and b"no such model directory" in done.stderr
+
+
+def test_score(model_dir, tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_text("\n".join(SENTENCES[:3]))
+    target.write_text("\n".join(SENTENCES[3:]))
+    done = run(model_dir, "--src", source, "--tgt", target, module="score")
+    with Translator(model_dir) as translator:
+        scores = translator.score(SENTENCES[:3], SENTENCES[3:])
+    assert done.stdout.decode().splitlines() == [f"{sum(row):.6f}" for row in scores]
+    done = run(model_dir, "--src", source, "--tgt", target, "--format", "jsonl", module="score")
+    first = json.loads(done.stdout.splitlines()[0])
+    assert first["token_scores"] == scores[0] and first["tokens"][-1] == "</s>"
+    target.write_text("one line")
+    done = run(model_dir, "--src", source, "--tgt", target, module="score")
+    assert done.returncode == 2 and b"has 3 lines" in done.stderr

@@ -1,0 +1,176 @@
+"""Translator: text in, text out."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+import pytest
+from decoding_helpers import SENTENCES, save_random_model
+
+from transformer_ext.config import ConfigError
+from transformer_ext.files import FileError, load_model_dir
+from transformer_ext.inference.engine import UnsupportedModelError
+from transformer_ext.inference.options import SearchOptions
+from transformer_ext.inference.translator import Translation, Translator
+
+OPTIONS = SearchOptions(max_length=12)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return save_random_model(tmp_path_factory.mktemp("translator") / "model")
+
+
+@pytest.fixture(scope="module")
+def translator(model_dir):
+    with Translator(model_dir, threads=2, options=OPTIONS) as translator:
+        yield translator
+
+
+def test_a_text_gives_a_translation_and_a_list_a_list(translator):
+    one = translator.translate(SENTENCES[0])
+    assert isinstance(one, Translation)
+    assert one.text == translator.target_tokenizer.decode(one.tokens)
+    assert one.score == one.hypotheses[0].score and len(one.hypotheses) == 1
+    many = translator.translate(SENTENCES)
+    assert len(many) == len(SENTENCES) and many[0] == one
+    assert translator.translate([]) == []
+    assert translator.translate(tuple(SENTENCES)) == many
+
+
+def test_hypotheses_come_best_first(translator):
+    for translation in translator.translate(SENTENCES, beam_size=6, num_hypotheses=5):
+        scores = [h.score for h in translation.hypotheses if h.ended]
+        cut = [h.score for h in translation.hypotheses if not h.ended]
+        assert len(scores) + len(cut) == 5
+        assert scores == sorted(scores, reverse=True) and cut == sorted(cut, reverse=True)
+
+
+def test_an_empty_text_gives_an_empty_translation(translator):
+    empty = translator.translate("")
+    assert empty.text == "" and empty.tokens == [] and empty.hypotheses[0].ended
+    results = translator.translate(["", SENTENCES[0], "  \t "])
+    assert [bool(result.text) for result in results] == [False, True, False]
+
+
+def test_ids(translator):
+    ids = translator.encode(SENTENCES[:2])
+    assert all(source[-1] == translator.config.eos_id for source in ids)
+    results = translator.translate_ids(ids, beam_size=2)
+    texts = translator.translate(SENTENCES[:2], beam_size=2)
+    assert [r.hypotheses[0].tokens for r in results] == [t.tokens for t in texts]
+
+
+def test_options_of_translator_and_call(model_dir, translator):
+    with Translator(model_dir, options=SearchOptions(beam_size=1, max_length=3)) as short:
+        assert len(short.translate(SENTENCES[0]).tokens) <= 3
+        changed = short.translate(SENTENCES[0], max_length=12, beam_size=4)
+        assert changed == translator.translate(SENTENCES[0])
+    with pytest.raises(ConfigError, match="unknown search option 'beamsize'; did you mean 'beam_"):
+        translator.translate("a", beamsize=3)
+    with pytest.raises(ConfigError, match="beam_size: got 0"):
+        translator.translate("a", beam_size=0)
+    with pytest.raises(TypeError, match="text: got int at position 1"):
+        translator.translate(["a", 3])
+
+
+def test_score(translator):
+    scores = translator.score(SENTENCES, SENTENCES[::-1])
+    for row, target in zip(scores, SENTENCES[::-1], strict=True):
+        assert len(row) == len(translator.target_tokenizer.encode(target)) + 1
+        assert all(log_prob < 0 for log_prob in row)
+    assert translator.score(SENTENCES[:1], SENTENCES[-1:]) == scores[:1]
+
+
+def test_texts_longer_than_any_trained_on_give_one_warning(translator):
+    assert translator.max_train_length == 40
+    long = " ".join(SENTENCES)
+    with pytest.warns(UserWarning, match="2 texts are longer than any .* .40 tokens") as caught:
+        results = translator.translate([long, "a", long])
+    assert len(caught) == 1 and len(results) == 3 and results[0] == results[2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        translator.translate(SENTENCES)
+
+
+def test_learned_positions_end(tmp_path):
+    folder = save_random_model(tmp_path / "model", positions="learned", max_positions=16)
+    with Translator(folder) as translator:
+        assert translator.longest_source == 16
+        assert translator.translate("the").hypotheses
+        with (
+            pytest.warns(UserWarning, match="1 text is longer"),
+            pytest.raises(ValueError, match="longer than the 16 learned positions"),
+        ):
+            translator.translate(SENTENCES[0] * 3)
+        assert translator.translate("the").hypotheses
+
+
+def test_from_weights(model_dir, translator):
+    model = load_model_dir(model_dir)
+    other = Translator.from_weights(
+        model.config, dict(model.weights), model.source_tokenizer, options=OPTIONS
+    )
+    assert other.translate(SENTENCES) == translator.translate(SENTENCES)
+
+
+def test_several_threads(translator):
+    expected = translator.translate(SENTENCES)
+    results = []
+    threads = [
+        threading.Thread(target=lambda: results.append(translator.translate(SENTENCES)))
+        for _ in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [expected] * 6
+
+
+def test_closing(model_dir):
+    with Translator(model_dir) as translator:
+        translator.translate("the")
+    with pytest.raises(ValueError, match="closed"):
+        translator.translate("the")
+
+
+def test_errors_of_the_folder(tmp_path, model_dir):
+    with pytest.raises(FileError, match="no such model directory"):
+        Translator(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="threads: got 0"):
+        Translator(model_dir, threads=0)
+
+
+def test_a_part_that_the_engine_does_not_know(model_dir):
+    model = load_model_dir(model_dir)
+    weights = dict(model.weights)
+    weights["encoder.layers.0.adapter.weight"] = weights["source_embedding.weight"]
+    with pytest.raises(UnsupportedModelError, match=r"encoder\.layers\.0\.adapter\.weight"):
+        Translator.from_weights(model.config, weights, model.source_tokenizer)
+
+
+def test_translating_does_not_import_torch(model_dir):
+    code = (
+        "import sys, json\n"
+        "from transformer_ext import Translator\n"
+        f"with Translator({str(model_dir)!r}) as translator:\n"
+        "    text = translator.translate('Open the file.', max_length=12).text\n"
+        "print(json.dumps([text, sorted(m for m in sys.modules if m.split('.')[0] == 'torch')]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[1],
+    )
+    text, modules = json.loads(done.stdout)
+    assert modules == []
+    with Translator(model_dir) as translator:
+        assert translator.translate("Open the file.", max_length=12).text == text
