@@ -342,6 +342,7 @@ struct Statistics {
 };
 
 Statistics statistics_of(const AttentionArgs& a, const Sequence& s, int64_t head) {
+  if (a.statistics == nullptr) return {};
   const int64_t entries = a.cu_seqlens_q == nullptr ? a.batch : 1;
   float* p = a.statistics + (s.batch * a.heads + head) * a.query_length + s.query_row;
   return {p, p + entries * a.heads * a.query_length};
@@ -508,8 +509,10 @@ void forward_task(const AttentionArgs& a, int64_t b, int64_t kv_head, int64_t qu
       T* to = at<T>(a.out, s.batch, s.query_row + q0 + r, head);
       const bool dead = sum[i] == 0.0f;
       const float inverse = dead ? 0.0f : 1.0f / sum[i];
-      statistics.maximum[q0 + r] = dead ? 0.0f : maximum[i];
-      statistics.inverse_sum[q0 + r] = inverse;
+      if (a.statistics != nullptr) {
+        statistics.maximum[q0 + r] = dead ? 0.0f : maximum[i];
+        statistics.inverse_sum[q0 + r] = inverse;
+      }
       if (dead) {
         std::memset(to, 0, static_cast<size_t>(head_dim) * sizeof(T));
       } else {

@@ -67,7 +67,6 @@ void EncodedSources::encode(const Model& model, const std::vector<std::vector<in
   attention.key = {projected + query_width, 0, projected_width, config.head_dim};
   attention.value = {projected + query_width + kv_width, 0, projected_width, config.head_dim};
   attention.out = {attended, 0, query_width, config.head_dim};
-  attention.lse = lse_.reserve(config.heads * tokens);
 
   model.embed(model.encoder(), ids_.data(), token_positions_.data(),
               positions.added(config, model.encoder(), longest), tokens, x, parallel);

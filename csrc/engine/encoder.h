@@ -42,7 +42,6 @@ class EncodedSources {
   Buffer<float> projected_;
   Buffer<float> attended_;
   Buffer<float> inner_;
-  Buffer<float> lse_;
 };
 
 }  // namespace transformer_ext::engine
