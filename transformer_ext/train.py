@@ -135,26 +135,16 @@ def _newest_run() -> Path:
     return runs[-1]
 
 
-def _run_folder(config: TrainConfig) -> Path:
-    """The folder of this run, made if it is new.
+def _choose_folder(config: TrainConfig) -> Path:
+    """The folder for this run; nothing is made or removed yet.
 
     Raises:
-        ConfigError: It holds a run already, and neither --resume nor --overwrite is given.
+        ConfigError: It holds something, and neither --resume nor --overwrite is given.
     """
     if config.output.output is None:
-        number = int(_runs()[-1].name) + 1 if _runs() else 1
-        while True:
-            folder = _RUNS / f"{number:03d}"
-            try:
-                folder.mkdir(parents=True)
-            except FileExistsError:
-                number += 1
-            else:
-                return folder
+        return _RUNS / f"{int(_runs()[-1].name) + 1 if _runs() else 1:03d}"
     folder = Path(config.output.output)
-    if config.output.resume:
-        return folder
-    if folder.is_dir() and any(folder.iterdir()):
+    if not config.output.resume and folder.is_dir() and any(folder.iterdir()):
         if not config.output.overwrite:
             raise ConfigError(
                 f"--output: {folder} is not empty; --overwrite replaces the run in it, --resume "
@@ -162,6 +152,21 @@ def _run_folder(config: TrainConfig) -> Path:
             )
         if not (folder / "config.yaml").is_file():
             raise ConfigError(f"--overwrite: {folder} holds no run; nothing was removed")
+    return folder
+
+
+def _claim(folder: Path, config: TrainConfig) -> Path:
+    """Makes the folder, empty unless a run in it is to be resumed; returns the one made."""
+    if config.output.output is None:
+        while True:
+            try:
+                folder.mkdir(parents=True)
+            except FileExistsError:
+                # Another training has begun in the meantime.
+                folder = folder.with_name(f"{int(folder.name) + 1:03d}")
+            else:
+                return folder
+    if config.output.overwrite and folder.is_dir():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -211,12 +216,12 @@ class _Run:
         machine: _Machine,
         prepared: PreparedData,
         console: Console,
-        folder: Path | None,
     ) -> None:
         self.machine = machine
         self.prepared = prepared
         self.console = console
-        self.folder = folder
+        self.folder: Path | None = None
+        self.checkpoints: Checkpoints | None = None
         self.shipped = not config.data.src_train
         train = prepared.train
         self.pairs = len(train)
@@ -232,11 +237,6 @@ class _Run:
         self.config = self._limited(config)
         self.model = self._make_model()
         self.parameters = parameters_by_name(self.model)
-        self.checkpoints = (
-            None
-            if folder is None
-            else Checkpoints(folder / "checkpoints", keep=config.output.keep_checkpoints)
-        )
         self.decoder = Decoder(
             self.model,
             prepared.source_tokenizer,
@@ -246,8 +246,16 @@ class _Run:
             threads=machine.threads,
         )
 
+    def use_folder(self, folder: Path) -> None:
+        """Writes into this folder from now on."""
+        self.folder = folder
+        self.checkpoints = Checkpoints(
+            folder / "checkpoints", keep=self.config.output.keep_checkpoints
+        )
+
     @property
     def steps_per_epoch(self) -> float:
+        """Optimizer steps in one pass over the text, about."""
         training = self.config.training
         assert training.max_tokens is not None
         per_step = training.max_tokens * training.accum_steps * self.machine.world.size
@@ -683,8 +691,7 @@ def _train(config: TrainConfig) -> int:
         config = fill(config, shipped_recipe(machine.device.type))
     folder: Path | None = None
     if not config.output.dry_run:
-        name = world.broadcast(str(_run_folder(config)) if world.first else None)
-        folder = Path(str(name))
+        folder = _choose_folder(config)
     _print_machine(console, machine, "nothing (dry run)" if folder is None else f"{folder}/")
     # The first process builds the token ids, the others find them.
     if not world.first:
@@ -692,11 +699,16 @@ def _train(config: TrainConfig) -> int:
     prepared = prepare_data(config.data, lambda text: console.print(f"data       {text} ..."))
     if world.first:
         world.barrier()
-    run = _Run(config, machine, prepared, console, folder)
+    run = _Run(config, machine, prepared, console)
     run.print_plan()
     if folder is None:
         _dry_run(run, console)
         return 0
+    planned = folder
+    folder = Path(world.broadcast(str(_claim(folder, config)) if world.first else ""))
+    if folder != planned:
+        console.print(f"output     {folder}/ ({planned} was taken in the meantime)")
+    run.use_folder(folder)
     assert run.checkpoints is not None
     resume_from = None
     if config.output.resume:

@@ -64,12 +64,13 @@ class World:
         dist.all_reduce(tensor, kind)
         return [float(v) for v in tensor.tolist()]
 
-    def broadcast(self, value: object) -> object:
+    def broadcast(self, value: str) -> str:
         """The first rank's value, on every rank."""
         if self.size == 1:
             return value
-        box = [value]
+        box: list[object] = [value]
         dist.broadcast_object_list(box, src=0, device=self.device)
+        assert isinstance(box[0], str)
         return box[0]
 
     def barrier(self) -> None:

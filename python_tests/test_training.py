@@ -1,0 +1,360 @@
+"""The training loop: what a step computes, what it is divided by, when it ends, how it goes on."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from transformer_ext.model import Transformer, TransformerConfig
+from transformer_ext.training.batches import BatchStream, Position, to_device
+from transformer_ext.training.checkpoint import Checkpoints
+from transformer_ext.training.optimizer import Optimizer, parameters_by_name
+from transformer_ext.training.report import Console, JsonLog, duration, read_log, save_loss_curve
+from transformer_ext.training.schedules import Schedule
+from transformer_ext.training.scoring import pick_evenly, pick_samples, score
+from transformer_ext.training.sizing import recipe_for
+from transformer_ext.training.trainer import Plan, Progress, Trainer, evaluate_loss
+
+VOCAB = 20
+
+
+class Numbers:
+    """Sampler and collate function over random sentences; example i is always the same."""
+
+    def __init__(self, examples: int = 24, per_batch: int = 4) -> None:
+        self.examples, self.per_batch = examples, per_batch
+        generator = np.random.default_rng(0)
+        lengths = generator.integers(1, 9, (examples, 2))
+        self.sentences = [
+            (generator.integers(4, VOCAB, s), generator.integers(4, VOCAB, t)) for s, t in lengths
+        ]
+        self.label_counts = np.array([len(t) + 1 for _, t in self.sentences])
+
+    def epoch(self, epoch: int) -> list[np.ndarray]:
+        order = np.random.default_rng(epoch).permutation(self.examples)
+        return np.split(order, range(self.per_batch, self.examples, self.per_batch))
+
+    def collate(self, examples: np.ndarray) -> Any:
+        sources = [np.append(self.sentences[i][0], 3) for i in examples]
+        targets = [self.sentences[i][1] for i in examples]
+        return SimpleNamespace(
+            src_ids=np.concatenate(sources),
+            src_lengths=np.array([len(s) for s in sources]),
+            tgt_ids=np.concatenate([np.append(2, t) for t in targets]),
+            labels=np.concatenate([np.append(t, 3) for t in targets]),
+            tgt_lengths=np.array([len(t) + 1 for t in targets]),
+            target_tokens=int(self.label_counts[examples].sum()),
+            sentences=len(examples),
+        )
+
+    def stream(self, **arguments: Any) -> BatchStream:
+        return BatchStream(self.collate, self, self.label_counts, **arguments)
+
+
+def small_model(dropout: float = 0.0, seed: int = 0) -> Transformer:
+    torch.manual_seed(seed)
+    return Transformer(
+        TransformerConfig(
+            src_vocab_size=VOCAB,
+            tgt_vocab_size=VOCAB,
+            d_model=16,
+            nhead=2,
+            num_encoder_layers=1,
+            num_decoder_layers=1,
+            dim_feedforward=32,
+            dropout=dropout,
+        )
+    )
+
+
+def trainer_for(
+    model: Transformer, stream: BatchStream, plan: Plan, rate: float = 1e-2, **arguments: Any
+) -> Trainer:
+    optimizer = Optimizer(parameters_by_name(model).items(), clip_norm=1.0)
+    schedule = Schedule("constant", rate, 2, plan.max_steps)
+    return Trainer(model, stream, optimizer, schedule, plan, **arguments)
+
+
+# The order of the data --------------------------------------------------------------------------
+
+
+def test_ranks_share_the_batches_of_one_rank_with_accumulation() -> None:
+    data = Numbers()
+    single = data.stream(accum_steps=4)
+    ranks = [data.stream(accum_steps=2, rank=r, world_size=2) for r in range(2)]
+    for _ in range(5):
+        whole = next(single)
+        parts = [next(stream) for stream in ranks]
+        assert whole.microsteps == [0, 1, 2, 3]
+        assert [part.microsteps for part in parts] == [[0, 2], [1, 3]]
+        for rank, part in enumerate(parts):
+            assert part.target_tokens == whole.target_tokens
+            assert part.after == whole.after
+            for mine, theirs in zip(part.batches, whole.batches[rank::2], strict=True):
+                assert np.array_equal(mine.labels, theirs.labels)
+        assert whole.target_tokens == sum(b.target_tokens for b in whole.batches)
+
+
+def test_a_stream_goes_on_from_any_position() -> None:
+    data = Numbers()
+    straight = data.stream(accum_steps=4)
+    steps = [next(straight) for _ in range(6)]
+    resumed = data.stream(accum_steps=4, start=steps[2].after)
+    for expected in steps[3:]:
+        step = next(resumed)
+        assert step.after == expected.after
+        for a, b in zip(step.batches, expected.batches, strict=True):
+            assert np.array_equal(a.src_ids, b.src_ids)
+
+
+def test_an_epoch_is_read_once() -> None:
+    data = Numbers()
+    stream = data.stream()
+    seen = [next(stream) for _ in range(data.examples // data.per_batch)]
+    assert sum(step.batches[0].sentences for step in seen) == data.examples
+    assert seen[-1].after == Position(0, len(seen))
+    assert next(stream).after == Position(1, 1)
+
+
+def test_wrong_streams_are_refused() -> None:
+    with pytest.raises(ValueError, match="accum_steps"):
+        Numbers().stream(accum_steps=0)
+    with pytest.raises(ValueError, match="position"):
+        Numbers().stream(start=Position(0, 99))
+    with pytest.raises(ValueError, match="training data"):
+        BatchStream(lambda e: e, SimpleNamespace(epoch=lambda e: []), np.zeros(0))
+
+
+# A step -----------------------------------------------------------------------------------------
+
+
+def test_a_step_has_the_gradient_of_the_mean_over_all_its_tokens() -> None:
+    data = Numbers()
+    model, twin = small_model(), small_model()
+    stream = data.stream(accum_steps=3)
+    trainer = trainer_for(model, stream, Plan(max_steps=1, label_smoothing=0.1))
+    captured: dict[str, torch.Tensor] = {}
+
+    def capture(rate: float) -> None:
+        captured.update({n: p.grad.clone() for n, p in trainer.optimizer.parameters.items()})
+
+    trainer.optimizer.step = capture  # type: ignore[method-assign]
+    trainer.train_step()
+
+    step = next(data.stream(accum_steps=3))
+    total = torch.zeros(())
+    for batch in step.batches:
+        b = to_device(batch, torch.device("cpu"))
+        logits = twin.generator.logits(twin.forward_packed(b.src_ids, b.src, b.tgt_ids, b.tgt))
+        total = total + torch.nn.functional.cross_entropy(
+            logits, b.labels, label_smoothing=0.1, reduction="sum"
+        )
+    (total / step.target_tokens).backward()
+    for name, parameter in parameters_by_name(twin).items():
+        torch.testing.assert_close(captured[name], parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_evaluation_equals_the_loss_by_hand_and_leaves_dropout_off() -> None:
+    data, model = Numbers(), small_model(dropout=0.5)
+    trainer = trainer_for(model, data.stream(), Plan(max_steps=1, label_smoothing=0.0))
+    batches = [lambda e=e: data.collate(e) for e in data.epoch(0)]
+    loss, nll, accuracy = evaluate_loss(trainer.losses, batches, trainer.world)
+    assert loss == pytest.approx(nll)
+    assert (loss, nll, accuracy) == evaluate_loss(trainer.losses, batches, trainer.world)
+    model.eval()
+    sums = 0.0
+    for make in batches:
+        b = to_device(make(), torch.device("cpu"))
+        hidden = model.forward_packed(b.src_ids, b.src, b.tgt_ids, b.tgt)
+        logits = model.generator.logits(hidden)
+        sums += torch.nn.functional.cross_entropy(logits, b.labels, reduction="sum").item()
+    assert nll == pytest.approx(sums / data.label_counts.sum(), rel=1e-5)
+    assert 0.0 <= accuracy <= 1.0
+
+
+def test_it_learns() -> None:
+    data, model = Numbers(8, 8), small_model()
+    trainer = trainer_for(model, data.stream(), Plan(max_steps=150, label_smoothing=0.0))
+    assert trainer.fit() == "finished"
+    batches = [lambda: data.collate(np.arange(8))]
+    assert evaluate_loss(trainer.losses, batches, trainer.world)[2] > 0.95
+
+
+# The end ----------------------------------------------------------------------------------------
+
+
+def _logged(tmp_path: Path) -> tuple[JsonLog, Path]:
+    return JsonLog(tmp_path / "log.jsonl"), tmp_path / "log.jsonl"
+
+
+def test_log_has_a_line_each_interval_and_reads_back(tmp_path: Path) -> None:
+    log, path = _logged(tmp_path)
+    data, output = Numbers(), io.StringIO()
+    trainer = trainer_for(
+        small_model(),
+        data.stream(),
+        Plan(max_steps=10, log_every=4, validate_every=5),
+        validation_batches=[lambda: data.collate(np.arange(4))],
+        console=Console(output),
+        log=log,
+    )
+    assert trainer.fit() == "finished"
+    log.close()
+    events = read_log(path)
+    assert [(e["event"], e["step"]) for e in events] == [
+        ("train", 4),
+        ("validation", 5),
+        ("train", 8),
+        ("train", 10),
+        ("validation", 10),
+    ]
+    assert events[0]["loss"] > 0 and events[0]["tokens_per_second"] > 0
+    assert events[3]["target_tokens"] == trainer.progress.target_tokens
+    lines = output.getvalue().splitlines()
+    assert sum(line.startswith("step ") for line in lines) == 3
+    assert sum(line.startswith("validation at step ") for line in lines) == 2
+    save_loss_curve(events, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_resumed_log_counts_each_step_once(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    steps = [("train", 5), ("train", 10), ("resume", 5), ("train", 10)]
+    lines = [json.dumps({"event": e, "step": s, "n": i}) for i, (e, s) in enumerate(steps)]
+    path.write_text("\n".join([*lines, '{"event": "tra']))
+    assert [e["n"] for e in read_log(path)] == [0, 2, 3]
+
+
+def test_early_stopping_ends_after_the_given_number_of_validations() -> None:
+    data = Numbers()
+    trainer = trainer_for(
+        small_model(),
+        data.stream(),
+        Plan(max_steps=100, validate_every=2, early_stop_patience=3),
+        # With so high a rate nothing is learnt.
+        rate=5.0,
+        validation_batches=[lambda: data.collate(np.arange(4))],
+    )
+    assert trainer.fit() == "early stop"
+    assert trainer.progress.worse == 3
+    assert trainer.progress.step == trainer.progress.best_step + 6
+
+
+def test_time_ends_it() -> None:
+    trainer = trainer_for(small_model(), Numbers().stream(), Plan(max_steps=10**6, max_seconds=0.2))
+    assert trainer.fit() == "time"
+    assert trainer.progress.seconds < 5
+
+
+def test_a_loss_of_nan_is_one_clear_error() -> None:
+    model = small_model()
+    with torch.no_grad():
+        model.generator.weight[5, 0] = math.nan
+    trainer = trainer_for(model, Numbers().stream(), Plan(max_steps=10, log_every=2))
+    with pytest.raises(FloatingPointError, match="learning_rate"):
+        trainer.fit()
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_resuming_in_mid_epoch_gives_the_same_bits(tmp_path: Path, precision: str) -> None:
+    data = Numbers()
+
+    def make(model: Transformer, stream: BatchStream, directory: Path) -> Trainer:
+        model.set_precision(precision)
+        return trainer_for(
+            model,
+            stream,
+            Plan(max_steps=11, validate_every=4, seed=7),
+            validation_batches=[lambda: data.collate(np.arange(6))],
+            checkpoints=Checkpoints(directory, keep=10),
+            write_model=lambda folder: torch.save(model.state_dict(), folder / "weights"),
+            run_facts={"threads": torch.get_num_threads()},
+        )
+
+    straight = small_model(dropout=0.3)
+    first = make(straight, data.stream(accum_steps=2), tmp_path)
+    first.fit()
+    assert first.progress.position.batch != 0
+
+    for step in (4, 8):
+        resumed = small_model(dropout=0.3, seed=5)
+        checkpoints = Checkpoints(tmp_path, keep=10)
+        resumed.load_state_dict(torch.load(checkpoints.path(step) / "weights", weights_only=True))
+        progress = Progress.from_dict(checkpoints.load(step)[1]["progress"])
+        stream = data.stream(accum_steps=2, start=progress.position)
+        second = make(resumed, stream, tmp_path)
+        assert second.restore(step) == []
+        second.checkpoints = None
+        assert second.fit() == "finished"
+        for name, tensor in straight.state_dict().items():
+            assert torch.equal(tensor, resumed.state_dict()[name]), name
+        assert second.progress.target_tokens == first.progress.target_tokens
+        assert second.progress.best_loss == first.progress.best_loss
+
+
+def test_other_facts_are_warned_of(tmp_path: Path) -> None:
+    model = small_model()
+    arguments: dict[str, Any] = {
+        "checkpoints": Checkpoints(tmp_path),
+        "write_model": lambda folder: None,
+    }
+    trainer_for(
+        model, Numbers().stream(), Plan(max_steps=2), run_facts={"threads": 2}, **arguments
+    ).save()
+    other = trainer_for(
+        model, Numbers().stream(), Plan(max_steps=2), run_facts={"threads": 1}, **arguments
+    )
+    assert "threads was 2 and is 1 now" in other.restore(0)[0]
+
+
+# Small things -----------------------------------------------------------------------------------
+
+
+def test_console_live_and_plain() -> None:
+    plain, live, silent = io.StringIO(), io.StringIO(), io.StringIO()
+    for console in (Console(plain), Console(live, live=True), Console(silent, silent=True)):
+        console.update("step 1")
+        console.print("done")
+    assert plain.getvalue() == "done\n"
+    assert live.getvalue() == "step 1\r\x1b[Kdone\n"
+    assert silent.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0s"), (59.6, "1m 00s"), (200, "3m 20s"), (7500, "2h 05m"), (2.8e5, "3d 05h")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_picking() -> None:
+    assert pick_evenly(10, 3).tolist() == [0, 3, 6]
+    assert pick_evenly(2, 300).tolist() == [0, 1]
+    pairs = [("one two three four five six", "x")] * 5 + [("short", "x")] * 5
+    assert all(number < 5 for number in pick_samples(pairs, 2))
+    assert len(set(pick_samples(pairs, 2))) == 2
+    assert pick_samples([("short", "x")], 5) == [0]
+
+
+def test_scores_carry_their_signatures() -> None:
+    same = score(["the cat sat on the mat"], ["the cat sat on the mat"])
+    assert same.bleu == pytest.approx(100.0) and same.chrf == pytest.approx(100.0)
+    assert "tok:13a" in same.bleu_signature and "nrefs:1" in same.chrf_signature
+
+
+def test_size_follows_pairs_and_device() -> None:
+    few, many = recipe_for(1000, 20, "cpu"), recipe_for(5_000_000, 30, "cuda")
+    assert few.preset == "tiny" and many.preset == "base"
+    assert few.model["dropout"] > many.model["dropout"]
+    assert recipe_for(1000, 20, "cpu", "base").preset == "base"
+    for recipe in (few, many):
+        assert recipe.early_stop_patience and recipe.warmup_steps < recipe.max_steps
