@@ -127,7 +127,7 @@ def attention_picture(
             there reads best.
         output: PNG, PDF or SVG file, by its ending.
         kind: "cross", "encoder" or "decoder".
-        layers: Which layers, from 0; all by default.
+        layers: Which layers, by index; all by default.
 
     Raises:
         ValueError: An unknown kind, a layer that the model has not, or labels that do not fit.
@@ -146,7 +146,7 @@ def attention_picture(
     chosen = list(range(count)) if layers is None else list(layers)
     for layer in chosen:
         if not 0 <= layer < count:
-            raise ValueError(f"layer: got {layer}, expected 0 to {count - 1} ({stack})")
+            raise ValueError(f"layer: got {layer + 1}, expected 1 to {count} ({stack})")
     arrays = [found[KINDS[kind].format(layer)][0].float().cpu().numpy() for layer in chosen]
     rows = source_pieces if kind == "encoder" else target_pieces
     columns = target_pieces if kind == "decoder" else source_pieces

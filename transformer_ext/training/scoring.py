@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from transformer_ext.data.tokenizer import Tokenizer
+from transformer_ext.inference.engine import UnsupportedModelError
 from transformer_ext.inference.options import SearchOptions
 from transformer_ext.inference.search import beam_search
 from transformer_ext.training.report import Console
@@ -108,7 +109,7 @@ class Decoder:
         if not self._refused:
             try:
                 return self._with_engine(folder, texts, options)
-            except (ImportError, ValueError) as error:
+            except (ImportError, UnsupportedModelError) as error:
                 self._refused = True
                 self._console.print(f"decoding with the Python search, not the engine: {error}")
         return self._with_search(texts, options)
@@ -116,8 +117,8 @@ class Decoder:
     def _with_engine(self, folder: Path, texts: Sequence[str], options: SearchOptions) -> list[str]:
         from transformer_ext.inference.translator import Translator
 
-        translator = Translator(folder, threads=self._threads)
-        return [t.text for t in translator.translate(list(texts), options)]
+        with Translator(folder, threads=self._threads) as translator:
+            return [found.text for found in translator.translate(list(texts), options)]
 
     def _with_search(self, texts: Sequence[str], options: SearchOptions) -> list[str]:
         eos = self._source_tokenizer.eos_id
