@@ -70,6 +70,8 @@ class set_backend:
         _backend = self._former
 
 
+# torch.compile cannot trace the question to the dispatcher; the answer never changes.
+@torch.compiler.assume_constant_result
 def has_kernel(op: str, device_type: str) -> bool:
     """Whether this build has the raw op ``transformer_ext::<op>`` for the device type."""
     key = (op, device_type)
