@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -12,6 +13,15 @@ from torch import nn
 from transformer_ext import make_model, train
 from transformer_ext.ops.masks import subsequent_mask
 from transformer_ext.training.copy_task import VOCAB_SIZE, CopyTask, random_sequences
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small are faster so, above all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def test_sequences_are_random_and_repeatable() -> None:

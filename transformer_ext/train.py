@@ -183,6 +183,25 @@ def _machine(config: TrainConfig) -> _Machine:
     return _Machine(World.join(device), precision, torch.get_num_threads(), facts)
 
 
+def _kernels(machine: _Machine) -> str:
+    """Which implementation of the ops is in use, for people."""
+    facts, device = machine.facts, machine.device.type
+    if backend() == "reference":
+        return "plain PyTorch, as asked for (TRANSFORMER_EXT_BACKEND)"
+    if device not in ("cpu", "cuda") or not facts["torch"].get(f"{device}_ops"):
+        return "plain PyTorch (python -m transformer_ext.info says why)"
+    if device == "cuda":
+        return "compiled"
+    products = ", ".join(
+        f"{entry['product']} {entry['library']}"
+        for entry in facts["torch"].get("gemm") or []
+        if entry["dtype"] == machine.precision
+    )
+    return f"compiled, {facts['cpu']['isa']}" + (
+        f"; matrix products: {products}" if products else ""
+    )
+
+
 def _print_machine(console: Console, machine: _Machine, output: str) -> None:
     facts = machine.facts
     console.print(
@@ -192,18 +211,7 @@ def _print_machine(console: Console, machine: _Machine, output: str) -> None:
     name = describe_device(machine.device, facts["system"]["cpu"])
     processes = f"{machine.world.size} processes, " if machine.world.size > 1 else ""
     console.print(f"device     {processes}{name}, {machine.threads} threads, {machine.precision}")
-    if backend() == "reference":
-        kernels = "plain PyTorch, as asked for (TRANSFORMER_EXT_BACKEND)"
-    elif machine.device.type == "cpu":
-        kernels = f"compiled, {facts['cpu']['isa']}" if facts["torch"].get("cpu_ops") else ""
-    else:
-        kernels = "compiled" if facts["torch"].get("cuda_ops") else ""
-    gemm = facts["torch"].get("gemm") or {}
-    gemm_text = "; ".join(f"{k} {v}" for k, v in gemm.items()) if isinstance(gemm, dict) else gemm
-    console.print(
-        f"kernels    {kernels or 'plain PyTorch (python -m transformer_ext.info says why)'}"
-        + (f"; matrix products: {gemm_text}" if gemm_text else "")
-    )
+    console.print(f"kernels    {_kernels(machine)}")
     console.print(f"output     {output}")
 
 
@@ -749,15 +757,20 @@ def _train(config: TrainConfig) -> int:
 
 
 def _copy(config: TrainConfig) -> int:
-    machine = _machine(config)
+    # The model is so small that a second thread or another precision costs more than it brings.
+    training = dataclasses.replace(
+        config.training,
+        threads=config.training.threads or 1,
+        precision="float32" if config.training.precision == "auto" else config.training.precision,
+    )
+    machine = _machine(dataclasses.replace(config, training=training))
     console = Console(silent=not machine.world.first)
     _print_machine(console, machine, "none: nothing is written")
     console.print(
         "task       repeat 10 random symbols, as the Annotated Transformer's first example"
     )
-    precision = machine.precision if config.training.precision != "auto" else "float32"
     result = copy_task.run(
-        machine.device, precision=precision, seed=config.training.seed, console=console
+        machine.device, precision=machine.precision, seed=config.training.seed, console=console
     )
     source, output = (" ".join(map(str, side)) for side in result.example)
     console.print(f"  source     {source}\n  output     {output}")
