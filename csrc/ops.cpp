@@ -23,9 +23,9 @@ STABLE_TORCH_LIBRARY(transformer_ext, m) {
   m.def("gemm_matmul_(Tensor(a!) out, Tensor a, Tensor b, bool accumulate) -> ()");
 
   // Packed: query [rows, heads, head_dim], output alike, statistics [2, heads, rows]. Padded: query
-  // [batch, heads, length, head_dim], output [batch, length, heads, head_dim], statistics [2, batch,
-  // heads, length]. mask and bias (float32) have 4 dimensions, 1 where broadcast. max_q, max_k: see
-  // Packed.
+  // [batch, heads, length, head_dim], output [batch, length, heads, head_dim], statistics [2,
+  // batch, heads, length]. mask and bias (float32) have 4 dimensions, 1 where broadcast. max_q,
+  // max_k: see Packed.
   m.def(
       "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? cu_seqlens_q, "
       "Tensor? cu_seqlens_k, Tensor? key_lengths, Tensor? mask, Tensor? bias, int max_q, "
@@ -34,7 +34,8 @@ STABLE_TORCH_LIBRARY(transformer_ext, m) {
   // grad and out in the layout of query. grad_bias is added to.
   m.def(
       "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, "
-      "Tensor statistics, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? key_lengths, Tensor? mask, "
+      "Tensor statistics, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? key_lengths, Tensor? "
+      "mask, "
       "Tensor? bias, int max_q, int max_k, bool causal, float scale, float dropout_p, "
       "Tensor? rng, int site, Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, "
       "Tensor(d!)? grad_bias) -> ()");
