@@ -10,29 +10,30 @@ namespace transformer_ext {
 namespace {
 
 // Scores of attention: 32 sentences, 8 heads, 128 queries, keys by argument.
-template <class T>
-void softmax(benchmark::State& state, bool backward) {
+template <class T, bool kBackward>
+void softmax(benchmark::State& state) {
   const int64_t rows = 32 * 8 * 128, keys = state.range(0);
   std::vector<T> x(rows * keys, from_float<T>(0.5f)), out(x.size()), grad_x(x.size());
   const SoftmaxType type = std::is_same_v<T, float> ? SoftmaxType::float32 : SoftmaxType::bfloat16;
+  const SoftmaxForward forward{x.data(), out.data(), rows, keys, {}, false};
+  const SoftmaxBackward backward{x.data(), out.data(), grad_x.data(), rows, keys, false};
   ThreadPool pool;
-  softmax_kernels().forward({x.data(), out.data(), rows, keys, {}, false}, type, pool);
+  softmax_kernels().forward(forward, type, pool);
   for (auto _ : state) {
-    if (backward) {
-      softmax_kernels().backward({x.data(), out.data(), grad_x.data(), rows, keys, false}, type,
-                                 pool);
+    if (kBackward) {
+      softmax_kernels().backward(backward, type, pool);
     } else {
-      softmax_kernels().forward({x.data(), out.data(), rows, keys, {}, false}, type, pool);
+      softmax_kernels().forward(forward, type, pool);
     }
   }
   state.SetBytesProcessed(state.iterations() * static_cast<int64_t>(x.size() * sizeof(T)) *
-                          (backward ? 3 : 2));
+                          (kBackward ? 3 : 2));
 }
 
-BENCHMARK_CAPTURE(softmax<float>, forward, false)->Arg(32)->Arg(128)->UseRealTime();
-BENCHMARK_CAPTURE(softmax<float>, backward, true)->Arg(32)->Arg(128)->UseRealTime();
-BENCHMARK_CAPTURE(softmax<bfloat16>, forward, false)->Arg(32)->Arg(128)->UseRealTime();
-BENCHMARK_CAPTURE(softmax<bfloat16>, backward, true)->Arg(32)->Arg(128)->UseRealTime();
+BENCHMARK_TEMPLATE(softmax, float, false)->Arg(32)->Arg(128)->UseRealTime();
+BENCHMARK_TEMPLATE(softmax, float, true)->Arg(32)->Arg(128)->UseRealTime();
+BENCHMARK_TEMPLATE(softmax, bfloat16, false)->Arg(32)->Arg(128)->UseRealTime();
+BENCHMARK_TEMPLATE(softmax, bfloat16, true)->Arg(32)->Arg(128)->UseRealTime();
 
 }  // namespace
 }  // namespace transformer_ext

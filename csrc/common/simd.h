@@ -149,6 +149,12 @@ typedef uint16_t VecH __attribute__((vector_size(kWidth * 2)));
 // e^x, relative error below 1e-7 for |x| < 87; 0 below -87.3 (so exp(-inf) is exactly 0),
 // inf above 88.7, NaN for NaN. Cody-Waite reduction by ln 2 and a minimax polynomial of degree 6.
 [[maybe_unused]] inline VecF exp(VecF x) {
+#if defined(__AVX512F__)
+  // Keeps infinity from becoming infinity - infinity below; the second operand is the result for
+  // NaN.
+  const VecI too_low = x < -87.3f;
+  x = (VecF)_mm512_min_ps((__m512)broadcast(100.0f), (__m512)x);
+#endif
   const VecF n_real = x * 1.44269504088896341f;
 #if defined(__AVX512F__)
   const VecF n = (VecF)_mm512_roundscale_ps((__m512)n_real, 8);
@@ -170,6 +176,10 @@ typedef uint16_t VecH __attribute__((vector_size(kWidth * 2)));
   p = p * r + 0.166665196f;
   p = p * r + 0.49999994f;
   p = (p * (r * r) + r) + 1.0f;
+#if defined(__AVX512F__)
+  // Scales by 2^n with overflow to infinity, in one instruction for the dozen below.
+  return select(too_low, zero(), (VecF)_mm512_scalef_ps((__m512)p, (__m512)n));
+#else
   const VecI too_low = x < -87.3f;
   const VecI too_high = x > 88.7f;
   // Out-of-range lanes must not reach the float-to-int conversion with an undefined value.
@@ -183,6 +193,7 @@ typedef uint16_t VecH __attribute__((vector_size(kWidth * 2)));
   y = select(too_low, zero(), y);
   y = select(too_high, broadcast(__builtin_inff()), y);
   return select(x == x, y, x);
+#endif
 }
 
 }  // namespace
