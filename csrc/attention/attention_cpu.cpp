@@ -26,6 +26,31 @@ inline int64_t round_up(int64_t n) { return vectors(n) * kW; }
 //
 // C[m, n] (+)= A[m, depth] B[depth, n]: every element of C is accumulated in one register in
 // ascending depth, so it does not depend on how the matrix is cut into panels.
+//
+// Where the machine multiplies pairs of bfloat16, an element of A and B is such a pair, two
+// neighbours along the depth in the 32 bits of a float; depths below still count single numbers.
+
+template <class T>
+constexpr bool kPairs = false;
+#if defined(__AVX512BF16__)
+template <>
+constexpr bool kPairs<bfloat16> = true;
+#endif
+
+template <class T>
+constexpr int64_t depth_elements(int64_t depth) {
+  return kPairs<T> ? (depth + 1) / 2 : depth;
+}
+
+template <class T>
+inline VecF multiply_add(VecF a, VecF b, VecF sum) {
+#if defined(__AVX512BF16__)
+  if constexpr (kPairs<T>) {
+    return (VecF)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+  }
+#endif
+  return a * b + sum;
+}
 
 // Accumulators of a panel: rows x vectors, bound by the number of registers.
 #if defined(__AVX512F__)
@@ -48,7 +73,7 @@ struct Rows {
   int64_t stride;
 };
 
-template <int R, int C>
+template <class T, int R, int C>
 void panel(bool accumulate, int64_t begin, int64_t end, const float* a, int64_t a_row,
            int64_t a_column, const float* b, int64_t b_stride, float* c, int64_t c_stride) {
   VecF sum[R][C];
@@ -65,7 +90,7 @@ void panel(bool accumulate, int64_t begin, int64_t end, const float* a, int64_t 
     for (int r = 0; r < R; ++r) {
       const VecF y = broadcast(a[r * a_row + k * a_column]);
 #pragma GCC unroll 4
-      for (int v = 0; v < C; ++v) sum[r][v] = y * x[v] + sum[r][v];
+      for (int v = 0; v < C; ++v) sum[r][v] = multiply_add<T>(y, x[v], sum[r][v]);
     }
   }
 #pragma GCC unroll 8
@@ -75,17 +100,17 @@ void panel(bool accumulate, int64_t begin, int64_t end, const float* a, int64_t 
   }
 }
 
-template <int C, int R = panel_rows(C)>
+template <class T, int C, int R = panel_rows(C)>
 void panel_of(int64_t rows, bool accumulate, int64_t begin, int64_t end, const float* a,
               int64_t a_row, int64_t a_column, const float* b, int64_t b_stride, float* c,
               int64_t c_stride) {
   if constexpr (R > 1) {
     if (rows < R) {
-      return panel_of<C, R - 1>(rows, accumulate, begin, end, a, a_row, a_column, b, b_stride, c,
-                                c_stride);
+      return panel_of<T, C, R - 1>(rows, accumulate, begin, end, a, a_row, a_column, b, b_stride, c,
+                                   c_stride);
     }
   }
-  panel<R, C>(accumulate, begin, end, a, a_row, a_column, b, b_stride, c, c_stride);
+  panel<T, R, C>(accumulate, begin, end, a, a_row, a_column, b, b_stride, c, c_stride);
 }
 
 // What causal masking leaves of a product; row r may attend to column c iff c <= r + diagonal.
@@ -96,7 +121,7 @@ enum class Band {
   kDepthFrom,  // row r of C needs depth r - diagonal ..: transposed weights times queries
 };
 
-template <int C>
+template <class T, int C>
 void product_columns(Band band, int64_t diagonal, bool accumulate, int64_t m, int64_t first_column,
                      int64_t depth, Operand a, const float* b, int64_t b_stride, float* c,
                      int64_t c_stride) {
@@ -109,12 +134,14 @@ void product_columns(Band band, int64_t diagonal, bool accumulate, int64_t m, in
     if (band == Band::kColumns && first_column >= r1 + diagonal) continue;
     if (band == Band::kDepthTo) end = larger(0, smaller(depth, r1 + diagonal));
     if (band == Band::kDepthFrom) begin = larger(0, smaller(depth, r0 - diagonal));
-    panel_of<C>(r1 - r0, accumulate, begin, end, a.data + r0 * a.row_stride, a.row_stride,
-                a.column_stride, b, b_stride, c + r0 * c_stride, c_stride);
+    panel_of<T, C>(r1 - r0, accumulate, kPairs<T> ? begin / 2 : begin, depth_elements<T>(end),
+                   a.data + r0 * a.row_stride, a.row_stride, a.column_stride, b, b_stride,
+                   c + r0 * c_stride, c_stride);
   }
 }
 
-// n counts vectors.
+// n counts vectors. T: what the operands were packed from.
+template <class T>
 void product(Band band, int64_t diagonal, bool accumulate, int64_t m, int64_t n, int64_t depth,
              Operand a, Rows b, Rows c) {
   const int64_t chunks = (n + kMaxVectors - 1) / kMaxVectors;
@@ -125,21 +152,21 @@ void product(Band band, int64_t diagonal, bool accumulate, int64_t m, int64_t n,
     float* cp = c.data + v0 * kW;
     switch (v1 - v0) {
       case 1:
-        product_columns<1>(band, diagonal, accumulate, m, v0 * kW, depth, a, bp, b.stride, cp,
-                           c.stride);
+        product_columns<T, 1>(band, diagonal, accumulate, m, v0 * kW, depth, a, bp, b.stride, cp,
+                              c.stride);
         break;
       case 2:
-        product_columns<2>(band, diagonal, accumulate, m, v0 * kW, depth, a, bp, b.stride, cp,
-                           c.stride);
+        product_columns<T, 2>(band, diagonal, accumulate, m, v0 * kW, depth, a, bp, b.stride, cp,
+                              c.stride);
         break;
 #if defined(__AVX512F__)
       case 3:
-        product_columns<3>(band, diagonal, accumulate, m, v0 * kW, depth, a, bp, b.stride, cp,
-                           c.stride);
+        product_columns<T, 3>(band, diagonal, accumulate, m, v0 * kW, depth, a, bp, b.stride, cp,
+                              c.stride);
         break;
       case 4:
-        product_columns<4>(band, diagonal, accumulate, m, v0 * kW, depth, a, bp, b.stride, cp,
-                           c.stride);
+        product_columns<T, 4>(band, diagonal, accumulate, m, v0 * kW, depth, a, bp, b.stride, cp,
+                              c.stride);
         break;
 #endif
     }
@@ -153,15 +180,60 @@ inline VecF load_first(const T* p, int64_t n) {
   return n >= kW ? load(p) : load_partial(p, n);
 }
 
-// live: null, or a 0 for each row that counts as 0 whatever stands in it.
+#if defined(__AVX512BF16__)
+// Pairs of neighbours in a row, as they lie in memory: n numbers, 0 behind them.
+inline VecF load_pairs(const bfloat16* p, int64_t n) {
+  const __mmask32 first = n >= 2 * kW ? ~0u : (1u << n) - 1u;
+  return (VecF)_mm512_maskz_loadu_epi16(first, p);
+}
+#endif
+
+inline VecF load_depth(const float* p, int64_t n) { return load_first(p, n); }
+inline VecF load_depth(const bfloat16* p, int64_t n) {
+#if defined(__AVX512BF16__)
+  return load_pairs(p, n);
+#else
+  return load_first(p, n);
+#endif
+}
+
+// Numbers in a vector of elements along the depth.
+template <class T>
+constexpr int64_t kStep = kPairs<T> ? 2 * kW : kW;
+
+// The functions below take `live`: null, or a 0 for each row that counts as 0 whatever stands in
+// it.
+
+// Operand A of a product over head_dim, one row a row.
 template <class T>
 void pack_rows(const T* source, int64_t stride, int64_t rows, int64_t head_dim, const uint8_t* live,
                Rows to) {
   for (int64_t r = 0; r < rows; ++r) {
     const bool dead = live != nullptr && !live[r];
-    for (int64_t d = 0; d < head_dim; d += kW) {
-      store(to.data + r * to.stride + d,
-            dead ? zero() : load_first(source + r * stride + d, head_dim - d));
+    for (int64_t d = 0; d < head_dim; d += kStep<T>) {
+      store(to.data + r * to.stride + d * kW / kStep<T>,
+            dead ? zero() : load_depth(source + r * stride + d, head_dim - d));
+    }
+  }
+}
+
+// Operand B of a product over the rows. Pairs: two rows interleaved; n counts numbers of a row.
+template <class T>
+void pack_depth(const T* source, int64_t stride, int64_t rows, int64_t n, const uint8_t* live,
+                Rows to) {
+  if constexpr (!kPairs<T>) {
+    pack_rows(source, stride, rows, n, live, to);
+  } else {
+    for (int64_t r = 0; r < rows; r += 2) {
+      const bool use_low = live == nullptr || live[r];
+      const bool use_high = r + 1 < rows && (live == nullptr || live[r + 1]);
+      const T* low = source + r * stride;
+      for (int64_t d = 0; d < n; d += kW) {
+        // As float32, bfloat16 is the upper half of the bits.
+        const VecU a = use_low ? (VecU)load_first(low + d, n - d) >> 16 : VecU{};
+        const VecU b = use_high ? (VecU)load_first(low + stride + d, n - d) : VecU{};
+        store(to.data + r / 2 * to.stride + d, (VecF)(a | b));
+      }
     }
   }
 }
@@ -186,21 +258,24 @@ inline void transpose_stage(VecF* x) {
   if constexpr (Half > 1) transpose_stage<Half / 2>(x);
 }
 
-// to[d, r] = source[r, d]; columns from `rows` up to whole vectors are 0.
+// Operand B of a product over head_dim: to[d, r] = source[r, d], d counting elements; columns from
+// `rows` up to whole vectors are 0.
 template <class T>
 void pack_transposed(const T* source, int64_t stride, int64_t rows, int64_t head_dim,
                      const uint8_t* live, Rows to) {
+  const int64_t elements = depth_elements<T>(head_dim);
   for (int64_t r = 0; r < rows; r += kW) {
-    for (int64_t d = 0; d < head_dim; d += kW) {
+    for (int64_t e = 0; e < elements; e += kW) {
+      const int64_t d = e * (kStep<T> / kW);
       VecF x[kWidth];
 #pragma GCC unroll 16
       for (int64_t i = 0; i < kW; ++i) {
         const bool use = r + i < rows && (live == nullptr || live[r + i]);
-        x[i] = use ? load_first(source + (r + i) * stride + d, head_dim - d) : zero();
+        x[i] = use ? load_depth(source + (r + i) * stride + d, head_dim - d) : zero();
       }
       transpose_stage<kWidth / 2>(x);
-      const int64_t n = smaller(kW, head_dim - d);
-      for (int64_t i = 0; i < n; ++i) store(to.data + (d + i) * to.stride + r, x[i]);
+      const int64_t n = smaller(kW, elements - e);
+      for (int64_t i = 0; i < n; ++i) store(to.data + (e + i) * to.stride + r, x[i]);
     }
   }
 }
@@ -380,16 +455,44 @@ void find_live_keys(const AttentionArgs& a, const Sequence& s, int64_t kv_head, 
   }
 }
 
-// Writes e^(score - maximum) over the scores, 0 from the limit to `end`, and returns their sum.
-inline VecF exponentials(const ScoreRow& row, float maximum, int64_t end, float* to) {
+// Dropout of one row of weights.
+struct RowDropout {
+  const Dropout& dropout;
+  uint32_t row;
+  int64_t first_key;  // a multiple of 64
+  uint64_t bits = 0;
+
+  // To be called for each j in ascending order, a multiple of kW.
+  VecF operator()(VecF x, int64_t j) {
+    if (j % 64 == 0) bits = keep_bits(dropout, row, static_cast<uint32_t>((first_key + j) / 64));
+    return keep(x, bits, static_cast<int>(j % 64));
+  }
+};
+
+// Operand A of a product over the keys is written over the row of scores it is made from: as
+// float32, or as bfloat16 into the first half.
+template <class T>
+inline void store_depth(float* row, int64_t j, VecF x) {
+  if constexpr (kPairs<T>) {
+    store(reinterpret_cast<T*>(row) + j, x);
+  } else {
+    store(row + j, x);
+  }
+}
+
+// Writes e^(score - maximum) over the scores, dropped where dropout is on, 0 from the limit to
+// `end`, and returns their sum before dropout.
+template <class T>
+inline VecF exponentials(const ScoreRow& score, float maximum, int64_t end, RowDropout* dropout,
+                         float* to) {
   VecF sum = zero();
   int64_t j = 0;
-  for (; j < row.limit; j += kW) {
-    const VecF p = exp_nonpositive(row(j) - maximum);
-    store(to + j, p);
+  for (; j < score.limit; j += kW) {
+    const VecF p = exp_nonpositive(score(j) - maximum);
+    store_depth<T>(to, j, dropout == nullptr ? p : (*dropout)(p, j));
     sum += p;
   }
-  for (; j < end; j += kW) store(to + j, zero());
+  for (; j < end; j += kW) store_depth<T>(to, j, zero());
   return sum;
 }
 
@@ -403,6 +506,7 @@ void forward_task(const AttentionArgs& a, int64_t b, int64_t kv_head, int64_t qu
   const int64_t group = a.heads / a.kv_heads;
   const int64_t head_dim = a.head_dim;
   const int64_t row_size = round_up(head_dim);
+  const int64_t query_size = round_up(depth_elements<T>(head_dim));
   const int64_t block = smaller(kKeyBlock, round_up(keys));
   const int64_t score_rows = a.causal ? kForwardRowsCausal : kForwardRows;
   const bool masked = a.mask != nullptr || a.bias != nullptr;
@@ -411,7 +515,7 @@ void forward_task(const AttentionArgs& a, int64_t b, int64_t kv_head, int64_t qu
   const size_t at_key = arena.add<float>(row_size * block);
   const size_t at_value = arena.add<float>(row_size * block);
   const size_t at_scores = arena.add<float>(score_rows * block);
-  const size_t at_query = arena.add<float>(group * queries * row_size);
+  const size_t at_query = arena.add<float>(group * queries * query_size);
   const size_t at_out = arena.add<float>(group * queries * row_size);
   const size_t at_max = arena.add<float>(round_up(group * queries));
   const size_t at_sum = arena.add<float>(round_up(group * queries));
@@ -431,7 +535,7 @@ void forward_task(const AttentionArgs& a, int64_t b, int64_t kv_head, int64_t qu
   for (int64_t g = 0; g < group; ++g) {
     pack_rows(at<const T>(a.query, s.batch, s.query_row + q0, kv_head * group + g),
               a.query.token_stride, queries, head_dim, nullptr,
-              {packed_query + g * queries * row_size, row_size});
+              {packed_query + g * queries * query_size, query_size});
   }
   for (int64_t i = 0; i < round_up(group * queries); ++i) {
     maximum[i] = -kInfinity;
@@ -444,8 +548,8 @@ void forward_task(const AttentionArgs& a, int64_t b, int64_t kv_head, int64_t qu
     const uint8_t* use = masked ? live : nullptr;
     pack_transposed(at<const T>(a.key, s.batch, s.key_row + k0, kv_head), a.key.token_stride, n,
                     head_dim, use, packed_key);
-    pack_rows(at<const T>(a.value, s.batch, s.key_row + k0, kv_head), a.value.token_stride, n,
-              head_dim, use, packed_value);
+    pack_depth(at<const T>(a.value, s.batch, s.key_row + k0, kv_head), a.value.token_stride, n,
+               head_dim, use, packed_value);
 
     for (int64_t g = 0; g < group; ++g) {
       const int64_t head = kv_head * group + g;
@@ -458,9 +562,9 @@ void forward_task(const AttentionArgs& a, int64_t b, int64_t kv_head, int64_t qu
         const int64_t end = round_up(columns);
         const int64_t first = g * queries + r0;
         float* out_rows = out + first * row_size;
-        product(a.causal ? Band::kColumns : Band::kFull, diagonal, false, rows, vectors(columns),
-                head_dim, {packed_query + first * row_size, row_size, 1}, packed_key,
-                {scores, block});
+        product<T>(a.causal ? Band::kColumns : Band::kFull, diagonal, false, rows, vectors(columns),
+                   head_dim, {packed_query + first * query_size, query_size, 1}, packed_key,
+                   {scores, block});
 
         for (int64_t r = 0; r < rows; ++r) {
           float* row = scores + r * block;
@@ -475,7 +579,10 @@ void forward_task(const AttentionArgs& a, int64_t b, int64_t kv_head, int64_t qu
           now = now > before ? now : before;
           maximum[first + r] = now;
           // A row without any key so far: its exponentials must be 0, not e^(-inf + inf).
-          const VecF row_sum = exponentials(score, now == -kInfinity ? 0.0f : now, end, row);
+          RowDropout dropout{a.dropout, static_cast<uint32_t>((s.token + query) * a.heads + head),
+                             k0};
+          const VecF row_sum = exponentials<T>(score, now == -kInfinity ? 0.0f : now, end,
+                                               a.dropout.threshold == 0 ? nullptr : &dropout, row);
           float factor = 1.0f;
           if (k0 > 0 && now != before) {
             factor = exp_nonpositive(broadcast(before - now))[0];
@@ -483,20 +590,9 @@ void forward_task(const AttentionArgs& a, int64_t b, int64_t kv_head, int64_t qu
             for (int64_t d = 0; d < row_size; d += kW) store(o + d, load(o + d) * factor);
           }
           sum[first + r] = sum[first + r] * factor + reduce_add(row_sum);
-          if (a.dropout.threshold != 0) {
-            const uint32_t dropout_row = static_cast<uint32_t>((s.token + query) * a.heads + head);
-            for (int64_t j = 0; j < limit; j += 64) {
-              const uint64_t bits =
-                  keep_bits(a.dropout, dropout_row, static_cast<uint32_t>((k0 + j) / 64));
-              const int64_t width = smaller(64, end - j);
-              for (int64_t i = 0; i < width; i += kW) {
-                store(row + j + i, keep(load(row + j + i), bits, static_cast<int>(i)));
-              }
-            }
-          }
         }
-        product(a.causal ? Band::kDepthTo : Band::kFull, diagonal, k0 > 0, rows, row_size / kW,
-                columns, {scores, block, 1}, packed_value, {out_rows, row_size});
+        product<T>(a.causal ? Band::kDepthTo : Band::kFull, diagonal, k0 > 0, rows, row_size / kW,
+                   columns, {scores, block, 1}, packed_value, {out_rows, row_size});
       }
     }
   }
@@ -553,16 +649,24 @@ void backward_task(const AttentionBackwardArgs& a, const BackwardTask& task) {
   const bool all_keys = task.first_key == 0 && s.keys <= smaller(task.keys, kKeyBlock);
   const Band scores_band = a.causal ? Band::kColumns : Band::kFull;
 
+  // Where a product runs over the queries, its pairs are those of two rows: other copies are needed
+  // than for the products over head_dim and over the keys.
+  const int64_t query_size = round_up(depth_elements<T>(head_dim));
+  const int64_t paired_rows = kPairs<T> ? (tile_rows + 1) / 2 : 0;
   Arena arena;
   const size_t at_key = arena.add<float>(row_size * block);
   const size_t at_key_rows = arena.add<float>(row_size * block);
   const size_t at_value = arena.add<float>(row_size * block);
   const size_t at_grad_key = arena.add<float>(row_size * block);
   const size_t at_grad_value = arena.add<float>(row_size * block);
-  const size_t at_query = arena.add<float>(row_size * tile_rows);
-  const size_t at_grad_out = arena.add<float>(row_size * tile_rows);
+  const size_t at_query = arena.add<float>(query_size * tile_rows);
+  const size_t at_grad_out = arena.add<float>(query_size * tile_rows);
   const size_t at_weights = arena.add<float>(tile_rows * block);
   const size_t at_grad_scores = arena.add<float>(tile_rows * block);
+  const size_t at_query_pairs = arena.add<float>(paired_rows * row_size);
+  const size_t at_grad_out_pairs = arena.add<float>(paired_rows * row_size);
+  const size_t at_weights_pairs = arena.add<float>(paired_rows * block);
+  const size_t at_grad_scores_pairs = arena.add<float>(paired_rows * block);
   const size_t at_delta = arena.add<float>(tile_rows);
   const size_t at_addend = arena.add<float>(kKeyBlock);
   const size_t at_live_keys = arena.add<uint8_t>(kKeyBlock);
@@ -570,8 +674,6 @@ void backward_task(const AttentionBackwardArgs& a, const BackwardTask& task) {
   const size_t at_grad_query =
       arena.add<float>(task.grad_query ? task.heads * queries * row_size : 0);
   arena.allocate();
-  float* weights = arena.get<float>(at_weights);
-  float* grad_scores = arena.get<float>(at_grad_scores);
   float* delta = arena.get<float>(at_delta);
   float* addend_row = arena.get<float>(at_addend);
   uint8_t* live_keys = arena.get<uint8_t>(at_live_keys);
@@ -582,8 +684,17 @@ void backward_task(const AttentionBackwardArgs& a, const BackwardTask& task) {
   const Rows value{arena.get<float>(at_value), block};
   const Rows grad_key{arena.get<float>(at_grad_key), row_size};
   const Rows grad_value{arena.get<float>(at_grad_value), row_size};
-  const Rows query{arena.get<float>(at_query), row_size};
-  const Rows grad_out{arena.get<float>(at_grad_out), row_size};
+  const Rows query{arena.get<float>(at_query), query_size};
+  const Rows grad_out{arena.get<float>(at_grad_out), query_size};
+  const Rows weights{arena.get<float>(at_weights), block};
+  const Rows grad_scores{arena.get<float>(at_grad_scores), block};
+  const bool pairs = kPairs<T>;
+  const Rows query_depth = pairs ? Rows{arena.get<float>(at_query_pairs), row_size} : query;
+  const Rows grad_out_depth =
+      pairs ? Rows{arena.get<float>(at_grad_out_pairs), row_size} : grad_out;
+  const Rows weights_depth = pairs ? Rows{arena.get<float>(at_weights_pairs), block} : weights;
+  const Rows grad_scores_depth =
+      pairs ? Rows{arena.get<float>(at_grad_scores_pairs), block} : grad_scores;
 
   bool first_block = true;
   for (int64_t k0 = task.first_key; k0 < k_end; k0 += kKeyBlock) {
@@ -598,7 +709,7 @@ void backward_task(const AttentionBackwardArgs& a, const BackwardTask& task) {
       pack_transposed(k_rows, a.key.token_stride, n, head_dim, use, key);
       pack_transposed(v_rows, a.value.token_stride, n, head_dim, use, value);
       if (task.grad_query) {
-        pack_rows(k_rows, a.key.token_stride, n, head_dim, use, key_rows);
+        pack_depth(k_rows, a.key.token_stride, n, head_dim, use, key_rows);
       }
     }
     bool first_tile = true;
@@ -613,66 +724,71 @@ void backward_task(const AttentionBackwardArgs& a, const BackwardTask& task) {
         const int64_t end = round_up(columns);
 
         for (int64_t r = 0; r < rows; ++r) live_queries[r] = statistics.inverse_sum[r0 + r] != 0.0f;
-        pack_rows(at<const T>(a.query, s.batch, s.query_row + r0, head), a.query.token_stride, rows,
-                  head_dim, live_queries, query);
+        const T* query_rows = at<const T>(a.query, s.batch, s.query_row + r0, head);
         const T* grad_rows = at<const T>(a.grad_out, s.batch, s.query_row + r0, head);
         const T* out_rows = at<const T>(a.out, s.batch, s.query_row + r0, head);
+        pack_rows(query_rows, a.query.token_stride, rows, head_dim, live_queries, query);
         pack_rows(grad_rows, a.grad_out.token_stride, rows, head_dim, live_queries, grad_out);
+        if (pairs && task.grad_key_value) {
+          pack_depth(query_rows, a.query.token_stride, rows, head_dim, live_queries, query_depth);
+          pack_depth(grad_rows, a.grad_out.token_stride, rows, head_dim, live_queries,
+                     grad_out_depth);
+        }
         for (int64_t r = 0; r < rows && !all_keys; ++r) {
           VecF dot = zero();
           for (int64_t d = 0; d < head_dim; d += kW) {
-            dot += load(grad_out.data + r * row_size + d) *
+            dot += load_first(grad_rows + r * a.grad_out.token_stride + d, head_dim - d) *
                    load_first(out_rows + r * a.out.token_stride + d, head_dim - d);
           }
           delta[r] = live_queries[r] ? reduce_add(dot) : 0.0f;
         }
 
-        product(scores_band, diagonal, false, rows, vectors(columns), head_dim,
-                {query.data, row_size, 1}, key, {weights, block});
-        product(scores_band, diagonal, false, rows, vectors(columns), head_dim,
-                {grad_out.data, row_size, 1}, value, {grad_scores, block});
+        product<T>(scores_band, diagonal, false, rows, vectors(columns), head_dim,
+                   {query.data, query_size, 1}, key, weights);
+        product<T>(scores_band, diagonal, false, rows, vectors(columns), head_dim,
+                   {grad_out.data, query_size, 1}, value, grad_scores);
         for (int64_t r = 0; r < rows; ++r) {
-          float* p_row = weights + r * block;
-          float* g_row = grad_scores + r * block;
+          float* p_row = weights.data + r * block;
+          float* g_row = grad_scores.data + r * block;
           const int64_t limit = a.causal ? larger(0, smaller(n, diagonal + r + 1)) : n;
           if (addend.any()) addend.fill(r0 + r, k0, n, addend_row);
           const ScoreRow score{p_row, a.scale, addend.any() ? addend_row : nullptr, limit};
           const float maximum = statistics.maximum[r0 + r];
           const float inverse_sum = statistics.inverse_sum[r0 + r];
-          const int64_t dropout_row = (s.token + r0 + r) * a.heads + head;
           uint64_t bits[kKeyBlock / 64];
+          RowDropout row_dropout{a.dropout,
+                                 static_cast<uint32_t>((s.token + r0 + r) * a.heads + head), k0};
           VecF dot = zero();
           int64_t j = 0;
           for (; j < limit; j += kW) {
             const VecF p = exp_nonpositive(score(j) - maximum) * inverse_sum;
             VecF g = load(g_row + j);
             if (dropout) {
-              if (j % 64 == 0) {
-                bits[j / 64] = keep_bits(a.dropout, static_cast<uint32_t>(dropout_row),
-                                         static_cast<uint32_t>((k0 + j) / 64));
-              }
-              g = keep(g * a.dropout.scale, bits[j / 64], static_cast<int>(j % 64));
+              g = row_dropout(g * a.dropout.scale, j);
+              bits[j / 64] = row_dropout.bits;
               store(g_row + j, g);
             }
             store(p_row + j, p);
             dot += p * g;
           }
-          for (; j < end; j += kW) {
-            store(p_row + j, zero());
-            store(g_row + j, zero());
-          }
           const float row_delta = all_keys ? reduce_add(dot) : delta[r];
           for (j = 0; j < limit; j += kW) {
             const VecF p = load(p_row + j);
-            store(g_row + j, p * (load(g_row + j) - row_delta));
-            if (dropout) {
-              store(p_row + j, keep(p * a.dropout.scale, bits[j / 64], static_cast<int>(j % 64)));
-            }
+            const VecF g = p * (load(g_row + j) - row_delta);
+            if (task.grad_bias) store(addend_row + j, g);
+            store_depth<T>(g_row, j, g);
+            store_depth<T>(
+                p_row, j,
+                dropout ? keep(p * a.dropout.scale, bits[j / 64], static_cast<int>(j % 64)) : p);
+          }
+          for (; j < end; j += kW) {
+            store_depth<T>(p_row, j, zero());
+            store_depth<T>(g_row, j, zero());
           }
           if (task.grad_bias) {
             float* to = a.grad_bias + task.batch * a.bias_strides[0] + head * a.bias_strides[1] +
                         (r0 + r) * a.bias_strides[2] + k0 * a.bias_strides[3];
-            for (int64_t c = 0; c < limit; ++c) to[c * a.bias_strides[3]] += g_row[c];
+            for (int64_t c = 0; c < limit; ++c) to[c * a.bias_strides[3]] += addend_row[c];
           }
         }
         if (task.grad_key_value) {
@@ -682,17 +798,23 @@ void backward_task(const AttentionBackwardArgs& a, const BackwardTask& task) {
             std::memset(grad_value.data + columns * row_size, 0, bytes);
             std::memset(grad_key.data + columns * row_size, 0, bytes);
           }
+          if constexpr (kPairs<T>) {
+            const T* p = reinterpret_cast<const T*>(weights.data);
+            const T* g = reinterpret_cast<const T*>(grad_scores.data);
+            pack_depth(p, 2 * block, rows, end, nullptr, weights_depth);
+            pack_depth(g, 2 * block, rows, end, nullptr, grad_scores_depth);
+          }
           const Band band = a.causal ? Band::kDepthFrom : Band::kFull;
-          product(band, diagonal, !first_tile, columns, row_size / kW, rows, {weights, 1, block},
-                  grad_out, grad_value);
-          product(band, diagonal, !first_tile, columns, row_size / kW, rows,
-                  {grad_scores, 1, block}, query, grad_key);
+          product<T>(band, diagonal, !first_tile, columns, row_size / kW, rows,
+                     {weights_depth.data, 1, block}, grad_out_depth, grad_value);
+          product<T>(band, diagonal, !first_tile, columns, row_size / kW, rows,
+                     {grad_scores_depth.data, 1, block}, query_depth, grad_key);
         }
         if (task.grad_query) {
           const int64_t row = h * queries + r0 - task.first_query;
-          product(a.causal ? Band::kDepthTo : Band::kFull, diagonal, !first_block, rows,
-                  row_size / kW, columns, {grad_scores, block, 1}, key_rows,
-                  {grad_query + row * row_size, row_size});
+          product<T>(a.causal ? Band::kDepthTo : Band::kFull, diagonal, !first_block, rows,
+                     row_size / kW, columns, {grad_scores.data, block, 1}, key_rows,
+                     {grad_query + row * row_size, row_size});
         }
         first_tile = false;
       }
