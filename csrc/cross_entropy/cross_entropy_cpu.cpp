@@ -174,27 +174,33 @@ void column_sum(const T* x, int64_t stride, int64_t rows, int64_t columns, bool 
                 float* out, Parallel& parallel) {
   // Four vectors side by side: a cache line or more of each row, so that no line is read twice.
   constexpr int64_t kBlock = 4 * kWidth;
-  constexpr int64_t kBlocks = 8;
-  const int64_t tasks = (columns + kBlock * kBlocks - 1) / (kBlock * kBlocks);
+  constexpr int64_t kTaskColumns = 2 * kBlock;
+  // The sums of so many rows are added up apart: the error grows with the square root of the rows
+  // and not with the rows.
+  constexpr int64_t kRows = 64;
+  const int64_t tasks = (columns + kTaskColumns - 1) / kTaskColumns;
   parallel.for_each(tasks, [&](int64_t task) {
-    const int64_t begin = task * kBlock * kBlocks;
-    const int64_t end = begin + kBlock * kBlocks < columns ? begin + kBlock * kBlocks : columns;
-    int64_t j = begin;
-    for (; j + kBlock <= end; j += kBlock) {
-      VecF sum[4] = {};
-      if (accumulate) {
-        for (int k = 0; k < 4; ++k) sum[k] = load(out + j + k * kWidth);
+    const int64_t begin = task * kTaskColumns;
+    const int64_t end = begin + kTaskColumns < columns ? begin + kTaskColumns : columns;
+    if (!accumulate) std::memset(out + begin, 0, static_cast<size_t>(end - begin) * sizeof(float));
+    for (int64_t first = 0; first < rows; first += kRows) {
+      const int64_t last = first + kRows < rows ? first + kRows : rows;
+      int64_t j = begin;
+      for (; j + kBlock <= end; j += kBlock) {
+        VecF sum[4] = {};
+        for (int64_t r = first; r < last; ++r) {
+          for (int k = 0; k < 4; ++k) sum[k] += load(x + r * stride + j + k * kWidth);
+        }
+        for (int k = 0; k < 4; ++k) {
+          store(out + j + k * kWidth, load(out + j + k * kWidth) + sum[k]);
+        }
       }
-      for (int64_t r = 0; r < rows; ++r) {
-        for (int k = 0; k < 4; ++k) sum[k] += load(x + r * stride + j + k * kWidth);
+      for (; j < end; j += kWidth) {
+        const int64_t n = end - j < kWidth ? end - j : kWidth;
+        VecF sum = zero();
+        for (int64_t r = first; r < last; ++r) sum += load_partial(x + r * stride + j, n);
+        store_partial(out + j, load_partial(out + j, n) + sum, n);
       }
-      for (int k = 0; k < 4; ++k) store(out + j + k * kWidth, sum[k]);
-    }
-    for (; j < end; j += kWidth) {
-      const int64_t n = end - j < kWidth ? end - j : kWidth;
-      VecF sum = accumulate ? load_partial(out + j, n) : zero();
-      for (int64_t r = 0; r < rows; ++r) sum += load_partial(x + r * stride + j, n);
-      store_partial(out + j, sum, n);
     }
   });
 }

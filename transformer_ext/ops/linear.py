@@ -104,11 +104,15 @@ def _choice(name: str, dtype: torch.dtype) -> _Choice | None:
     return _chosen[key]
 
 
-def _ours(name: str, op: str, x: Tensor) -> bool:
+def _recording(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _ours(name: str, op: str, x: Tensor, *others: Tensor | None) -> bool:
     return (
         x.device.type == "cpu"
         and _choice(name, x.dtype) is not None
-        and not torch.is_grad_enabled()
+        and not _recording(x, *others)
         and use_compiled(op, x)
     )
 
@@ -174,11 +178,7 @@ def weight_for(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if weight.dtype == dtype:
         return weight
-    if (
-        torch.compiler.is_compiling()
-        or weight.is_inference()
-        or (torch.is_grad_enabled() and weight.requires_grad)
-    ):
+    if torch.compiler.is_compiling() or weight.is_inference() or _recording(weight):
         return weight.to(dtype)
     return _copies.get(weight, dtype, lambda w, stale: _convert(w, stale, dtype))
 
@@ -206,7 +206,7 @@ def product(
     if (
         weight.dtype == x.dtype
         and not weight.is_inference()
-        and _ours("forward", "gemm_linear_", x)
+        and _ours("forward", "gemm_linear_", x, weight, bias)
     ):
         if out is None:
             out = x.new_empty(x.shape[0], weight.shape[0])
@@ -228,7 +228,7 @@ def product_input(grad: Tensor, weight: Tensor, *, out: Tensor | None = None) ->
         grad: ``[rows, out]``. weight: ``[out, in]``, float32.
         out: ``[rows, in]`` in ``grad.dtype``, overwritten.
     """
-    if weight.dtype == grad.dtype and _ours("input", "gemm_matmul_", grad):
+    if weight.dtype == grad.dtype and _ours("input", "gemm_matmul_", grad, weight):
         if out is None:
             out = grad.new_empty(grad.shape[0], weight.shape[1])
         torch.ops.transformer_ext.gemm_matmul_(out, grad, _rows(weight), False)
@@ -251,7 +251,7 @@ def product_weight(
         dtype: of the result.
         out: ``[out, in]`` in ``dtype``; overwritten, or added to with ``accumulate``.
     """
-    if dtype == torch.float32 and _ours("weight", "gemm_matmul_", x):
+    if dtype == torch.float32 and _ours("weight", "gemm_matmul_", x, grad):
         if out is None:
             out = x.new_empty(grad.shape[1], x.shape[1], dtype=dtype)
         torch.ops.transformer_ext.gemm_matmul_(out, grad.t(), _rows(x), accumulate)
@@ -293,7 +293,7 @@ class _Linear(torch.autograd.Function):
 
 def _column_sum(x: Tensor, dtype: torch.dtype) -> Tensor:
     # torch sums columns at 1 to 2 GB/s here (bfloat16 [4096, 2048]: 73 ms).
-    if dtype == torch.float32 and not torch.is_grad_enabled() and use_compiled("column_sum_", x):
+    if dtype == torch.float32 and not _recording(x) and use_compiled("column_sum_", x):
         out = x.new_empty(x.shape[1], dtype=dtype)
         torch.ops.transformer_ext.column_sum_(out, _rows(x), False)
         return out
@@ -340,12 +340,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         x = x.to(torch.get_autocast_dtype(device))
     if torch.compiler.is_compiling():
         return linear_reference(x, weight, bias)
-    if torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
+    if _recording(x, weight, bias):
         return _Linear.apply(x, weight, bias)
-    with torch.no_grad():
-        return _apply(x, weight, bias)
+    return _apply(x, weight, bias)
 
 
 if load_ops():
