@@ -1,0 +1,61 @@
+"""Embedding + positions + dropout against PyTorch's composition, forward and backward.
+
+python benchmarks/embedding.py --threads 2
+"""
+
+import torch
+from timing import arguments, best_seconds, copier, print_row
+from torch.nn import functional
+
+from transformer_ext.ops import embedding, sinusoidal_positions
+
+options = arguments(__doc__)
+rng = torch.tensor([1, 2, 3])
+
+for tokens, words, columns in ((4096, 8000, 256), (4096, 32000, 512)):
+    # Ids as in text: the k-th most frequent word about as often as 1 / k.
+    ids = torch.multinomial(1.0 / torch.arange(1, words + 1), tokens, replacement=True)
+    positions = (torch.arange(tokens) % 50).int()
+    weight = torch.randn(words, columns, requires_grad=True)
+    table = sinusoidal_positions(50, columns)
+    for dtype in (torch.float32, torch.bfloat16):
+        for p in (0.0, 0.1):
+
+            def ours(p=p, dtype=dtype, ids=ids, weight=weight, positions=positions, table=table):
+                return embedding(
+                    ids,
+                    weight,
+                    scale=16.0,
+                    positions=positions,
+                    position_table=table,
+                    dropout_p=p,
+                    rng=rng,
+                    dtype=dtype,
+                )
+
+            def peer(p=p, dtype=dtype, ids=ids, weight=weight, positions=positions, table=table):
+                y = functional.embedding(ids, weight) * 16.0 + table[positions]
+                return functional.dropout(y, p, training=p > 0).to(dtype)
+
+            def backward(y, weight=weight):
+                return torch.autograd.grad(y, weight, torch.ones_like(y), retain_graph=True)
+
+            kind = str(dtype).removeprefix("torch.")
+            name = f"{tokens} of {words}x{columns} {kind} p={p}"
+            size = tokens * columns * (4 + dtype.itemsize)
+            with torch.no_grad():
+                best = best_seconds(
+                    {"ours": ours, "torch": peer, "copy": copier(size)}, options.seconds
+                )
+            print_row(f"forward {name}", best, size)
+            results = ours(), peer()
+            size = words * columns * 4 + tokens * columns * dtype.itemsize
+            best = best_seconds(
+                {
+                    "ours": lambda results=results, f=backward: f(results[0]),
+                    "torch": lambda results=results, f=backward: f(results[1]),
+                    "copy": copier(size),
+                },
+                options.seconds,
+            )
+            print_row(f"backward {name}", best, size)

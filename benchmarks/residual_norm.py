@@ -1,0 +1,62 @@
+"""Residual + dropout + norm against PyTorch's composition, forward and backward.
+
+python benchmarks/residual_norm.py --threads 2
+"""
+
+import torch
+from timing import arguments, best_seconds, copier, print_row
+from torch.nn import functional
+
+from transformer_ext.ops import norm, residual_norm
+
+options = arguments(__doc__)
+rng = torch.tensor([1, 2, 3])
+
+for rows, columns in ((256, 512), (4096, 256), (4096, 512), (4096, 1024), (32768, 512)):
+    for dtype in (torch.float32, torch.bfloat16):
+        x, residual, grad = (torch.randn(rows, columns).to(dtype) for _ in range(3))
+        x.requires_grad_()
+        residual.requires_grad_()
+        weight = torch.ones(columns, requires_grad=True)
+        bias = torch.zeros(columns, requires_grad=True)
+        inputs = (x, residual, weight, bias)
+        kind = str(dtype).removeprefix("torch.")
+        for p in (0.0, 0.1):
+
+            def ours(p=p, inputs=inputs):
+                return residual_norm(*inputs, dropout_p=p, rng=rng, site=1)[1]
+
+            def peer(p=p, inputs=inputs, columns=columns):
+                x, residual, weight, bias = inputs
+                total = residual + functional.dropout(x, p, training=p > 0)
+                return functional.layer_norm(total, (columns,), weight, bias)
+
+            def backward(y, inputs=inputs, grad=grad):
+                return torch.autograd.grad(y, inputs, grad, retain_graph=True)
+
+            size = 4 * x.numel() * x.element_size()
+            with torch.no_grad():
+                best = best_seconds(
+                    {"ours": ours, "torch": peer, "copy": copier(size)}, options.seconds
+                )
+            print_row(f"forward {rows}x{columns} {kind} p={p}", best, size)
+            results = ours(), peer()
+            size = (4 if p else 3) * x.numel() * x.element_size()
+            best = best_seconds(
+                {
+                    "ours": lambda results=results, f=backward: f(results[0]),
+                    "torch": lambda results=results, f=backward: f(results[1]),
+                    "copy": copier(size),
+                },
+                options.seconds,
+            )
+            print_row(f"backward {rows}x{columns} {kind} p={p}", best, size)
+
+x = torch.randn(1, 8)
+weight = torch.ones(8)
+with torch.no_grad():
+    best = best_seconds({"ours": lambda: norm(x, weight), "copy": copier(64)}, options.seconds)
+print_row("overhead of a call: norm 1x8", best, 64)
+x.requires_grad_()
+best = best_seconds({"ours": lambda: residual_norm(x, x, weight), "copy": copier(64)})
+print_row("overhead of a call: residual_norm, recording", best, 64)
