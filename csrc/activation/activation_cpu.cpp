@@ -91,8 +91,10 @@ struct Gelu {
   }
 };
 
+// The functions on rows take their arguments by value: a store through a T* could change what
+// stands behind a reference, so each vector would load the pointers anew.
 template <class T, class F, bool kGated, bool kDrop>
-void forward_rows(const ActivationForward<T>& args, const float* bias, int64_t begin, int64_t end) {
+void forward_rows(ActivationForward<T> args, const float* bias, int64_t begin, int64_t end) {
   const int64_t columns = args.columns;
   const int64_t x_columns = kGated ? 2 * columns : columns;
   for (int64_t row = begin; row < end; ++row) {
@@ -122,8 +124,7 @@ void forward_rows(const ActivationForward<T>& args, const float* bias, int64_t b
 
 // `count` <= kRowGroup rows; bias_sum (nullptr: not wanted) gets the sum of grad_x added.
 template <class T, class F, bool kGated, bool kDrop>
-void backward_group(const ActivationBackward<T>& args, int64_t begin, int64_t count,
-                    float* bias_sum) {
+void backward_group(ActivationBackward<T> args, int64_t begin, int64_t count, float* bias_sum) {
   const int64_t columns = args.columns;
   const int64_t x_columns = kGated ? 2 * columns : columns;
   const float* const bias = args.bias;
@@ -172,9 +173,9 @@ void backward_group(const ActivationBackward<T>& args, int64_t begin, int64_t co
 }
 
 template <class T>
-using ForwardRows = void (*)(const ActivationForward<T>&, const float*, int64_t, int64_t);
+using ForwardRows = void (*)(ActivationForward<T>, const float*, int64_t, int64_t);
 template <class T>
-using BackwardGroup = void (*)(const ActivationBackward<T>&, int64_t, int64_t, float*);
+using BackwardGroup = void (*)(ActivationBackward<T>, int64_t, int64_t, float*);
 
 // By kind, then without and with dropout.
 template <class T>

@@ -47,10 +47,21 @@ typedef uint16_t VecH __attribute__((vector_size(kWidth * 2)));
   return v;
 }
 
+// GCC 12 would widen 16 bits to 32 by halves: five instructions instead of one.
+[[maybe_unused]] inline VecF from_bfloat16(VecH h) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)h), 16);
+#elif defined(__AVX2__)
+  return (VecF)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)h), 16);
+#else
+  return (VecF)(__builtin_convertvector(h, VecU) << 16);
+#endif
+}
+
 [[maybe_unused]] inline VecF load(const bfloat16* p) {
   VecH h;
   std::memcpy(&h, p, sizeof h);
-  return (VecF)(__builtin_convertvector(h, VecU) << 16);
+  return from_bfloat16(h);
 }
 
 [[maybe_unused]] inline void store(float* p, VecF v) { std::memcpy(p, &v, sizeof v); }
@@ -87,9 +98,13 @@ typedef uint16_t VecH __attribute__((vector_size(kWidth * 2)));
 }
 
 [[maybe_unused]] inline VecF load_partial(const bfloat16* p, int64_t n) {
+#if defined(__AVX512F__)
+  return from_bfloat16((VecH)_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1u), p));
+#else
   VecH h{};
   std::memcpy(&h, p, static_cast<size_t>(n) * sizeof(bfloat16));
-  return (VecF)(__builtin_convertvector(h, VecU) << 16);
+  return from_bfloat16(h);
+#endif
 }
 
 [[maybe_unused]] inline void store_partial(float* p, VecF v, int64_t n) {
@@ -102,7 +117,11 @@ typedef uint16_t VecH __attribute__((vector_size(kWidth * 2)));
 
 [[maybe_unused]] inline void store_partial(bfloat16* p, VecF v, int64_t n) {
   const VecH h = round_to_bfloat16(v);
+#if defined(__AVX512F__)
+  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1u), (__m256i)h);
+#else
   std::memcpy(p, &h, static_cast<size_t>(n) * sizeof(bfloat16));
+#endif
 }
 
 [[maybe_unused]] inline VecF select(VecI condition, VecF yes, VecF no) {

@@ -14,7 +14,7 @@ inline int64_t index_of(const Indices& indices, int64_t i) {
 }
 
 template <class T, bool kPositions, bool kDrop>
-void forward_rows(const EmbeddingForward<T>& args, int64_t begin, int64_t end) {
+void forward_rows(EmbeddingForward<T> args, int64_t begin, int64_t end) {
   const int64_t columns = args.columns;
   for (int64_t token = begin; token < end; ++token) {
     const float* const word = args.weight + index_of(args.ids, token) * columns;

@@ -12,7 +12,9 @@ constexpr int kRowSlot = 1;
 
 // Sums of gradients over rows are kept for at most so many blocks of rows, and added up at the end.
 constexpr int64_t kMaxBlocks = 64;
-// So many rows share one load and store of these sums.
+// So many rows share one load and store of these sums, and so many go through the phases of a norm
+// together: the sum over the lanes, the root and the division of one row wait for each other, those
+// of different rows do not.
 constexpr int64_t kRowGroup = 4;
 
 inline VecF store_rounded(float* p, VecF v) {
@@ -23,7 +25,7 @@ inline VecF store_rounded(float* p, VecF v) {
 inline VecF store_rounded(bfloat16* p, VecF v) {
   const VecH half = round_to_bfloat16(v);
   std::memcpy(p, &half, sizeof half);
-  return (VecF)(__builtin_convertvector(half, VecU) << 16);
+  return from_bfloat16(half);
 }
 
 template <bool kWhole, class T>
@@ -53,8 +55,10 @@ struct Sum {
 
 constexpr int part_of(int first) { return (first / kWidth) % 4; }
 
+// The functions on rows take their arguments by value: a store through a T* could change what
+// stands behind a reference, so each vector would load the pointers anew.
 template <class T, bool kResidual, bool kDrop>
-void dropout_rows(const ResidualDropout<T>& args, int64_t begin, int64_t end) {
+void dropout_rows(ResidualDropout<T> args, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const int64_t at = row * args.columns;
     uint64_t bits = 0;
@@ -83,53 +87,63 @@ void residual_dropout(const ResidualDropout<T>& args, Parallel& parallel) {
 }
 
 template <class T, bool kResidual, bool kDrop>
-void forward_rows(const ResidualNormForward<T>& args, int64_t begin, int64_t end) {
+void forward_rows(ResidualNormForward<T> args, int64_t begin, int64_t end) {
   const int64_t columns = args.columns;
   const float* const weight = args.weight;
   const float* const bias = args.bias;
-  float* const cache =
-      static_cast<float*>(thread_scratch(static_cast<size_t>(columns) * sizeof(float), kRowSlot));
+  float* const cache = static_cast<float*>(
+      thread_scratch(static_cast<size_t>(kRowGroup * columns) * sizeof(float), kRowSlot));
   const auto no_start = [](uint32_t) {};
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t at = row * columns;
-    uint64_t bits = 0;
-    Sum sum{};
-    for_columns(
-        columns, [&](uint32_t group) { bits = bits_of<kDrop>(args.dropout, row, group); },
-        [&](auto whole, int64_t c, int first, int n) {
-          constexpr bool kWhole = decltype(whole)::value;
-          VecF v = load_n<kWhole>(args.x + at + c, n);
-          if constexpr (kDrop) v = keep(v * args.dropout.scale, bits, first);
-          if constexpr (kResidual) v = v + load_n<kWhole>(args.residual + at + c, n);
-          if constexpr (kResidual || kDrop) v = store_rounded_n<kWhole>(args.sum + at + c, v, n);
-          store_n<kWhole>(cache + c, v, n);
-          sum.part[part_of(first)] = sum.part[part_of(first)] + v;
-        });
-    const float mean = args.rms ? 0.0f : sum.total() / static_cast<float>(columns);
-    Sum squares{};
-    for_columns(columns, no_start, [&](auto whole, int64_t c, int first, int n) {
-      constexpr bool kWhole = decltype(whole)::value;
-      VecF centred = load_n<kWhole>(cache + c, n) - mean;
-      if constexpr (!kWhole) {
-        // The lanes past the row read as 0: their square must not be that of the mean.
-        store_partial(cache + c, centred, n);
-        centred = load_partial(cache + c, n);
-      } else {
-        store(cache + c, centred);
-      }
-      squares.part[part_of(first)] = squares.part[part_of(first)] + centred * centred;
-    });
-    const float rstd =
-        1.0f / __builtin_sqrtf(squares.total() / static_cast<float>(columns) + args.eps);
-    if (args.mean != nullptr) args.mean[row] = mean;
-    if (args.rstd != nullptr) args.rstd[row] = rstd;
-    for_columns(columns, no_start, [&](auto whole, int64_t c, int, int n) {
-      constexpr bool kWhole = decltype(whole)::value;
-      VecF v = load_n<kWhole>(cache + c, n) * rstd;
-      if (weight != nullptr) v = v * load_n<kWhole>(weight + c, n);
-      if (bias != nullptr) v = v + load_n<kWhole>(bias + c, n);
-      store_n<kWhole>(args.normed + at + c, v, n);
-    });
+  float mean[kRowGroup], rstd[kRowGroup];
+  for (; begin < end; begin += kRowGroup) {
+    const int64_t count = begin + kRowGroup < end ? kRowGroup : end - begin;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t row = begin + i;
+      const T* const x = args.x + row * columns;
+      const T* const residual = args.residual + (kResidual ? row * columns : 0);
+      T* const out = args.sum + (kResidual || kDrop ? row * columns : 0);
+      float* const line = cache + i * columns;
+      uint64_t bits = 0;
+      Sum sum{};
+      for_columns(
+          columns, [&](uint32_t group) { bits = bits_of<kDrop>(args.dropout, row, group); },
+          [&](auto whole, int64_t c, int first, int n) {
+            constexpr bool kWhole = decltype(whole)::value;
+            VecF v = load_n<kWhole>(x + c, n);
+            if constexpr (kDrop) v = keep(v * args.dropout.scale, bits, first);
+            if constexpr (kResidual) v = v + load_n<kWhole>(residual + c, n);
+            if constexpr (kResidual || kDrop) v = store_rounded_n<kWhole>(out + c, v, n);
+            store_n<kWhole>(line + c, v, n);
+            sum.part[part_of(first)] = sum.part[part_of(first)] + v;
+          });
+      mean[i] = args.rms ? 0.0f : sum.total() / static_cast<float>(columns);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      float* const line = cache + i * columns;
+      Sum squares{};
+      for_columns(columns, no_start, [&](auto whole, int64_t c, int first, int n) {
+        constexpr bool kWhole = decltype(whole)::value;
+        VecF centred = load_n<kWhole>(line + c, n) - mean[i];
+        store_n<kWhole>(line + c, centred, n);
+        // The lanes past the row have become -mean: their squares must not count.
+        if constexpr (!kWhole) centred = load_n<kWhole>(line + c, n);
+        squares.part[part_of(first)] = squares.part[part_of(first)] + centred * centred;
+      });
+      rstd[i] = 1.0f / __builtin_sqrtf(squares.total() / static_cast<float>(columns) + args.eps);
+      if (args.mean != nullptr) args.mean[begin + i] = mean[i];
+      if (args.rstd != nullptr) args.rstd[begin + i] = rstd[i];
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const float* const line = cache + i * columns;
+      T* const normed = args.normed + (begin + i) * columns;
+      for_columns(columns, no_start, [&](auto whole, int64_t c, int, int n) {
+        constexpr bool kWhole = decltype(whole)::value;
+        VecF v = load_n<kWhole>(line + c, n) * rstd[i];
+        if (weight != nullptr) v = v * load_n<kWhole>(weight + c, n);
+        if (bias != nullptr) v = v + load_n<kWhole>(bias + c, n);
+        store_n<kWhole>(normed + c, v, n);
+      });
+    }
   }
 }
 
@@ -150,8 +164,8 @@ void forward(const ResidualNormForward<T>& args, Parallel& parallel) {
 // With g = grad_normed * weight, h = (sum - mean) * rstd:
 //   grad of sum = rstd * (g - mean(g) - h * mean(g * h)) + grad_sum     (RMSNorm: no mean(g))
 template <class T, bool kGradSum, bool kDrop>
-void backward_group(const ResidualNormBackward<T>& args, const float* weight, int64_t begin,
-                    int64_t count, float* weight_sum, float* bias_sum) {
+void backward_group(ResidualNormBackward<T> args, const float* weight, int64_t begin, int64_t count,
+                    float* weight_sum, float* bias_sum) {
   const int64_t columns = args.columns;
   float mean[kRowGroup], rstd[kRowGroup], mean_g[kRowGroup], mean_gh[kRowGroup];
   for (int64_t i = 0; i < count; ++i) {
