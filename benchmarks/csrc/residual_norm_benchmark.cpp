@@ -1,0 +1,68 @@
+#include <benchmark/benchmark.h>
+
+#include <vector>
+
+#include "common/thread_pool.h"
+#include "residual_norm/residual_norm.h"
+
+namespace transformer_ext {
+namespace {
+
+constexpr int64_t kColumns = 512;
+
+// Arguments: rows, dropout in percent.
+template <class T>
+void residual_norm(benchmark::State& state, bool backward) {
+  const int64_t rows = state.range(0);
+  const size_t size = static_cast<size_t>(rows * kColumns);
+  const int64_t rng[3] = {1, 2, 3};
+  const Dropout dropout = make_dropout(rng, 4, static_cast<double>(state.range(1)) / 100);
+  const bool drop = dropout.threshold != 0;
+  std::vector<T> x(size, from_float<T>(0.5f)), residual(size, from_float<T>(-1.0f)), sum(size),
+      normed(size), grad_x(drop ? size : 0);
+  std::vector<float> weight(kColumns, 1.0f), bias(kColumns), mean(rows), rstd(rows);
+  std::vector<float> grad_weight(kColumns), grad_bias(kColumns);
+  ThreadPool pool;
+  const ResidualNormForward<T> forward_args{x.data(),   residual.data(), weight.data(), bias.data(),
+                                            sum.data(), normed.data(),   mean.data(),   rstd.data(),
+                                            rows,       kColumns,        false,         1e-5f,
+                                            dropout};
+  const ResidualNormBackward<T> backward_args{x.data(),
+                                              nullptr,
+                                              sum.data(),
+                                              mean.data(),
+                                              rstd.data(),
+                                              weight.data(),
+                                              drop ? grad_x.data() : nullptr,
+                                              normed.data(),
+                                              grad_weight.data(),
+                                              grad_bias.data(),
+                                              rows,
+                                              kColumns,
+                                              false,
+                                              dropout};
+  const auto call = [&](bool back) {
+    const ResidualNormKernels& kernels = residual_norm_kernels();
+    if constexpr (std::is_same_v<T, float>) {
+      back ? kernels.backward_f32(backward_args, pool) : kernels.forward_f32(forward_args, pool);
+    } else {
+      back ? kernels.backward_bf16(backward_args, pool) : kernels.forward_bf16(forward_args, pool);
+    }
+  };
+  call(false);
+  for (auto _ : state) call(backward);
+  const int64_t passes = backward && !drop ? 3 : 4;
+  state.SetBytesProcessed(state.iterations() * passes * static_cast<int64_t>(size * sizeof(T)));
+}
+
+void cases(benchmark::internal::Benchmark* benchmark) {
+  benchmark->ArgNames({"rows", "dropout%"})->ArgsProduct({{256, 4096}, {0, 10}})->UseRealTime();
+}
+
+BENCHMARK_CAPTURE(residual_norm<float>, forward, false)->Apply(cases);
+BENCHMARK_CAPTURE(residual_norm<float>, backward, true)->Apply(cases);
+BENCHMARK_CAPTURE(residual_norm<bfloat16>, forward, false)->Apply(cases);
+BENCHMARK_CAPTURE(residual_norm<bfloat16>, backward, true)->Apply(cases);
+
+}  // namespace
+}  // namespace transformer_ext
