@@ -47,10 +47,13 @@ void cases(benchmark::internal::Benchmark* benchmark) {
       ->UseRealTime();
 }
 
-BENCHMARK_CAPTURE(activation<float>, forward, false)->Apply(cases);
-BENCHMARK_CAPTURE(activation<float>, backward, true)->Apply(cases);
-BENCHMARK_CAPTURE(activation<bfloat16>, forward, false)->Apply(cases);
-BENCHMARK_CAPTURE(activation<bfloat16>, backward, true)->Apply(cases);
+constexpr auto activation_f32 = &activation<float>;
+constexpr auto activation_bf16 = &activation<bfloat16>;
+
+BENCHMARK_CAPTURE(activation_f32, forward, false)->Apply(cases);
+BENCHMARK_CAPTURE(activation_f32, backward, true)->Apply(cases);
+BENCHMARK_CAPTURE(activation_bf16, forward, false)->Apply(cases);
+BENCHMARK_CAPTURE(activation_bf16, backward, true)->Apply(cases);
 
 }  // namespace
 }  // namespace transformer_ext

@@ -56,10 +56,13 @@ void cases(benchmark::internal::Benchmark* benchmark) {
   benchmark->ArgNames({"rows", "dropout%"})->ArgsProduct({{8000, 32000}, {0, 10}})->UseRealTime();
 }
 
-BENCHMARK_CAPTURE(embedding<float>, forward, false)->Apply(cases);
-BENCHMARK_CAPTURE(embedding<float>, backward, true)->Apply(cases);
-BENCHMARK_CAPTURE(embedding<bfloat16>, forward, false)->Apply(cases);
-BENCHMARK_CAPTURE(embedding<bfloat16>, backward, true)->Apply(cases);
+constexpr auto embedding_f32 = &embedding<float>;
+constexpr auto embedding_bf16 = &embedding<bfloat16>;
+
+BENCHMARK_CAPTURE(embedding_f32, forward, false)->Apply(cases);
+BENCHMARK_CAPTURE(embedding_f32, backward, true)->Apply(cases);
+BENCHMARK_CAPTURE(embedding_bf16, forward, false)->Apply(cases);
+BENCHMARK_CAPTURE(embedding_bf16, backward, true)->Apply(cases);
 
 }  // namespace
 }  // namespace transformer_ext

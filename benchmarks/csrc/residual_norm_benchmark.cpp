@@ -59,10 +59,13 @@ void cases(benchmark::internal::Benchmark* benchmark) {
   benchmark->ArgNames({"rows", "dropout%"})->ArgsProduct({{256, 4096}, {0, 10}})->UseRealTime();
 }
 
-BENCHMARK_CAPTURE(residual_norm<float>, forward, false)->Apply(cases);
-BENCHMARK_CAPTURE(residual_norm<float>, backward, true)->Apply(cases);
-BENCHMARK_CAPTURE(residual_norm<bfloat16>, forward, false)->Apply(cases);
-BENCHMARK_CAPTURE(residual_norm<bfloat16>, backward, true)->Apply(cases);
+constexpr auto residual_norm_f32 = &residual_norm<float>;
+constexpr auto residual_norm_bf16 = &residual_norm<bfloat16>;
+
+BENCHMARK_CAPTURE(residual_norm_f32, forward, false)->Apply(cases);
+BENCHMARK_CAPTURE(residual_norm_f32, backward, true)->Apply(cases);
+BENCHMARK_CAPTURE(residual_norm_bf16, forward, false)->Apply(cases);
+BENCHMARK_CAPTURE(residual_norm_bf16, backward, true)->Apply(cases);
 
 }  // namespace
 }  // namespace transformer_ext
