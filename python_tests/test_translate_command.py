@@ -151,7 +151,7 @@ def test_learned_positions(tmp_path):
     folder = save_random_model(tmp_path / "model", positions="learned", max_positions=16)
     done = run(folder, "--threads", 1, stdin=f"{SENTENCES[0] * 3}\nopen\n".encode())
     assert done.returncode == 0 and done.stdout.count(b"\n") == 2
-    assert b"1 longer than the 16 positions of this model were cut" in done.stderr
+    assert b"texts longer than the 16 positions of this model, cut to them: 1" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def _translate(
             sys.stdout.buffer.flush()
     finally:
         _warn(over_long, translator.over_long_message(over_long))
-        _warn(cut, f"{cut} longer than the {longest} positions of this model were cut to them")
+        _warn(cut, f"texts longer than the {longest} positions of this model, cut to them: {cut}")
         _warn(
             text.undecodable,
             f"lines with bytes that are not UTF-8, replaced by U+FFFD: {text.undecodable}",
