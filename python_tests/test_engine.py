@@ -59,6 +59,15 @@ VARIANTS = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The models are so small that a second thread of torch costs more than it brings."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def make_model(seed=0, **changes):
     """A model of random weights, norms and biases included, that is sure enough of its tokens."""
     torch.manual_seed(seed)
