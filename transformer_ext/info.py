@@ -159,7 +159,13 @@ def _torch(problems: list[str], architectures: str) -> dict[str, Any]:
     if torch.version.cuda and not result["cuda_devices"]:
         result["cuda_devices_reason"] = "torch has CUDA, but finds no GPU (nvidia-smi says more)"
     if ops.cpu:
-        result["gemm"] = _gemm()
+        try:
+            result["gemm"] = _gemm()
+        except (AttributeError, ImportError, RuntimeError) as error:
+            problems.append(
+                f"The compiled ops are not those that the Python files expect ({error}). "
+                f"To build them anew: {_native.repair_command()}"
+            )
     return result
 
 
