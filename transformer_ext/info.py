@@ -7,6 +7,7 @@ the compiled part is missing or broken, and then says how to mend that; the exit
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import json
 import os
