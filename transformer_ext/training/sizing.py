@@ -54,10 +54,10 @@ def shipped_recipe(device_type: str) -> Recipe:
             model={"norm_first": True},
             learning_rate=2e-3,
             schedule="linear",
-            warmup_steps=200,
-            max_tokens=2048,
-            max_steps=1400,
-            validate_every=350,
+            warmup_steps=300,
+            max_tokens=1024,
+            max_steps=5000,
+            validate_every=1000,
             early_stop_patience=None,
         )
     return Recipe(
