@@ -150,8 +150,15 @@ def test_bias_and_its_gradient(axes, length):
         got = run(face, single, grad.float())
     with set_backend("reference"):
         peer = run(face, single, grad.float())
-    for g, e, p in zip(got, exact, peer, strict=True):
-        assert_as_precise(g, e, p, factor=6.0)  # sums over up to 1600 rows, one by one
+    for g, e, p in zip(got[:4], exact[:4], peer[:4], strict=True):
+        assert_as_precise(g, e, p)
+    if axes[3]:
+        # Sums over up to 1600 rows, which the kernel adds one by one.
+        assert_as_precise(got[4], exact[4], peer[4], factor=6.0)
+    else:
+        # Softmax does not see a bias that is the same for all keys: rounding errors are all there is.
+        terms = grad[..., 0].numel() * (length + 10) / bias.numel()
+        assert got[4].abs().max() <= 4 * torch.finfo(torch.float32).eps * terms**0.5
 
 
 @needs_compiled

@@ -325,27 +325,6 @@ class Arena {
 
 // ---- Rows of scores ----------------------------------------------------------------------------
 
-#if defined(__AVX512F__)
-// e^x for x <= 0, relative error below 2e-7; exactly 0 for -inf, NaN for NaN.
-inline VecF exp_nonpositive(VecF value) {
-  // The order of the operands lets a NaN through.
-  const __m512 x = _mm512_max_ps(_mm512_set1_ps(-110.0f), (__m512)value);
-  const VecF n = (VecF)_mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
-  VecF r = (VecF)x - n * 0.693145751953125f;
-  r = r - n * 1.42860677e-06f;
-  VecF p = broadcast(1.0f / 720.0f);
-  p = p * r + (1.0f / 120.0f);
-  p = p * r + (1.0f / 24.0f);
-  p = p * r + (1.0f / 6.0f);
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  return (VecF)_mm512_scalef_ps((__m512)p, (__m512)n);
-}
-#else
-inline VecF exp_nonpositive(VecF x) { return exp(x); }
-#endif
-
 // The score of W keys, -inf where the query may not attend to them.
 struct ScoreRow {
   const float* scores;  // before scaling
@@ -488,7 +467,7 @@ inline VecF exponentials(const ScoreRow& score, float maximum, int64_t end, RowD
   VecF sum = zero();
   int64_t j = 0;
   for (; j < score.limit; j += kW) {
-    const VecF p = exp_nonpositive(score(j) - maximum);
+    const VecF p = exp(score(j) - maximum);
     store_depth<T>(to, j, dropout == nullptr ? p : (*dropout)(p, j));
     sum += p;
   }
@@ -585,7 +564,7 @@ void forward_task(const AttentionArgs& a, int64_t b, int64_t kv_head, int64_t qu
                                                a.dropout.threshold == 0 ? nullptr : &dropout, row);
           float factor = 1.0f;
           if (k0 > 0 && now != before) {
-            factor = exp_nonpositive(broadcast(before - now))[0];
+            factor = exp(broadcast(before - now))[0];
             float* o = out_rows + r * row_size;
             for (int64_t d = 0; d < row_size; d += kW) store(o + d, load(o + d) * factor);
           }
@@ -761,7 +740,7 @@ void backward_task(const AttentionBackwardArgs& a, const BackwardTask& task) {
           VecF dot = zero();
           int64_t j = 0;
           for (; j < limit; j += kW) {
-            const VecF p = exp_nonpositive(score(j) - maximum) * inverse_sum;
+            const VecF p = exp(score(j) - maximum) * inverse_sum;
             VecF g = load(g_row + j);
             if (dropout) {
               g = row_dropout(g * a.dropout.scale, j);
