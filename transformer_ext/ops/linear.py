@@ -50,7 +50,7 @@ _CHOICES = (
         torch.float32,
         _VECTORS,
         "transformer_ext",
-        "2.2 times MKL, 3 times for one row; the same bits for a row in any batch",
+        "2.1 to 2.9 times MKL; the same bits for a row in any batch",
     ),
     _Choice(
         "input",
