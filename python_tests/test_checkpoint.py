@@ -53,7 +53,7 @@ def test_a_crash_while_writing_leaves_the_former_one(tmp_path: Path) -> None:
     assert checkpoints.steps() == [1] and checkpoints.pointed("last") == 1
     checkpoints.save(2, _write, {}, {})
     assert checkpoints.steps() == [1, 2]
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob("*.tmp-*"))
 
 
 def test_the_same_step_is_replaced(tmp_path: Path) -> None:

@@ -148,10 +148,13 @@ def test_utf16_is_named(tmp_path) -> None:
         list(read_pairs(text, "skip"))
 
 
+@pytest.mark.parametrize("damage", ["cut off", "changed"])
 @pytest.mark.parametrize("compress", [gzip.compress, lzma.compress])
-def test_broken_compression(tmp_path, compress) -> None:
+def test_broken_compression(tmp_path, compress, damage) -> None:
     data = compress("".join(f"sentence {i}\n" for i in range(5000)).encode())
-    text = text_files(tmp_path, data[: len(data) // 2], "b\n" * 5000)
+    middle = len(data) // 2
+    end = b"" if damage == "cut off" else b"\xff" * 64 + data[middle + 64 :]
+    text = text_files(tmp_path, data[:middle] + end, "b\n" * 5000)
     with pytest.raises(CorpusError, match="src: its compressed data are broken"):
         list(read_pairs(text))
 

@@ -325,6 +325,42 @@ def test_config_comes_back_from_its_dictionary():
     assert TransformerConfig.from_dict(config.to_dict()) == config
 
 
+@pytest.mark.parametrize("given", ["src_mask", "tgt_mask"])
+def test_one_mask_is_enough(given):
+    model = build(dropout=0.0).eval()
+    src, tgt = sentences([6, 2], 37), sentences([5, 5], 37, seed=1)
+    masks = {
+        "src_mask": (src != 0)[:, None],
+        "tgt_mask": ops.subsequent_mask(5),
+    }
+    with torch.no_grad():
+        got, expected = model(src, tgt, **{given: masks[given]}), model(src, tgt)
+    torch.testing.assert_close(got, expected)
+
+
+def test_wrong_arguments_are_named():
+    model = build()
+    ids = torch.full((1, 3), 5)
+    with pytest.raises(TypeError, match="config: expected a TransformerConfig, got 512"):
+        Transformer(512)
+    with pytest.raises(TypeError, match="mask: expected bool .* from_torch_mask"):
+        model(ids, ids, tgt_mask=nn.Transformer.generate_square_subsequent_mask(3)[None])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"nhead": 2}, "nhead: expected 3 .*, got 2"),
+        ({"norm_first": True}, "norm_first: expected False .*, got True"),
+        ({"dim_feedforward": 48}, "dim_feedforward: expected 40 .*, got 48"),
+    ],
+)
+def test_another_architecture_is_not_copied(changes, message):
+    theirs = nn.Transformer(24, 3, 2, 2, 40)
+    with pytest.raises(ValueError, match=message):
+        copy_nn_transformer(build(final_norm=True, **changes), theirs)
+
+
 def test_wrong_ids_are_named():
     model = build(positions="learned", max_positions=8)
     with pytest.raises(ValueError, match="src_ids: expected int64"):

@@ -54,6 +54,8 @@ def test_known_bounds_need_no_reading_back():
 def test_wrong_input_is_named():
     with pytest.raises(ValueError, match="capacity: 4 rows cannot hold 5 tokens"):
         Packed.from_lengths([3, 2], capacity=4)
+    with pytest.raises(ValueError, match="max_length: got 2, but one length is 3"):
+        Packed.from_lengths([3, 2], max_length=2)
     with pytest.raises(ValueError, match="none below 0"):
         Packed.from_lengths([3, -1])
     with pytest.raises(ValueError, match="one dimension"):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from transformer_ext.config import TrainConfig, from_dict
 from transformer_ext.model import Transformer, TransformerConfig
 from transformer_ext.training.batches import BatchStream, Position, to_device
 from transformer_ext.training.checkpoint import Checkpoints
@@ -21,7 +22,7 @@ from transformer_ext.training.optimizer import Optimizer, parameters_by_name
 from transformer_ext.training.report import Console, JsonLog, duration, read_log, save_loss_curve
 from transformer_ext.training.schedules import Schedule
 from transformer_ext.training.scoring import pick_evenly, pick_samples, score
-from transformer_ext.training.sizing import recipe_for
+from transformer_ext.training.sizing import fill, recipe_for, shipped_recipe
 from transformer_ext.training.trainer import Plan, Progress, Trainer, evaluate_loss
 
 VOCAB = 20
@@ -368,3 +369,14 @@ def test_size_follows_pairs_and_device() -> None:
     assert recipe_for(1000, 20, "cpu", "base").preset == "base"
     for recipe in (few, many):
         assert recipe.early_stop_patience and recipe.warmup_steps < recipe.max_steps
+
+
+def test_passes_asked_for_are_not_cut_short_by_the_recipe() -> None:
+    recipe = shipped_recipe("cpu")
+    for given, expected in (
+        ({}, recipe.max_steps),
+        ({"max_epochs": 100}, None),
+        ({"max_epochs": 100, "max_steps": 7}, 7),
+    ):
+        training = fill(from_dict(TrainConfig, {"training": given}), recipe).training
+        assert training.max_steps == expected and training.max_tokens == recipe.max_tokens

@@ -188,6 +188,14 @@ def test_score(model_dir, tmp_path):
     done = run(model_dir, "--src", source, "--tgt", target, "--format", "jsonl", module="score")
     first = json.loads(done.stdout.splitlines()[0])
     assert first["token_scores"] == scores[0] and first["tokens"][-1] == "</s>"
+    # An empty source gives an empty line, and nothing else.
+    source.write_text(f"\n{SENTENCES[0]}\n\n")
+    target.write_text(f"text\n{SENTENCES[3]}\n\n")
+    done = run(model_dir, "--src", source, "--tgt", target, module="score")
+    assert done.stdout.decode().splitlines() == ["-inf", f"{sum(scores[0]):.6f}", "0.000000"]
+    done = run(model_dir, "--src", source, "--tgt", target, "--format", "jsonl", module="score")
+    first = json.loads(done.stdout.splitlines()[0])
+    assert first == {"log_prob": None, "tokens": [], "token_scores": []}
     target.write_text("one line")
     done = run(model_dir, "--src", source, "--tgt", target, module="score")
     assert done.returncode == 2 and b"has 3 lines" in done.stderr

@@ -7,7 +7,6 @@ All You Need", section 6.1, averages the last 5 (base) and the last 20 (big).
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from transformer_ext.config import ArgumentParser
 from transformer_ext.files import FileError, ModelDir, load_model_dir, save_model_dir
 
 __all__ = ["average_models", "average_weights", "main"]
@@ -86,12 +86,16 @@ def _directories(names: Sequence[str], last: int) -> list[Path]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m transformer_ext.average",
+        usage="%(prog)s DIR [DIR ...] --output DIR [options]",
         description="Average the weights of checkpoints into one model.",
     )
     parser.add_argument(
-        "models", nargs="+", help="the directory of a run, or model or checkpoint directories"
+        "models",
+        metavar="DIR",
+        nargs="+",
+        help="the directory of a run, or model or checkpoint directories",
     )
     parser.add_argument(
         "--last",

@@ -26,7 +26,6 @@ PACKAGES = (
     "sacrebleu",
     "PyYAML",
     "matplotlib",
-    "tensorboard",
 )
 VARIABLES = (
     "TRANSFORMER_EXT_BACKEND",
@@ -203,8 +202,10 @@ def _lines(value: Any, indent: str = "") -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
     parser = argparse.ArgumentParser(
-        description="Print what is installed, built and in use, for a bug report."
+        prog="python -m transformer_ext.info",
+        description="Print what is installed, built and in use, for a bug report.",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)

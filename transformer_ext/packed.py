@@ -59,7 +59,8 @@ class Packed:
             device: where the tensors go; None means that of ``lengths``, or the CPU.
 
         Raises:
-            ValueError: lengths that are negative or do not fit into ``capacity``.
+            ValueError: lengths that are negative, above ``max_length``, or do not fit into
+                ``capacity`` (not looked for where nothing is read back).
         """
         lengths = torch.as_tensor(lengths, device=device)
         if lengths.dim() != 1:
@@ -71,6 +72,8 @@ class Packed:
             longest = int(lengths.max()) if lengths.numel() else 0
             if lengths.numel() and int(lengths.min()) < 0:
                 raise ValueError("lengths: expected none below 0")
+            if max_length is not None and longest > max_length:
+                raise ValueError(f"max_length: got {max_length}, but one length is {longest}")
             max_length = longest if max_length is None else max_length
             capacity = tokens if capacity is None else capacity
             if tokens > capacity:

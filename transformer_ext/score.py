@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 
@@ -14,7 +15,9 @@ def _parser() -> ArgumentParser:
         prog="python -m transformer_ext.score",
         usage="%(prog)s MODEL_DIR --src FILE --tgt FILE [options]",
         description="For each pair of lines, the natural logarithm of the probability that the "
-        "model gives to the target (its end of sentence included), given the source.",
+        "model gives to the target (its end of sentence included), given the source. An empty "
+        "source is translated by an empty line and by nothing else: every other target has -inf "
+        "(null in jsonl).",
     )
     parser.add_argument("model", metavar="MODEL_DIR", help="folder of the model")
     parser.add_argument("--src", metavar="FILE", required=True, help="source text")
@@ -54,17 +57,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         with Translator(arguments.model, arguments.threads) as translator:
             scores = translator.score(sources, targets, batch_size=arguments.batch_size)
             for target, row in zip(targets, scores, strict=True):
+                # No token is scored where the source is empty.
+                log_prob = sum(row) if row or not target.strip() else -math.inf
                 if arguments.format == "jsonl":
                     ids = translator.target_tokenizer.encode(target)
                     pieces = translator.target_tokenizer.pieces([*ids, translator.config.eos_id])
-                    print(
-                        json.dumps(
-                            {"log_prob": sum(row), "tokens": pieces, "token_scores": row},
-                            ensure_ascii=False,
-                        )
-                    )
+                    values = {
+                        "log_prob": log_prob if math.isfinite(log_prob) else None,
+                        "tokens": pieces if row else [],
+                        "token_scores": row,
+                    }
+                    print(json.dumps(values, ensure_ascii=False))
                 else:
-                    print(f"{sum(row):.6f}")
+                    print(f"{log_prob:.6f}")
     except (ImportError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

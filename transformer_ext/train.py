@@ -274,11 +274,10 @@ class _Run:
         self.config = config
         if config.training.max_epochs is None:
             return config
-        assert config.training.max_steps is not None
         steps = math.ceil(config.training.max_epochs * self.steps_per_epoch)
-        training = dataclasses.replace(
-            config.training, max_steps=min(steps, config.training.max_steps), max_epochs=None
-        )
+        if config.training.max_steps is not None:
+            steps = min(steps, config.training.max_steps)
+        training = dataclasses.replace(config.training, max_steps=steps, max_epochs=None)
         return dataclasses.replace(config, training=training)
 
     def _make_model(self) -> Transformer:
@@ -351,9 +350,7 @@ class _Run:
         per_token = 6.0 * (matrices + c.d_model * c.tgt_vocab_size)
         tokens = self.epoch_tokens / self.steps_per_epoch * training.max_steps
         speed = speed_of_products(self.machine.device, self.model.activation_dtype)
-        if self.config.training.accum_steps > 1 or self.machine.world.size > 1:
-            tokens /= self.machine.world.size
-        return per_token * tokens / (speed * _EFFICIENCY)
+        return per_token * tokens / self.machine.world.size / (speed * _EFFICIENCY)
 
     # Training -------------------------------------------------------------------------------------
 
@@ -624,13 +621,17 @@ class _Run:
                 for i in samples
             ]
             atomic_write(self.folder / f"{part}.output.txt", "".join(f"{o}\n" for o in outputs))
-            self._draw(log, pairs[samples[0]][0], outputs[samples[0]])
         log.write("end", **{k: v for k, v in results.items() if k not in ("config", "versions")})
         write_json(self.folder / "results.json", results)
+        pictures = [self.folder / "loss.png"]
+        save_loss_curve(read_log(self.folder / "log.jsonl"), pictures[0])
+        if pairs:
+            pictures.append(self.folder / "attention.png")
+            self._draw_attention(pairs[samples[0]][0], outputs[samples[0]], pictures[1])
         example = pairs[pick_samples(pairs, 1)[0]][0] if pairs else "Click the button."
         say(f"model      {model}")
         say(f"results    {self.folder / 'results.json'}")
-        say(f"pictures   {self.folder / 'loss.png'}, {self.folder / 'attention.png'}")
+        say(f"pictures   {', '.join(map(str, pictures))}")
         say(
             f"translate  echo {shlex.quote(example)} | python -m transformer_ext.translate "
             f"{shlex.quote(str(model))}"
@@ -641,15 +642,13 @@ class _Run:
                 f"for your own text: {_PROG} --src-train my.en --tgt-train my.de"
             )
 
-    def _draw(self, log: JsonLog, source: str, output: str) -> None:
+    def _draw_attention(self, source: str, output: str, picture: Path) -> None:
         from transformer_ext.visualize import attention_picture
 
-        assert self.folder is not None
         source_tokenizer = self.prepared.source_tokenizer
         target_tokenizer = self.prepared.target_tokenizer
         source_ids = [*source_tokenizer.encode(source), source_tokenizer.eos_id]
         target_ids = target_tokenizer.encode(output)
-        save_loss_curve(read_log(self.folder / "log.jsonl"), self.folder / "loss.png")
         start = self.architecture.decoder_start_id
         assert start is not None
         attention_picture(
@@ -658,7 +657,7 @@ class _Run:
             [start, *target_ids],
             source_tokenizer.pieces(source_ids),
             target_tokenizer.pieces([*target_ids, target_tokenizer.eos_id]),
-            self.folder / "attention.png",
+            picture,
         )
 
 

@@ -187,9 +187,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = ArgumentParser(
         prog="python -m transformer_ext.visualize",
+        usage="%(prog)s MODEL_DIR --source TEXT [options]",
         description="Draw what a model attends to while it translates a sentence.",
     )
-    parser.add_argument("model", help="model directory")
+    parser.add_argument("model", metavar="MODEL_DIR", help="folder of the model")
     parser.add_argument("--source", required=True, metavar="TEXT", help="the sentence to translate")
     parser.add_argument(
         "--target", metavar="TEXT", help="a translation to look at (default: the model's own)"

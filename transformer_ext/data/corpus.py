@@ -13,6 +13,7 @@ import hashlib
 import heapq
 import lzma
 import os
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -164,7 +165,7 @@ def read_lines(path: str) -> Iterator[bytes]:
                 if number == 0:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 yield line.removesuffix(b"\n").removesuffix(b"\r")
-    except (EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
+    except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
         raise CorpusError(f"{path}: its compressed data are broken: {error}") from None
     except OSError as error:
         raise CorpusError(f"{path}: cannot be read: {error.strerror or error}") from None

@@ -34,6 +34,23 @@ def copy_nn_transformer(model: Transformer, source: nn.Transformer) -> None:
     ):
         if len(mine) != len(others):
             raise ValueError(f"model: expected {len(others)} {name} layers, has {len(mine)}")
+    config = model.config
+    expected = {
+        "d_model": source.d_model,
+        "nhead": source.nhead,
+        "num_kv_heads": source.nhead,
+        "head_dim": source.d_model // source.nhead,
+    }
+    for other in (*encoder.layers, *decoder.layers):
+        expected["norm_first"] = other.norm_first
+        expected["dim_feedforward"] = other.linear1.out_features
+        expected["bias"] = other.linear1.bias is not None
+    for field, value in expected.items():
+        if getattr(config, field) != value:
+            raise ValueError(
+                f"model: {field}: expected {value} as of nn.Transformer, got "
+                f"{getattr(config, field)}"
+            )
     with torch.no_grad():
         for layer, other in zip(model.encoder.layers, encoder.layers, strict=True):
             assert isinstance(layer, EncoderLayer)

@@ -260,6 +260,10 @@ class Transformer(nn.Module):
         super().__init__()
         if config is None:
             config = TransformerConfig.from_dict(fields)
+        elif not isinstance(config, TransformerConfig):
+            raise TypeError(
+                f"config: expected a TransformerConfig, got {config!r}; sizes are given by name"
+            )
         elif fields:
             raise TypeError(f"Transformer: give a config or its fields, not both: {list(fields)}")
         self.config = config
@@ -359,7 +363,8 @@ class Transformer(nn.Module):
         """Decoder states for padded ids, to be given to :attr:`generator`.
 
         Without masks the sentences must be padded on the right with ``pad_id``; they are packed on
-        entry, so padding costs nothing. With masks the padded layout is kept.
+        entry, so padding costs nothing. With masks the padded layout is kept; the one not given is
+        then made: of the source everything that is not ``pad_id``, of the target causal.
 
         Args:
             src_ids: ``[batch, src_length]`` int64.
@@ -381,6 +386,8 @@ class Transformer(nn.Module):
                 f"got {tgt_ids.shape[0]}"
             )
         if src_mask is not None or tgt_mask is not None:
+            if src_mask is None:
+                src_mask = (src_ids != self.config.pad_id)[:, None, :]
             memory = self.encode(src_ids, src_mask)
             return self.decode(memory, src_mask, tgt_ids, tgt_mask)
         self._advance()
@@ -590,5 +597,11 @@ def _add_heads(mask: Tensor) -> Tensor:
         raise ValueError(
             "mask: expected [batch, queries or 1, keys] (True = may attend), "
             f"got shape {list(mask.shape)}"
+        )
+    if mask.is_floating_point():
+        # 0 and -inf, as torch.nn.Transformer has them, would mean the opposite here.
+        raise TypeError(
+            f"mask: expected bool (True = may attend), got {mask.dtype}; see from_torch_mask in "
+            "transformer_ext.ops"
         )
     return mask.bool()[:, None]

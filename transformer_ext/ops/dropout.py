@@ -50,7 +50,8 @@ def check_dropout(p: float, rng: Tensor | None, site: int) -> bool:
         ValueError: ``p`` is outside [0, 1], ``rng`` is not an int64 tensor of three numbers, or
             ``site`` is outside [0, 65536).
     """
-    if rng is None or dropout_threshold(p) == 0:
+    threshold = dropout_threshold(p)
+    if rng is None or threshold == 0:
         return False
     if rng.dtype != torch.int64 or rng.shape != (3,):
         raise ValueError(

@@ -136,4 +136,8 @@ class Checkpoints:
         kept = {*steps[-self.keep :], self.pointed("last"), self.pointed("best")}
         for step in steps:
             if step not in kept:
-                shutil.rmtree(self.path(step))
+                # Renamed first: one that is half removed must not look like a checkpoint.
+                path = self.path(step)
+                removed = path.with_name(f"{path.name}.tmp-removed")
+                os.replace(path, removed)
+                shutil.rmtree(removed)

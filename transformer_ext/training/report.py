@@ -116,7 +116,8 @@ def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Events of a ``log.jsonl`` in order of steps; what was trained again after a resume counts
     once, as trained last. A line cut short by a crash is left out."""
     events: list[dict[str, Any]] = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    # Not splitlines(): JSON leaves U+2028 and its like as they are, and they end no line here.
+    for line in Path(path).read_text(encoding="utf-8").split("\n"):
         try:
             event = json.loads(line)
         except json.JSONDecodeError:
@@ -133,7 +134,7 @@ def save_loss_curve(
     """Draws training and validation loss per token, and BLEU where there is one, against the steps.
 
     Raises:
-        ImportError: matplotlib is missing; the message names the extra that brings it.
+        ImportError: matplotlib is missing; the message says how to install it.
     """
     from transformer_ext.visualize import new_figure
 

@@ -2,9 +2,10 @@
 
 ``noam`` is the schedule of "Attention Is All You Need", section 5.3:
 ``d_model**-0.5 * min(step**-0.5, step * warmup**-1.5)``, times ``learning_rate`` as a factor (1 in
-the paper). The others rise linearly to the peak ``learning_rate`` during the warm-up and then stay (``constant``) or fall: with the inverse square root of the step
-(``inverse_sqrt``), along half a cosine (``cosine``) or along a line (``linear``), the last two to
-``final_fraction`` of the peak at the last step.
+the paper). The others rise linearly to the peak ``learning_rate`` during the warm-up and then stay
+(``constant``) or fall: with the inverse square root of the step (``inverse_sqrt``), along half a
+cosine (``cosine``) or along a line (``linear``), the last two to ``final_fraction`` of the peak at
+the last step.
 """
 
 from __future__ import annotations

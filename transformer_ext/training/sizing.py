@@ -159,7 +159,10 @@ def fill(config: TrainConfig, recipe: Recipe) -> TrainConfig:
         training=dataclasses.replace(
             training,
             max_tokens=_first(training.max_tokens, recipe.max_tokens),
-            max_steps=_first(training.max_steps, recipe.max_steps),
+            # Passes over the text that the user asked for are not cut short by the recipe's steps.
+            max_steps=training.max_steps
+            if training.max_epochs is not None
+            else _first(training.max_steps, recipe.max_steps),
             validate_every=_first(training.validate_every, recipe.validate_every),
             early_stop_patience=_first(training.early_stop_patience, recipe.early_stop_patience),
         ),
