@@ -10,8 +10,6 @@ namespace {
 constexpr int kPartialSlot = 0;
 
 constexpr int64_t kMaxBlocks = 64;
-// So many rows share one load and store of the sums for the bias.
-constexpr int64_t kRowGroup = 4;
 
 // A function of one variable, and its derivative.
 struct ValueAndSlope {
@@ -122,60 +120,52 @@ void forward_rows(ActivationForward<T> args, const float* bias, int64_t begin, i
   }
 }
 
-// `count` <= kRowGroup rows; bias_sum (nullptr: not wanted) gets the sum of grad_x added.
+// bias_sum (nullptr: not wanted) gets the sum of grad_x added. One row at a time: several rows side
+// by side would save loads and stores of the sums, but rows often lie a multiple of 4 KiB apart,
+// where their loads and stores are in each other's way (half the speed, measured).
 template <class T, class F, bool kGated, bool kDrop>
-void backward_group(ActivationBackward<T> args, int64_t begin, int64_t count, float* bias_sum) {
+void backward_rows(ActivationBackward<T> args, int64_t begin, int64_t end, float* bias_sum) {
   const int64_t columns = args.columns;
   const int64_t x_columns = kGated ? 2 * columns : columns;
   const float* const bias = args.bias;
-  uint64_t bits[kRowGroup] = {};
-  for_columns(
-      columns,
-      [&](uint32_t group) {
-        if constexpr (kDrop) {
-          for (int64_t i = 0; i < count; ++i) {
-            bits[i] = keep_bits(args.dropout, static_cast<uint32_t>(begin + i), group);
-          }
-        }
-      },
-      [&](auto whole, int64_t c, int first, int n) {
-        constexpr bool kWhole = decltype(whole)::value;
-        const VecF gate_bias = bias == nullptr ? zero() : load_n<kWhole>(bias + c, n);
-        VecF up_bias = zero();
-        if constexpr (kGated) {
-          if (bias != nullptr) up_bias = load_n<kWhole>(bias + columns + c, n);
-        }
-        VecF gate_sum = zero();
-        VecF up_sum = zero();
-        for (int64_t i = 0; i < count; ++i) {
-          const int64_t at = (begin + i) * x_columns + c;
-          VecF grad = load_n<kWhole>(args.grad + (begin + i) * columns + c, n);
-          if constexpr (kDrop) grad = keep(grad * args.dropout.scale, bits[i], first);
-          const ValueAndSlope f = F::both(load_n<kWhole>(args.x + at, n) + gate_bias);
-          VecF to_gate = grad * f.slope;
+  for (int64_t row = begin; row < end; ++row) {
+    const T* const grad_out = args.grad + row * columns;
+    const T* const x = args.x + row * x_columns;
+    T* const grad_x = args.grad_x + row * x_columns;
+    uint64_t bits = 0;
+    for_columns(
+        columns,
+        [&](uint32_t group) {
+          if constexpr (kDrop) bits = keep_bits(args.dropout, static_cast<uint32_t>(row), group);
+        },
+        [&](auto whole, int64_t c, int first, int n) {
+          constexpr bool kWhole = decltype(whole)::value;
+          const auto put = [&](int64_t column, VecF v) {
+            store_n<kWhole>(grad_x + column, v, n);
+            if (bias_sum == nullptr) return;
+            store_n<kWhole>(bias_sum + column, load_n<kWhole>(bias_sum + column, n) + v, n);
+          };
+          VecF grad = load_n<kWhole>(grad_out + c, n);
+          if constexpr (kDrop) grad = keep(grad * args.dropout.scale, bits, first);
+          VecF gate = load_n<kWhole>(x + c, n);
+          if (bias != nullptr) gate = gate + load_n<kWhole>(bias + c, n);
+          const ValueAndSlope f = F::both(gate);
           if constexpr (kGated) {
-            const VecF to_up = grad * f.value;
-            to_gate = to_gate * (load_n<kWhole>(args.x + at + columns, n) + up_bias);
-            store_n<kWhole>(args.grad_x + at + columns, to_up, n);
-            up_sum = up_sum + to_up;
+            VecF up = load_n<kWhole>(x + columns + c, n);
+            if (bias != nullptr) up = up + load_n<kWhole>(bias + columns + c, n);
+            put(c, grad * f.slope * up);
+            put(columns + c, grad * f.value);
+          } else {
+            put(c, grad * f.slope);
           }
-          store_n<kWhole>(args.grad_x + at, to_gate, n);
-          gate_sum = gate_sum + to_gate;
-        }
-        if (bias_sum != nullptr) {
-          store_n<kWhole>(bias_sum + c, load_n<kWhole>(bias_sum + c, n) + gate_sum, n);
-          if constexpr (kGated) {
-            float* const up = bias_sum + columns + c;
-            store_n<kWhole>(up, load_n<kWhole>(up, n) + up_sum, n);
-          }
-        }
-      });
+        });
+  }
 }
 
 template <class T>
 using ForwardRows = void (*)(ActivationForward<T>, const float*, int64_t, int64_t);
 template <class T>
-using BackwardGroup = void (*)(ActivationBackward<T>, int64_t, int64_t, float*);
+using BackwardRows = void (*)(ActivationBackward<T>, int64_t, int64_t, float*);
 
 // By kind, then without and with dropout.
 template <class T>
@@ -189,14 +179,14 @@ constexpr ForwardRows<T> kForward[kActivations][2] = {
     {&forward_rows<T, Relu, true, false>, &forward_rows<T, Relu, true, true>},
 };
 template <class T>
-constexpr BackwardGroup<T> kBackward[kActivations][2] = {
-    {&backward_group<T, Relu, false, false>, &backward_group<T, Relu, false, true>},
-    {&backward_group<T, Gelu, false, false>, &backward_group<T, Gelu, false, true>},
-    {&backward_group<T, GeluTanh, false, false>, &backward_group<T, GeluTanh, false, true>},
-    {&backward_group<T, Silu, false, false>, &backward_group<T, Silu, false, true>},
-    {&backward_group<T, Silu, true, false>, &backward_group<T, Silu, true, true>},
-    {&backward_group<T, Gelu, true, false>, &backward_group<T, Gelu, true, true>},
-    {&backward_group<T, Relu, true, false>, &backward_group<T, Relu, true, true>},
+constexpr BackwardRows<T> kBackward[kActivations][2] = {
+    {&backward_rows<T, Relu, false, false>, &backward_rows<T, Relu, false, true>},
+    {&backward_rows<T, Gelu, false, false>, &backward_rows<T, Gelu, false, true>},
+    {&backward_rows<T, GeluTanh, false, false>, &backward_rows<T, GeluTanh, false, true>},
+    {&backward_rows<T, Silu, false, false>, &backward_rows<T, Silu, false, true>},
+    {&backward_rows<T, Silu, true, false>, &backward_rows<T, Silu, true, true>},
+    {&backward_rows<T, Gelu, true, false>, &backward_rows<T, Gelu, true, true>},
+    {&backward_rows<T, Relu, true, false>, &backward_rows<T, Relu, true, true>},
 };
 
 template <class T>
@@ -219,17 +209,14 @@ void backward(const ActivationBackward<T>& args, Parallel& parallel) {
   }
   const auto run = kBackward<T>[static_cast<int>(args.kind)][args.dropout.threshold != 0];
   const bool sums = args.grad_bias != nullptr;
-  const RowBlocks blocks = row_blocks(args.rows, args.columns, sums ? kMaxBlocks : 0, kRowGroup);
+  const RowBlocks blocks = row_blocks(args.rows, args.columns, sums ? kMaxBlocks : 0);
   float* const partials = sums ? static_cast<float*>(thread_scratch(
                                      static_cast<size_t>(blocks.count) * row_bytes, kPartialSlot))
                                : nullptr;
   parallel.for_each(blocks.count, [&](int64_t block) {
     float* const bias_sum = sums ? partials + block * x_columns : nullptr;
     if (sums) std::memset(bias_sum, 0, row_bytes);
-    const int64_t end = blocks.end(block);
-    for (int64_t row = blocks.begin(block); row < end; row += kRowGroup) {
-      run(args, row, row + kRowGroup < end ? kRowGroup : end - row, bias_sum);
-    }
+    run(args, blocks.begin(block), blocks.end(block), bias_sum);
   });
   if (sums) add_blocks(partials, blocks.count, x_columns, args.grad_bias, parallel);
 }

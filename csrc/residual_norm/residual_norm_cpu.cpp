@@ -12,10 +12,11 @@ constexpr int kRowSlot = 1;
 
 // Sums of gradients over rows are kept for at most so many blocks of rows, and added up at the end.
 constexpr int64_t kMaxBlocks = 64;
-// So many rows share one load and store of these sums, and so many go through the phases of a norm
-// together: the sum over the lanes, the root and the division of one row wait for each other, those
-// of different rows do not.
-constexpr int64_t kRowGroup = 4;
+// So many rows go through the phases of a norm together: the sum over the lanes, the root and the
+// division of one row wait for each other, those of different rows do not. They also share one load
+// and store of the sums above. More rows than two get into each other's way in the cache where they
+// lie a multiple of 2 or 4 KiB apart.
+constexpr int64_t kRowGroup = 2;
 
 inline VecF store_rounded(float* p, VecF v) {
   store(p, v);
