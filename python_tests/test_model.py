@@ -269,6 +269,18 @@ def test_step_by_step_equals_teacher_forcing():
         torch.testing.assert_close(step, whole[:, length - 1], rtol=1e-4, atol=1e-5)
 
 
+def test_start_token_may_be_the_pad_token():
+    """As in Marian's models: the target begins with the id that pads it."""
+    model = build(decoder_start_id=0).eval()
+    src = sentences([6, 2], 37)
+    tgt = torch.tensor([[0, 5, 6], [0, 7, 0]])
+    together = model(src, tgt)
+    alone = model(src[1:, :2], tgt[1:, :2])
+    torch.testing.assert_close(together[1, :2], alone[0], rtol=1e-5, atol=1e-6)
+    assert (together[1, 2] == 0).all() and (together[1, 0] != 0).any()
+    assert len(model.attention_weights(src, tgt)) == 6
+
+
 def test_compiles_whole():
     model = build().eval()
     src, tgt = sentences([6, 2, 9], 37), sentences([3, 8, 5], 37, seed=1)

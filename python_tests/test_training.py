@@ -371,6 +371,16 @@ def test_size_follows_pairs_and_device() -> None:
         assert recipe.early_stop_patience and recipe.warmup_steps < recipe.max_steps
 
 
+def test_a_preset_keeps_the_norm_order_and_gets_its_own_learning_rate() -> None:
+    small, base = shipped_recipe("cpu"), shipped_recipe("cpu", "base")
+    assert (small.preset, base.preset) == ("small", "base")
+    assert base.learning_rate < small.learning_rate
+    config = fill(from_dict(TrainConfig, {"preset": "base"}), base)
+    assert config.model["norm_first"] and config.optimizer.learning_rate == base.learning_rate
+    given = {"preset": "base", "model": {"norm_first": False}}
+    assert not fill(from_dict(TrainConfig, given), base).model["norm_first"]
+
+
 def test_passes_asked_for_are_not_cut_short_by_the_recipe() -> None:
     recipe = shipped_recipe("cpu")
     for given, expected in (

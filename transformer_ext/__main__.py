@@ -14,7 +14,6 @@ COMMANDS = {
     "evaluate": "BLEU and chrF of a model on a test set",
     "average": "average checkpoints into one model",
     "visualize": "pictures of attention",
-    "convert": "convert models from and to other programs",
     "info": "what is installed, built and used, for a bug report",
 }
 

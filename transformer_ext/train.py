@@ -109,8 +109,12 @@ def _parse(argv: Sequence[str] | None) -> TrainConfig:
         prog=_PROG,
         description="Train a translation model; without options, on the shipped text.",
     )
-    if "--resume" not in argv or "--config" in argv:
+    if "--resume" not in argv:
         return parse(argv)
+    if any(argument.split("=")[0] == "--config" for argument in argv):
+        raise ConfigError(
+            "--resume: goes on with the config.yaml of the run itself; leave --config out"
+        )
     parser = ArgumentParser(prog=_PROG, add_help=False)
     add_arguments(parser, TrainConfig)
     output = given(parser.parse_known_args(argv)[0], TrainConfig).get("output", {}).get("output")
@@ -695,7 +699,7 @@ def _train(config: TrainConfig) -> int:
     console = Console(silent=not world.first)
     shipped = not config.data.src_train
     if shipped:
-        config = fill(config, shipped_recipe(machine.device.type))
+        config = fill(config, shipped_recipe(machine.device.type, config.preset))
     folder: Path | None = None
     if not config.output.dry_run:
         folder = _choose_folder(config)

@@ -387,12 +387,12 @@ class Transformer(nn.Module):
             )
         if src_mask is not None or tgt_mask is not None:
             if src_mask is None:
-                src_mask = (src_ids != self.config.pad_id)[:, None, :]
+                src_mask = self._real(src_ids)[:, None, :]
             memory = self.encode(src_ids, src_mask)
             return self.decode(memory, src_mask, tgt_ids, tgt_mask)
         self._advance()
         src = self._packed("src_ids", src_ids)
-        tgt = self._packed("tgt_ids", tgt_ids)
+        tgt = self._packed("tgt_ids", tgt_ids, target=True)
         hidden = self.forward_packed(src.pack(src_ids), src, tgt.pack(tgt_ids), tgt)
         return tgt.unpack(hidden, tgt_ids.shape[1])
 
@@ -448,7 +448,7 @@ class Transformer(nn.Module):
         """
         weights: dict[str, Tensor] = {}
         src_mask = self._heads_mask(src_ids, None)
-        tgt_mask = self._heads_mask(tgt_ids, None)
+        tgt_mask = _add_heads(self._real(tgt_ids, target=True)[:, None, :])
         training = self.training
         self.eval()
         try:
@@ -524,10 +524,20 @@ class Transformer(nn.Module):
         return self.decoder(x, memory, attend_self, attend_memory, rng)
 
     def _heads_mask(self, ids: Tensor, mask: Tensor | None) -> Tensor:
-        return _add_heads((ids != self.config.pad_id)[:, None, :] if mask is None else mask)
+        return _add_heads(self._real(ids)[:, None, :] if mask is None else mask)
 
-    def _packed(self, name: str, ids: Tensor) -> Packed:
+    def _real(self, ids: Tensor, target: bool = False) -> Tensor:
+        """Which ids are not padding.
+
+        The first of a target is its start token, which in Marian's models is the pad token too.
+        """
         real = ids != self.config.pad_id
+        if target and self.config.decoder_start_id == self.config.pad_id:
+            real = real | (torch.arange(ids.shape[1], device=ids.device) == 0)
+        return real
+
+    def _packed(self, name: str, ids: Tensor, target: bool = False) -> Packed:
+        real = self._real(ids, target)
         lengths = real.sum(1, dtype=torch.int32)
         if torch.compiler.is_compiling():
             # No value may be read back inside a compiled graph: all rows are kept, the last ones

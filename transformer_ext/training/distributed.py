@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 __all__ = ["World", "leave", "local_rank"]
+
+#: The other ranks wait while the first one decodes the held-out and the test text.
+_LONGEST_WAIT = timedelta(hours=2)
 
 
 def local_rank() -> int:
@@ -41,7 +45,9 @@ class World:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo", timeout=_LONGEST_WAIT
+            )
         return World(dist.get_rank(), dist.get_world_size(), device)
 
     @property
