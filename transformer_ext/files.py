@@ -221,7 +221,9 @@ def save_tensors(
     import safetensors.numpy
 
     arrays = {name: _to_numpy(name, tensor) for name, tensor in tensors.items()}
-    atomic_write(path, safetensors.numpy.save(arrays, metadata=dict(metadata or {})))
+    # An empty header text without any tensor is a file that safetensors 0.8 does not read back.
+    texts = dict(metadata) if metadata else None
+    atomic_write(path, safetensors.numpy.save(arrays, metadata=texts))
 
 
 def _to_numpy(name: str, tensor: Any) -> np.ndarray:
