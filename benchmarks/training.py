@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from transformer_ext import Packed, Transformer, ops, preset
-from transformer_ext.training.environment import keep_freed_memory, peak_memory_bytes
+from transformer_ext.training.environment import keep_freed_memory
 
 VOCABULARIES = {"tiny": 8000, "small": 8000, "base": 32000, "big": 32000}
 
@@ -168,7 +168,6 @@ def main() -> None:
     reference = medians["nn.Transformer, float32 (eager)"]
     for name, value in medians.items():
         print(f"{name:36s} {value:8,.0f} tokens/s  {value / reference:5.2f}x")
-    print(f"peak memory of the process: {peak_memory_bytes() / 2**30:.1f} GiB")
 
 
 if __name__ == "__main__":
