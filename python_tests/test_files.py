@@ -311,6 +311,14 @@ def test_missing_files_are_named(model) -> None:
         load_model_dir(model / "none")
 
 
+def test_the_folder_of_a_training_names_its_model(model) -> None:
+    run = model.parent / "run"
+    run.mkdir()
+    model.rename(run / "model")
+    with pytest.raises(FileError, match=f"its model is {run / 'model'}"):
+        load_model_dir(run)
+
+
 @pytest.mark.parametrize("size", [0, 5, 100, -1])
 def test_truncated_weights(model, size: int) -> None:
     path = model / "model.safetensors"

@@ -412,6 +412,8 @@ def load_model_dir(path: str | Path) -> ModelDir:
     if not path.is_dir():
         raise FileError(f"{path}: no such model directory")
     config_path = path / CONFIG_FILE
+    if not config_path.is_file() and (path / "model" / CONFIG_FILE).is_file():
+        raise FileError(f"{path}: the folder of a training; its model is {path / 'model'}")
     values = read_json(config_path)
     version = values.get("format_version")
     if version != FORMAT_VERSION:
