@@ -255,6 +255,8 @@ def test_early_stopping_ends_after_the_given_number_of_validations() -> None:
         validation_batches=[lambda: data.collate(np.arange(4))],
     )
     assert trainer.fit() == "early stop"
+    ended = trainer.progress.step
+    assert trainer.fit() == "early stop" and trainer.progress.step == ended  # as on resuming
     assert trainer.progress.worse == 3
     assert trainer.progress.step == trainer.progress.best_step + 6
 

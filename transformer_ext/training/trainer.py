@@ -328,6 +328,9 @@ class Trainer:
         self._start_interval()
         reason = "finished"
         while progress.step < plan.max_steps:
+            if plan.early_stop_patience and progress.worse >= plan.early_stop_patience:
+                reason = "early stop"
+                break
             self.train_step()
             progress.seconds = time.monotonic() - began
             if progress.step % plan.log_every == 0 or progress.step == plan.max_steps:
@@ -344,9 +347,6 @@ class Trainer:
                 self.save()
             if stopped:
                 return stopped
-            if plan.early_stop_patience and progress.worse >= plan.early_stop_patience:
-                reason = "early stop"
-                break
         return reason
 
     def _agreed_stop(self) -> str:
