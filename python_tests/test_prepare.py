@@ -226,7 +226,7 @@ def test_command(own, tmp_path, capsys) -> None:
 
 def test_command_with_wrong_text(own, capsys) -> None:
     arguments = ["--src-train", "nowhere", "--tgt-train", own.tgt_train[0]]
-    assert prepare.main(arguments) == 1
+    assert prepare.main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.err == "error: nowhere: no such file\n"
     with pytest.raises(SystemExit):

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         data = prepare_data(config.data, lambda message: print(f"{message} ...", flush=True))
     except (CorpusError, TokenizerError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     for message in data.messages:
         print(message)
     sources, targets = data.train.source_lengths, data.train.target_lengths
