@@ -1,173 +1,352 @@
-"""One training step (forward, backward, Adam) beside ``torch.nn.Transformer`` on the CPU.
+"""Target tokens a second of one training step, beside the other ways to train the same model.
 
-Same sizes, same sentences, dropout and label smoothing on. The peers, each as its users run it:
+Forward, backward and Adam, dropout 0.1 and label smoothing 0.1, on the first batches of the shipped
+text: the same sentence pairs, initial weights and learning rate for all. The competitors are listed
+by ``--list``; ``--peers`` chooses groups of them, ``--only`` single ones.
 
-- ``eager``: ``nn.Transformer``, ``nn.CrossEntropyLoss(label_smoothing=0.1)``, Adam, float32;
-- ``autocast``: the same under bfloat16 autocast with fused Adam.
+    python benchmarks/training.py --preset small --max-tokens 2048
+    python benchmarks/training.py --preset base --max-tokens 4096 --keep-freed-memory
 
-Random sentences with about the lengths of the shipped corpus, in buckets as a training would have
-them; the peers get them padded. All take turns on every batch, and a figure is the median over
-batches of target tokens (without padding) per second. ``--keep-freed-memory`` gives all of them the
-malloc settings that only our train command makes.
+Every competitor lives in a process of its own, and on each batch all take turns; ratios are medians
+over the batches of the ratio on one batch, so that a slow moment of the machine hits both sides.
+``ours-bfloat16`` runs always. As many live side by side as fit into memory; the others follow.
 
-    python benchmarks/training.py --preset small --max-tokens 2048 --keep-freed-memory
+- malloc: without ``--keep-freed-memory`` each runs as its users run it: ours with the malloc
+  settings that our train command makes, the peers with those of the system. With it all have ours.
+- peak memory: greatest resident size of the process, less what it had after the imports.
+- warm-up: seconds until the first timed step, compiling included; outside of the rate.
+- loss: mean over the first pass over the batches, smoothed, nats a token. It differs with dropout's
+  noise only, except that Marian has no norm after each stack and other positions.
+
+``--save FILE`` adds what was measured to a file, ``--show FILE`` prints the table of such a file, so
+that long comparisons can be made in several short runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import multiprocessing
+import os
+import platform
+import signal
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from training_peers import COMPETITORS, Task
 
-from transformer_ext import Packed, Transformer, ops, preset
+from transformer_ext.config import DataConfig
+from transformer_ext.data import BatchSampler
+from transformer_ext.data.preparation import prepare_data
 from transformer_ext.training.environment import keep_freed_memory
 
 VOCABULARIES = {"tiny": 8000, "small": 8000, "base": 32000, "big": 32000}
+ANCHOR = "ours-bfloat16"
+WARM_UP = 2
+#: Bytes that must stay free for another competitor to be started beside those that run.
+RESERVE = 1 << 30
 
 
-class Eager(nn.Module):
-    """The model as a user of ``nn.Transformer`` writes it: tied embeddings, sinusoidal positions."""
+def memory_of_process(field: str) -> int:
+    """A line of /proc/self/status in bytes; 0 where there is none."""
+    try:
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
+    except (OSError, StopIteration):
+        return 0
 
-    def __init__(self, config, vocabulary: int):
-        super().__init__()
-        self.embedding = nn.Embedding(vocabulary, config.d_model)
-        nn.init.normal_(self.embedding.weight, std=config.d_model**-0.5)
-        self.transformer = nn.Transformer(
-            config.d_model,
-            config.nhead,
-            config.num_encoder_layers,
-            config.num_decoder_layers,
-            config.dim_feedforward,
-            config.dropout,
-            batch_first=True,
+
+def free_memory() -> int:
+    """Bytes that new processes can have."""
+    with open("/proc/meminfo") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if "MemAvailable" in line)
+
+
+def serve(connection: Any, key: str, task: Task, threads: int, keep: bool) -> None:
+    """The competitor's process: trains on the batch whose number comes, answers with its figures."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if keep:
+        keep_freed_memory()
+    torch.set_num_threads(threads)
+    competitor = COMPETITORS[key]
+    competitor.load()
+    before = memory_of_process("VmRSS")
+    step = competitor.make(task)
+    while (index := connection.recv()) is not None:
+        start = time.perf_counter()
+        loss = step(index)
+        seconds = time.perf_counter() - start
+        connection.send((seconds, loss, memory_of_process("VmHWM") - before))
+
+
+class Runner:
+    """A competitor in its process, and what was measured of it."""
+
+    def __init__(self, key: str, task: Task, options: argparse.Namespace):
+        context = multiprocessing.get_context("spawn")
+        self.key = key
+        self.connection, other = context.Pipe()
+        keep = options.keep_freed_memory or COMPETITORS[key].group == "ours"
+        self.process = context.Process(
+            target=serve, args=(other, key, task, options.threads, keep), daemon=False
         )
-        self.dropout = nn.Dropout(config.dropout)
-        self.scale = config.d_model**0.5
-        self.register_buffer("positions", ops.sinusoidal_positions(1024, config.d_model))
+        self.seconds: dict[int, list[float]] = {}
+        self.losses: dict[int, float] = {}
+        self.memory = 0
+        self.warm_up = 0.0
+        self._start = time.perf_counter()
+        self.process.start()
+        other.close()
+        for index in range(len(task.batches) if COMPETITORS[key].warm_all else WARM_UP):
+            self.step(index, timed=False)
+        self.warm_up = time.perf_counter() - self._start
 
-    def embed(self, ids: Tensor) -> Tensor:
-        return self.dropout(self.embedding(ids) * self.scale + self.positions[: ids.shape[1]])
+    def step(self, index: int, timed: bool = True) -> None:
+        """Trains on a batch, and keeps time, loss and memory."""
+        self.connection.send(index)
+        seconds, loss, memory = self.connection.recv()
+        if timed:
+            self.seconds.setdefault(index, []).append(seconds)
+        if loss is not None:
+            self.losses.setdefault(index, loss)
+        self.memory = max(self.memory, memory)
 
-    def forward(self, source: Tensor, target: Tensor) -> Tensor:
-        causal = nn.Transformer.generate_square_subsequent_mask(target.shape[1])
-        padding = source == 0
-        hidden = self.transformer(
-            self.embed(source),
-            self.embed(target),
-            tgt_mask=causal.isinf(),
-            src_key_padding_mask=padding,
-            tgt_key_padding_mask=target == 0,
-            memory_key_padding_mask=padding,
-            tgt_is_causal=True,
+    def close(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "seconds": {str(index): times for index, times in self.seconds.items()},
+            "loss": statistics.fmean(self.losses.values()) if self.losses else None,
+            "memory": self.memory,
+            "warm_up": self.warm_up,
+        }
+
+
+def make_task(options: argparse.Namespace) -> Task:
+    """The first batches of the shipped text, as the trainer would draw them."""
+    vocabulary = VOCABULARIES[options.preset]
+    # The text is too small for 32,000 pieces. Ids of 8,000 pieces are valid ids of a larger
+    # vocabulary, and the work does not depend on which ids they are.
+    train = prepare_data(DataConfig(vocab_size=8000), print).train
+    sampler = BatchSampler(train.source_lengths, train.target_lengths, options.max_tokens, seed=1)
+    batches = sampler.epoch(0)[: WARM_UP + options.batches]
+    return Task(
+        options.preset,
+        vocabulary,
+        options.norm_first,
+        [[train.example(int(number)) for number in batch] for batch in batches],
+    )
+
+
+def measure(
+    keys: list[str], task: Task, options: argparse.Namespace
+) -> Iterable[dict[str, dict[str, Any]]]:
+    """Runs the competitors, as many at a time as memory takes; gives the figures of each group."""
+    waiting = list(keys)
+    began = time.perf_counter()
+    while waiting:
+        runners: list[Runner] = []
+        failed: list[str] = []
+        stopped = False
+        try:
+            runners.append(Runner(ANCHOR, task, options))
+            if waiting[0] == ANCHOR:
+                waiting.pop(0)
+            while waiting:
+                if len(runners) > 1:
+                    largest = max(runner.memory for runner in runners)
+                    if free_memory() < largest + RESERVE:
+                        break
+                key = waiting.pop(0)
+                print(f"... {COMPETITORS[key].title}", file=sys.stderr, flush=True)
+                try:
+                    runners.append(Runner(key, task, options))
+                except (EOFError, ConnectionError):
+                    failed.append(key)
+            for index in range(WARM_UP, len(task.batches)):
+                for runner in runners:
+                    runner.step(index)
+                if options.max_seconds and time.perf_counter() - began > options.max_seconds:
+                    stopped = True
+                    break
+        except (KeyboardInterrupt, EOFError, ConnectionError):
+            stopped = True
+        finally:
+            for runner in runners:
+                runner.close()
+        done = {runner.key: runner.facts() for runner in runners if runner.seconds}
+        for key in failed:
+            print(f"{COMPETITORS[key].title}: ended without a result", file=sys.stderr)
+        yield done
+        if stopped:
+            break
+
+
+def machine() -> str:
+    """What the figures belong to."""
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as file:
+            name = next(line.split(":")[1].strip() for line in file if "model name" in line)
+    except (OSError, StopIteration):
+        pass
+    return name
+
+
+def times_against(run: dict[str, Any], key: str, other: str) -> float | None:
+    """Median over batches of the seconds of ``key`` divided by those of ``other``."""
+    if key not in run or other not in run:
+        return None
+    mine, theirs = run[key]["seconds"], run[other]["seconds"]
+    common = [
+        statistics.median(mine[i]) / statistics.median(theirs[i]) for i in mine if i in theirs
+    ]
+    return statistics.median(common) if common else None
+
+
+def table(runs: list[dict[str, Any]], markdown: bool) -> list[str]:
+    """The rows of all runs of one setting; each is compared with ours of its own run."""
+    rows = []
+    latest: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        for key in run["results"]:
+            if key != ANCHOR or ANCHOR not in latest or len(run["results"]) > 2:
+                latest[key] = run
+    slower = {key: times_against(run["results"], key, ANCHOR) for key, run in latest.items()}
+    eager = slower.get("nn-float32")
+    for key, competitor in COMPETITORS.items():
+        if key not in latest:
+            continue
+        run, facts = latest[key], latest[key]["results"][key]
+        rate = statistics.median(
+            run["target_tokens"][int(index)] / statistics.median(times)
+            for index, times in facts["seconds"].items()
         )
-        return hidden @ self.embedding.weight.t()
-
-
-def batches(max_tokens: int, count: int, vocabulary: int) -> list[list[tuple[Tensor, Tensor]]]:
-    """Random sentences with lengths like those of the shipped corpus, in buckets."""
-    random = np.random.default_rng(0)
-    lengths = np.clip(random.lognormal(2.75, 0.55, 50 * max_tokens), 3, 100).astype(int)
-    lengths.sort()
-    result = []
-    for start in random.integers(0, len(lengths) * 9 // 10, count):
-        batch, tokens = [], 0
-        for length in lengths[start:]:
-            if tokens + length > max_tokens:
-                break
-            tokens += length
-            other = max(2, int(length * random.uniform(0.8, 1.2)))
-            batch.append(
-                tuple(torch.from_numpy(random.integers(4, vocabulary, n)) for n in (other, length))
+        ratio = slower[key]
+        rows.append(
+            [
+                competitor.title,
+                f"{rate:,.0f}",
+                "" if eager is None or ratio is None else f"{eager / ratio:.2f}x",
+                "" if ratio is None else f"{ratio:.2f}x",
+                "" if competitor.group == "gemm" else f"{facts['memory'] / 2**30:.2f} GiB",
+                f"{facts['warm_up']:.0f} s",
+                "" if facts["loss"] is None else f"{facts['loss']:.3f}",
+            ]
+        )
+    head = [
+        "",
+        "tokens/s",
+        "of eager float32",
+        "ours (bfloat16) is",
+        "peak memory",
+        "warm-up",
+        "loss",
+    ]
+    if markdown:
+        lines = ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]
+    else:
+        widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if column == 0 else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
             )
-        result.append(batch)
-    return result
+            for row in [head, *rows]
+        ]
+    for precision in ("bfloat16", "float32"):
+        mine, bound = slower.get(f"ours-{precision}"), slower.get(f"gemm-{precision}")
+        if mine and bound:
+            lines += [
+                "",
+                f"ours, {precision}, is at {bound / mine:.0%} of its matrix products alone",
+            ]
+    return lines
 
 
-def ours(config, precision: str) -> Callable[[list], None]:
-    model = Transformer(config).set_precision(precision)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
-
-    def step(batch) -> None:
-        sources, targets = zip(*batch, strict=True)
-        source = Packed.from_lengths([len(s) for s in sources])
-        target = Packed.from_lengths([len(t) for t in targets])
-        labels = torch.cat(targets)
-        model.rng[1] += 1
-        hidden = model.forward_packed(torch.cat(sources), source, labels, target)
-        output = ops.linear_cross_entropy(
-            hidden,
-            model.generator.weight,
-            labels,
-            label_smoothing=0.1,
-            normalizer=float(target.capacity),
-        )
-        output.loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
-def peer(config, vocabulary: int, autocast: bool) -> Callable[[list], None]:
-    model = Eager(config, vocabulary)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=autocast)
-    criterion = nn.CrossEntropyLoss(label_smoothing=0.1, ignore_index=0)
-
-    def step(batch) -> None:
-        source, target = (
-            nn.utils.rnn.pad_sequence(list(side), batch_first=True)
-            for side in zip(*batch, strict=True)
-        )
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            logits = model(source, target)
-            loss = criterion(logits.flatten(0, 1), target.flatten())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
+def show(runs: list[dict[str, Any]], markdown: bool) -> None:
+    """One table for each setting."""
+    settings: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        settings.setdefault(run["setting"], []).append(run)
+    for setting, its_runs in settings.items():
+        print(f"\n{setting}\n", *table(its_runs, markdown), sep="\n", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    groups = list(dict.fromkeys(c.group for c in COMPETITORS.values()))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--preset", choices=list(VOCABULARIES), default="small")
     parser.add_argument("--max-tokens", type=int, default=2048, help="target tokens a batch")
-    parser.add_argument("--batches", type=int, default=5, help="batches, each run by all in turn")
+    parser.add_argument("--batches", type=int, default=5, help="timed batches, after 2 to warm up")
+    parser.add_argument(
+        "--norm-first", action="store_true", help="pre-norm; Marian stays post-norm"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--keep-freed-memory", action="store_true", help="set malloc, for all")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    kept = options.keep_freed_memory and keep_freed_memory()
-    vocabulary = VOCABULARIES[options.preset]
-    config = preset(options.preset, vocabulary, vocabulary)
-    steps = {
-        "ours, bfloat16": ours(config, "bfloat16"),
-        "ours, float32": ours(config, "float32"),
-        "nn.Transformer, float32 (eager)": peer(config, vocabulary, autocast=False),
-        "nn.Transformer, bfloat16 autocast": peer(config, vocabulary, autocast=True),
-    }
-    data = batches(options.max_tokens, options.batches + 1, vocabulary)
-    speeds: dict[str, list[float]] = {name: [] for name in steps}
-    for index, batch in enumerate(data):
-        tokens = sum(len(target) for _, target in batch)
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step(batch)
-            if index:  # the first batch warms up
-                speeds[name].append(tokens / (time.perf_counter() - start))
-    print(
-        f"{options.preset}, {options.max_tokens} target tokens a batch, {options.threads} threads, "
-        f"torch {torch.__version__}, freed memory {'kept' if kept else 'given back'}"
+    parser.add_argument(
+        "--peers",
+        nargs="*",
+        choices=groups,
+        default=[group for group in groups if group != "compile"],
+        help="groups of competitors; all but compile, which warms up for minutes, by default",
     )
-    medians = {name: statistics.median(values) for name, values in speeds.items()}
-    reference = medians["nn.Transformer, float32 (eager)"]
-    for name, value in medians.items():
-        print(f"{name:36s} {value:8,.0f} tokens/s  {value / reference:5.2f}x")
+    parser.add_argument("--only", nargs="+", choices=list(COMPETITORS), help="these alone")
+    parser.add_argument("--max-seconds", type=float, help="end after the batch that goes on longer")
+    parser.add_argument("--save", type=Path, help="add what was measured to this file")
+    parser.add_argument("--show", type=Path, help="print the tables of this file and run nothing")
+    parser.add_argument("--markdown", action="store_true", help="print a table for a document")
+    parser.add_argument("--list", action="store_true", help="list the competitors and run nothing")
+    options = parser.parse_args()
+    if options.list:
+        for key, competitor in COMPETITORS.items():
+            missing = "" if competitor.installed else f" ({competitor.needs} is not installed)"
+            print(f"{key:26s} {competitor.group:8s} {competitor.title}{missing}")
+        return
+    if options.show:
+        show([json.loads(line) for line in options.show.read_text().splitlines()], options.markdown)
+        return
+
+    keys = options.only or [k for k, c in COMPETITORS.items() if c.group in options.peers]
+    for key in list(keys):
+        if not COMPETITORS[key].installed:
+            print(f"{COMPETITORS[key].title}: {COMPETITORS[key].needs} is not installed")
+            keys.remove(key)
+    keys = [ANCHOR, *(key for key in keys if key != ANCHOR)]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    task = make_task(options)
+    malloc = "freed memory kept by all" if options.keep_freed_memory else "malloc as users have it"
+    setting = (
+        f"{options.preset}, {options.max_tokens:,} target tokens a batch"
+        f"{', pre-norm' if options.norm_first else ''}, {malloc}; {options.threads} threads, "
+        f"{machine()}, torch {torch.__version__}"
+    )
+    runs = []
+    for results in measure(keys, task, options):
+        runs.append(
+            {
+                "setting": setting,
+                "target_tokens": [task.target_tokens(i) for i in range(len(task.batches))],
+                "results": results,
+            }
+        )
+        if options.save:
+            with open(options.save, "a") as file:
+                file.write(json.dumps(runs[-1]) + "\n")
+        show(runs, options.markdown)
+    sys.stdout.flush()
+    # A competitor's own threads or compilers must not keep the command from ending.
+    os._exit(0)
 
 
 if __name__ == "__main__":
