@@ -4,7 +4,7 @@ python benchmarks/activation.py --threads 2
 """
 
 import torch
-from timing import arguments, best_seconds, copier, print_row
+from timing import arguments, copier, median_seconds, print_row
 from torch.nn import functional
 
 from transformer_ext.ops import activation
@@ -43,18 +43,18 @@ for rows, columns in ((256, 2048), (4096, 2048)):
                 name = f"{rows}x{columns} {str(dtype).removeprefix('torch.')} {kind} p={p}"
                 size = (x.numel() + grad.numel()) * x.element_size()
                 with torch.no_grad():
-                    best = best_seconds(
-                        {"ours": ours, "torch": peer, "copy": copier(size)}, options.seconds
+                    times = median_seconds(
+                        {"ours": ours, "torch": peer, "copy": copier(size, dtype)}, options.seconds
                     )
-                print_row(f"forward {name}", best, size)
+                print_row(f"forward {name}", times, size)
                 results = ours(), peer()
                 size = (2 * x.numel() + grad.numel()) * x.element_size()
-                best = best_seconds(
+                times = median_seconds(
                     {
                         "ours": lambda results=results, f=backward: f(results[0]),
                         "torch": lambda results=results, f=backward: f(results[1]),
-                        "copy": copier(size),
+                        "copy": copier(size, dtype),
                     },
                     options.seconds,
                 )
-                print_row(f"backward {name}", best, size)
+                print_row(f"backward {name}", times, size)

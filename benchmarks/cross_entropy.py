@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 from memory import raised_peak
-from timing import arguments, best_seconds
+from timing import arguments, median_seconds
 from torch import nn
 from torch.nn import functional
 
@@ -67,8 +67,10 @@ def main() -> None:
     for case in CASES:
         for dtype in (torch.float32, torch.bfloat16):
             names = ("ours", "torch", "products")
-            best = best_seconds({name: step(name, case, dtype) for name in names}, options.seconds)
-            ms = {name: seconds * 1e3 for name, seconds in best.items()}
+            times = median_seconds(
+                {name: step(name, case, dtype) for name in names}, options.seconds
+            )
+            ms = {name: seconds * 1e3 for name, seconds in times.items()}
             memory = {name: raised_peak(step, name, case, dtype) for name in ("ours", "torch")}
             print(
                 f"{' x '.join(map(str, case)):20} {str(dtype):15} {ms['ours']:6.1f} "

@@ -4,7 +4,7 @@ python benchmarks/embedding.py --threads 2
 """
 
 import torch
-from timing import arguments, best_seconds, copier, print_row
+from timing import arguments, copier, median_seconds, print_row
 from torch.nn import functional
 
 from transformer_ext.ops import embedding, sinusoidal_positions
@@ -37,25 +37,27 @@ for tokens, words, columns in ((4096, 8000, 256), (4096, 32000, 512)):
                 y = functional.embedding(ids, weight) * 16.0 + table[positions]
                 return functional.dropout(y, p, training=p > 0).to(dtype)
 
-            def backward(y, weight=weight):
-                return torch.autograd.grad(y, weight, torch.ones_like(y), retain_graph=True)
+            grad = torch.randn(tokens, columns).to(dtype)
+
+            def backward(y, weight=weight, grad=grad):
+                return torch.autograd.grad(y, weight, grad, retain_graph=True)
 
             kind = str(dtype).removeprefix("torch.")
             name = f"{tokens} of {words}x{columns} {kind} p={p}"
             size = tokens * columns * (4 + dtype.itemsize)
             with torch.no_grad():
-                best = best_seconds(
-                    {"ours": ours, "torch": peer, "copy": copier(size)}, options.seconds
+                times = median_seconds(
+                    {"ours": ours, "torch": peer, "copy": copier(size, dtype)}, options.seconds
                 )
-            print_row(f"forward {name}", best, size)
+            print_row(f"forward {name}", times, size)
             results = ours(), peer()
             size = words * columns * 4 + tokens * columns * dtype.itemsize
-            best = best_seconds(
+            times = median_seconds(
                 {
                     "ours": lambda results=results, f=backward: f(results[0]),
                     "torch": lambda results=results, f=backward: f(results[1]),
-                    "copy": copier(size),
+                    "copy": copier(size, dtype),
                 },
                 options.seconds,
             )
-            print_row(f"backward {name}", best, size)
+            print_row(f"backward {name}", times, size)

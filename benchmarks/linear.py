@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from timing import arguments, best_seconds
+from timing import arguments, median_seconds
 
 from transformer_ext.ops.linear import product, product_input, product_weight
 
@@ -73,8 +73,8 @@ def main() -> None:
                 products["input"] = _input(grad, weight)
                 products["weight"] = _weight(grad, x)
             for name, functions in products.items():
-                best = best_seconds(functions, options.seconds)
-                speed = {k: 2e-9 * rows * out * inputs / s for k, s in best.items()}
+                times = median_seconds(functions, options.seconds)
+                speed = {k: 2e-9 * rows * out * inputs / s for k, s in times.items()}
                 print(
                     f"{name:8} {str(dtype).removeprefix('torch.'):9} "
                     f"{f'{rows}x{out}x{inputs}':>16} {speed['ours']:8.0f} {speed['torch']:8.0f} "

@@ -4,7 +4,7 @@ python benchmarks/residual_norm.py --threads 2
 """
 
 import torch
-from timing import arguments, best_seconds, copier, print_row
+from timing import arguments, copier, median_seconds, print_row
 from torch.nn import functional
 
 from transformer_ext.ops import norm, residual_norm
@@ -12,7 +12,7 @@ from transformer_ext.ops import norm, residual_norm
 options = arguments(__doc__)
 rng = torch.tensor([1, 2, 3])
 
-for rows, columns in ((256, 512), (4096, 256), (4096, 512), (4096, 1024), (32768, 512)):
+for rows, columns in ((256, 512), (1024, 512), (4096, 256), (4096, 512), (32768, 512)):
     for dtype in (torch.float32, torch.bfloat16):
         x, residual, grad = (torch.randn(rows, columns).to(dtype) for _ in range(3))
         x.requires_grad_()
@@ -36,27 +36,27 @@ for rows, columns in ((256, 512), (4096, 256), (4096, 512), (4096, 1024), (32768
 
             size = 4 * x.numel() * x.element_size()
             with torch.no_grad():
-                best = best_seconds(
-                    {"ours": ours, "torch": peer, "copy": copier(size)}, options.seconds
+                times = median_seconds(
+                    {"ours": ours, "torch": peer, "copy": copier(size, dtype)}, options.seconds
                 )
-            print_row(f"forward {rows}x{columns} {kind} p={p}", best, size)
+            print_row(f"forward {rows}x{columns} {kind} p={p}", times, size)
             results = ours(), peer()
             size = (4 if p else 3) * x.numel() * x.element_size()
-            best = best_seconds(
+            times = median_seconds(
                 {
                     "ours": lambda results=results, f=backward: f(results[0]),
                     "torch": lambda results=results, f=backward: f(results[1]),
-                    "copy": copier(size),
+                    "copy": copier(size, dtype),
                 },
                 options.seconds,
             )
-            print_row(f"backward {rows}x{columns} {kind} p={p}", best, size)
+            print_row(f"backward {rows}x{columns} {kind} p={p}", times, size)
 
 x = torch.randn(1, 8)
 weight = torch.ones(8)
 with torch.no_grad():
-    best = best_seconds({"ours": lambda: norm(x, weight), "copy": copier(64)}, options.seconds)
-print_row("overhead of a call: norm 1x8", best, 64)
+    times = median_seconds({"ours": lambda: norm(x, weight), "copy": copier(64)}, options.seconds)
+print_row("overhead of a call: norm 1x8", times, 64)
 x.requires_grad_()
-best = best_seconds({"ours": lambda: residual_norm(x, x, weight), "copy": copier(64)})
-print_row("overhead of a call: residual_norm, recording", best, 64)
+times = median_seconds({"ours": lambda: residual_norm(x, x, weight), "copy": copier(64)})
+print_row("overhead of a call: residual_norm, recording", times, 64)

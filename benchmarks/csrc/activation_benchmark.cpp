@@ -3,32 +3,34 @@
 #include <vector>
 
 #include "activation/activation.h"
+#include "ceiling.h"
 #include "common/thread_pool.h"
 
 namespace transformer_ext {
 namespace {
 
-constexpr int64_t kRows = 1024;
 constexpr int64_t kColumns = 2048;
 
-// Arguments: kind, dropout in percent.
+// Arguments: kind, rows, dropout in percent.
 template <class T>
 void activation(benchmark::State& state, bool backward) {
   const Activation kind = static_cast<Activation>(state.range(0));
+  const int64_t rows = state.range(1);
   const int64_t rng[3] = {1, 2, 3};
-  const Dropout dropout = make_dropout(rng, 4, static_cast<double>(state.range(1)) / 100);
+  const Dropout dropout = make_dropout(rng, 4, static_cast<double>(state.range(2)) / 100);
   const int64_t x_columns = is_gated(kind) ? 2 * kColumns : kColumns;
-  std::vector<T> x(static_cast<size_t>(kRows * x_columns), from_float<T>(0.5f)), grad_x(x.size());
-  std::vector<T> out(static_cast<size_t>(kRows * kColumns), from_float<T>(0.5f));
+  std::vector<T> x(static_cast<size_t>(rows * x_columns), from_float<T>(0.5f)), grad_x(x.size());
+  std::vector<T> out(static_cast<size_t>(rows * kColumns), from_float<T>(0.5f));
   std::vector<float> bias(static_cast<size_t>(x_columns)), grad_bias(bias.size());
   ThreadPool pool;
   const ActivationKernels& kernels = activation_kernels();
-  const ActivationForward<T> forward_args{x.data(), bias.data(), out.data(), kRows,
+  const ActivationForward<T> forward_args{x.data(), bias.data(), out.data(), rows,
                                           kColumns, kind,        dropout};
   const ActivationBackward<T> backward_args{out.data(),       x.data(), bias.data(), grad_x.data(),
-                                            grad_bias.data(), kRows,    kColumns,    kind,
+                                            grad_bias.data(), rows,     kColumns,    kind,
                                             dropout};
-  for (auto _ : state) {
+  const size_t elements = out.size() + (backward ? 2 : 1) * x.size();
+  against_copy(state, static_cast<int64_t>(elements * sizeof(T)), pool, [&] {
     if constexpr (std::is_same_v<T, float>) {
       backward ? kernels.backward_f32(backward_args, pool)
                : kernels.forward_f32(forward_args, pool);
@@ -36,15 +38,14 @@ void activation(benchmark::State& state, bool backward) {
       backward ? kernels.backward_bf16(backward_args, pool)
                : kernels.forward_bf16(forward_args, pool);
     }
-  }
-  const size_t elements = out.size() + (backward ? 2 : 1) * x.size();
-  state.SetBytesProcessed(state.iterations() * static_cast<int64_t>(elements * sizeof(T)));
+  });
 }
 
 void cases(benchmark::internal::Benchmark* benchmark) {
-  benchmark->ArgNames({"kind", "dropout%"})
-      ->ArgsProduct({benchmark::CreateDenseRange(0, kActivations - 1, 1), {0, 10}})
-      ->UseRealTime();
+  benchmark->ArgNames({"kind", "rows", "dropout%"})
+      ->ArgsProduct(
+          {benchmark::CreateDenseRange(0, kActivations - 1, 1), {256, 2048, 8192}, {0, 10}})
+      ->Apply(in_turns);
 }
 
 constexpr auto activation_f32 = &activation<float>;

@@ -2,6 +2,7 @@
 
 #include <vector>
 
+#include "ceiling.h"
 #include "common/thread_pool.h"
 #include "embedding/embedding.h"
 
@@ -38,7 +39,9 @@ void embedding(benchmark::State& state, bool backward) {
                                          dropout};
   const EmbeddingBackward<T> backward_args{
       out.data(), {ids.data(), nullptr}, 2.0f, weight.data(), kTokens, kColumns, rows, dropout};
-  for (auto _ : state) {
+  const size_t bytes =
+      out.size() * sizeof(T) + (backward ? weight.size() : out.size()) * sizeof(float);
+  against_copy(state, static_cast<int64_t>(bytes), pool, [&] {
     if constexpr (std::is_same_v<T, float>) {
       backward ? kernels.backward_f32(backward_args, pool)
                : kernels.forward_f32(forward_args, pool);
@@ -46,14 +49,11 @@ void embedding(benchmark::State& state, bool backward) {
       backward ? kernels.backward_bf16(backward_args, pool)
                : kernels.forward_bf16(forward_args, pool);
     }
-  }
-  const size_t bytes =
-      out.size() * sizeof(T) + (backward ? weight.size() : out.size()) * sizeof(float);
-  state.SetBytesProcessed(state.iterations() * static_cast<int64_t>(bytes));
+  });
 }
 
 void cases(benchmark::internal::Benchmark* benchmark) {
-  benchmark->ArgNames({"rows", "dropout%"})->ArgsProduct({{8000, 32000}, {0, 10}})->UseRealTime();
+  benchmark->ArgNames({"rows", "dropout%"})->ArgsProduct({{8000, 32000}, {0, 10}})->Apply(in_turns);
 }
 
 constexpr auto embedding_f32 = &embedding<float>;
