@@ -1,7 +1,5 @@
 #include <benchmark/benchmark.h>
 
-#include <vector>
-
 #include "activation/activation.h"
 #include "ceiling.h"
 #include "common/thread_pool.h"
@@ -19,9 +17,9 @@ void activation(benchmark::State& state, bool backward) {
   const int64_t rng[3] = {1, 2, 3};
   const Dropout dropout = make_dropout(rng, 4, static_cast<double>(state.range(2)) / 100);
   const int64_t x_columns = is_gated(kind) ? 2 * kColumns : kColumns;
-  std::vector<T> x(static_cast<size_t>(rows * x_columns), from_float<T>(0.5f)), grad_x(x.size());
-  std::vector<T> out(static_cast<size_t>(rows * kColumns), from_float<T>(0.5f));
-  std::vector<float> bias(static_cast<size_t>(x_columns)), grad_bias(bias.size());
+  Aligned<T> x(static_cast<size_t>(rows * x_columns), from_float<T>(0.5f)), grad_x(x.size());
+  Aligned<T> out(static_cast<size_t>(rows * kColumns), from_float<T>(0.5f));
+  Aligned<float> bias(static_cast<size_t>(x_columns)), grad_bias(bias.size());
   ThreadPool pool;
   const ActivationKernels& kernels = activation_kernels();
   const ActivationForward<T> forward_args{x.data(), bias.data(), out.data(), rows,

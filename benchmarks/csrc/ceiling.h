@@ -7,11 +7,31 @@
 #include <chrono>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <vector>
 
 #include "common/parallel.h"
 
 namespace transformer_ext {
+
+// Memory as torch hands it out, at a multiple of 64 bytes. With std::allocator, whose large blocks
+// lie 16 bytes past one, every 64-byte load and store goes over the end of a cache line, which
+// costs a kernel in the cache up to half of its speed.
+template <class T>
+struct AlignedAllocator {
+  using value_type = T;
+  AlignedAllocator() = default;
+  template <class U>
+  AlignedAllocator(const AlignedAllocator<U>&) {}  // NOLINT(google-explicit-constructor)
+  T* allocate(size_t n) {
+    return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t{64}));
+  }
+  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t{64}); }
+  bool operator==(const AlignedAllocator&) const { return true; }
+};
+
+template <class T>
+using Aligned = std::vector<T, AlignedAllocator<T>>;
 
 // Copies from one half of `bytes` bytes to the other, 64 KiB a task: that many are read and
 // written.
@@ -30,8 +50,8 @@ class Copy {
   }
 
  private:
-  std::vector<char> source_;
-  std::vector<char> target_;
+  Aligned<char> source_;
+  Aligned<char> target_;
 };
 
 constexpr int kTurns = 31;

@@ -24,8 +24,8 @@ void embedding(benchmark::State& state, bool backward) {
     const int64_t spread = t * 2654435761 % 65536;
     ids[static_cast<size_t>(t)] = spread * spread / 65536 * rows / 65536;
   }
-  std::vector<float> weight(static_cast<size_t>(rows * kColumns), 0.5f);
-  std::vector<T> out(static_cast<size_t>(kTokens * kColumns), from_float<T>(0.5f));
+  Aligned<float> weight(static_cast<size_t>(rows * kColumns), 0.5f);
+  Aligned<T> out(static_cast<size_t>(kTokens * kColumns), from_float<T>(0.5f));
   ThreadPool pool;
   const EmbeddingKernels& kernels = embedding_kernels();
   const EmbeddingForward<T> forward_args{{ids.data(), nullptr},

@@ -1,7 +1,5 @@
 #include <benchmark/benchmark.h>
 
-#include <vector>
-
 #include "ceiling.h"
 #include "common/thread_pool.h"
 #include "residual_norm/residual_norm.h"
@@ -19,10 +17,10 @@ void residual_norm(benchmark::State& state, bool backward) {
   const int64_t rng[3] = {1, 2, 3};
   const Dropout dropout = make_dropout(rng, 4, static_cast<double>(state.range(1)) / 100);
   const bool drop = dropout.threshold != 0;
-  std::vector<T> x(size, from_float<T>(0.5f)), residual(size, from_float<T>(-1.0f)), sum(size),
+  Aligned<T> x(size, from_float<T>(0.5f)), residual(size, from_float<T>(-1.0f)), sum(size),
       normed(size), grad_x(drop ? size : 0);
-  std::vector<float> weight(kColumns, 1.0f), bias(kColumns), mean(rows), rstd(rows);
-  std::vector<float> grad_weight(kColumns), grad_bias(kColumns);
+  Aligned<float> weight(kColumns, 1.0f), bias(kColumns), mean(rows), rstd(rows);
+  Aligned<float> grad_weight(kColumns), grad_bias(kColumns);
   ThreadPool pool;
   const ResidualNormForward<T> forward_args{x.data(),   residual.data(), weight.data(), bias.data(),
                                             sum.data(), normed.data(),   mean.data(),   rstd.data(),

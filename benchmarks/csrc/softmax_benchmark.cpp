@@ -1,7 +1,5 @@
 #include <benchmark/benchmark.h>
 
-#include <vector>
-
 #include "ceiling.h"
 #include "common/bfloat16.h"
 #include "common/thread_pool.h"
@@ -14,7 +12,7 @@ namespace {
 template <class T, bool kBackward>
 void softmax(benchmark::State& state) {
   const int64_t rows = state.range(0), keys = state.range(1);
-  std::vector<T> x(rows * keys, from_float<T>(0.5f)), out(x.size()), grad_x(x.size());
+  Aligned<T> x(rows * keys, from_float<T>(0.5f)), out(x.size()), grad_x(x.size());
   const SoftmaxType type = std::is_same_v<T, float> ? SoftmaxType::float32 : SoftmaxType::bfloat16;
   const SoftmaxForward forward{x.data(), out.data(), rows, keys, {}, false};
   const SoftmaxBackward backward{x.data(), out.data(), grad_x.data(), rows, keys, false};

@@ -124,6 +124,17 @@ typedef uint16_t VecH __attribute__((vector_size(kWidth * 2)));
 #endif
 }
 
+// v in the first n lanes, 0 in the others.
+[[maybe_unused]] inline VecF first_lanes(VecF v, int64_t n) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_maskz_mov_ps(static_cast<__mmask16>((1u << n) - 1u), (__m512)v);
+#else
+  VecI lane;
+  for (int i = 0; i < kWidth; ++i) lane[i] = i;
+  return (VecF)((VecI)v & (lane < static_cast<int32_t>(n)));
+#endif
+}
+
 [[maybe_unused]] inline VecF select(VecI condition, VecF yes, VecF no) {
   return condition ? yes : no;
 }

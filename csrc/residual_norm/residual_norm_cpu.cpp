@@ -13,10 +13,26 @@ constexpr int kRowSlot = 1;
 // Sums of gradients over rows are kept for at most so many blocks of rows, and added up at the end.
 constexpr int64_t kMaxBlocks = 64;
 // So many rows go through the phases of a norm together: the sum over the lanes, the root and the
-// division of one row wait for each other, those of different rows do not. They also share one load
-// and store of the sums above. More rows than two get into each other's way in the cache where they
-// lie a multiple of 2 or 4 KiB apart.
-constexpr int64_t kRowGroup = 2;
+// division of one row wait for each other, those of different rows do not.
+constexpr int64_t kRowGroup = 4;
+// So many rows share one load and store of the sums over rows. More get into each other's way in
+// the cache where rows lie a multiple of 2 or 4 KiB apart.
+constexpr int64_t kSumGroup = 2;
+// The rows of one phase are short streams, which the hardware sees too late: what the next group
+// reads is asked for so many bytes ahead.
+constexpr int64_t kAheadBytes = 4096;
+
+template <class T>
+inline void ask(const T* p) {
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + kAheadBytes);
+}
+
+// Whether the vector that begins in lane `first` of a group of 64 begins a cache line (if the row
+// does), so that each line is asked for once.
+template <class T>
+constexpr bool begins_line(int first) {
+  return first * static_cast<int>(sizeof(T)) % 64 == 0;
+}
 
 inline VecF store_rounded(float* p, VecF v) {
   store(p, v);
@@ -89,12 +105,24 @@ void residual_dropout(const ResidualDropout<T>& args, Parallel& parallel) {
 
 template <class T, bool kResidual, bool kDrop>
 void forward_rows(ResidualNormForward<T> args, int64_t begin, int64_t end) {
+  constexpr bool kSum = kResidual || kDrop;
+  // Float32 rows are read again where they stand; others are kept as float32 until they are done.
+  constexpr bool kLine = sizeof(T) != sizeof(float);
   const int64_t columns = args.columns;
   const float* const weight = args.weight;
   const float* const bias = args.bias;
-  float* const cache = static_cast<float*>(
-      thread_scratch(static_cast<size_t>(kRowGroup * columns) * sizeof(float), kRowSlot));
+  float* const cache =
+      kLine ? static_cast<float*>(thread_scratch(
+                  static_cast<size_t>(kRowGroup * columns) * sizeof(float), kRowSlot))
+            : nullptr;
   const auto no_start = [](uint32_t) {};
+  const auto line_of = [&](int64_t row, int64_t i) -> const float* {
+    if constexpr (kLine) {
+      return cache + i * columns;
+    } else {
+      return (kSum ? args.sum : args.x) + row * columns;
+    }
+  };
   float mean[kRowGroup], rstd[kRowGroup];
   for (; begin < end; begin += kRowGroup) {
     const int64_t count = begin + kRowGroup < end ? kRowGroup : end - begin;
@@ -102,48 +130,54 @@ void forward_rows(ResidualNormForward<T> args, int64_t begin, int64_t end) {
       const int64_t row = begin + i;
       const T* const x = args.x + row * columns;
       const T* const residual = args.residual + (kResidual ? row * columns : 0);
-      T* const out = args.sum + (kResidual || kDrop ? row * columns : 0);
-      float* const line = cache + i * columns;
+      T* const out = args.sum + (kSum ? row * columns : 0);
+      float* const line = cache + (kLine ? i * columns : 0);
       uint64_t bits = 0;
       Sum sum{};
       for_columns(
           columns, [&](uint32_t group) { bits = bits_of<kDrop>(args.dropout, row, group); },
           [&](auto whole, int64_t c, int first, int n) {
             constexpr bool kWhole = decltype(whole)::value;
+            if (begins_line<T>(first)) {
+              ask(x + c);
+              if constexpr (kResidual) ask(residual + c);
+            }
             VecF v = load_n<kWhole>(x + c, n);
             if constexpr (kDrop) v = keep(v * args.dropout.scale, bits, first);
             if constexpr (kResidual) v = v + load_n<kWhole>(residual + c, n);
-            if constexpr (kResidual || kDrop) v = store_rounded_n<kWhole>(out + c, v, n);
-            store_n<kWhole>(line + c, v, n);
+            if constexpr (kSum) v = store_rounded_n<kWhole>(out + c, v, n);
+            if constexpr (kLine) store_n<kWhole>(line + c, v, n);
             sum.part[part_of(first)] = sum.part[part_of(first)] + v;
           });
       mean[i] = args.rms ? 0.0f : sum.total() / static_cast<float>(columns);
     }
     for (int64_t i = 0; i < count; ++i) {
-      float* const line = cache + i * columns;
+      const float* const line = line_of(begin + i, i);
+      const VecF centre = broadcast(mean[i]);
       Sum squares{};
       for_columns(columns, no_start, [&](auto whole, int64_t c, int first, int n) {
         constexpr bool kWhole = decltype(whole)::value;
-        VecF centred = load_n<kWhole>(line + c, n) - mean[i];
-        store_n<kWhole>(line + c, centred, n);
+        VecF centred = load_n<kWhole>(line + c, n) - centre;
         // The lanes past the row have become -mean: their squares must not count.
-        if constexpr (!kWhole) centred = load_n<kWhole>(line + c, n);
+        if constexpr (!kWhole) centred = first_lanes(centred, n);
         squares.part[part_of(first)] = squares.part[part_of(first)] + centred * centred;
       });
       rstd[i] = 1.0f / __builtin_sqrtf(squares.total() / static_cast<float>(columns) + args.eps);
-      if (args.mean != nullptr) args.mean[begin + i] = mean[i];
-      if (args.rstd != nullptr) args.rstd[begin + i] = rstd[i];
     }
     for (int64_t i = 0; i < count; ++i) {
-      const float* const line = cache + i * columns;
+      const float* const line = line_of(begin + i, i);
+      const VecF centre = broadcast(mean[i]);
+      const VecF factor = broadcast(rstd[i]);
       T* const normed = args.normed + (begin + i) * columns;
       for_columns(columns, no_start, [&](auto whole, int64_t c, int, int n) {
         constexpr bool kWhole = decltype(whole)::value;
-        VecF v = load_n<kWhole>(line + c, n) * rstd[i];
+        VecF v = (load_n<kWhole>(line + c, n) - centre) * factor;
         if (weight != nullptr) v = v * load_n<kWhole>(weight + c, n);
         if (bias != nullptr) v = v + load_n<kWhole>(bias + c, n);
         store_n<kWhole>(normed + c, v, n);
       });
+      if (args.mean != nullptr) args.mean[begin + i] = mean[i];
+      if (args.rstd != nullptr) args.rstd[begin + i] = rstd[i];
     }
   }
 }
@@ -160,54 +194,77 @@ void forward(const ResidualNormForward<T>& args, Parallel& parallel) {
                     [&](int64_t block) { run(args, blocks.begin(block), blocks.end(block)); });
 }
 
-// Gradients of `count` <= kRowGroup rows, added into weight_sum and bias_sum.
-//
+// What the second phase of the gradient needs of a row, see backward_sums.
+struct RowTerms {
+  float mean;
+  float rstd;
+  float mean_g;
+  float of_centred;
+};
+
 // With g = grad_normed * weight, h = (sum - mean) * rstd:
 //   grad of sum = rstd * (g - mean(g) - h * mean(g * h)) + grad_sum     (RMSNorm: no mean(g))
-template <class T, bool kGradSum, bool kDrop>
-void backward_group(ResidualNormBackward<T> args, const float* weight, int64_t begin, int64_t count,
-                    float* weight_sum, float* bias_sum) {
+//               = rstd * (g - mean_g - of_centred * (sum - mean)) + grad_sum
+template <class T>
+inline RowTerms backward_sums(const ResidualNormBackward<T>& args, const float* weight,
+                              int64_t row) {
   const int64_t columns = args.columns;
-  float mean[kRowGroup], rstd[kRowGroup], mean_g[kRowGroup], mean_gh[kRowGroup];
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t row = begin + i;
-    const T* const grad = args.grad_normed + row * columns;
-    const T* const sum = args.sum + row * columns;
-    mean[i] = args.mean == nullptr ? 0.0f : args.mean[row];
-    rstd[i] = args.rstd[row];
-    Sum g_sum{}, gh_sum{};
-    for_columns(
-        columns, [](uint32_t) {},
-        [&](auto whole, int64_t c, int first, int n) {
-          constexpr bool kWhole = decltype(whole)::value;
-          const VecF g = load_n<kWhole>(grad + c, n) * load_n<kWhole>(weight + c, n);
-          const VecF h = (load_n<kWhole>(sum + c, n) - mean[i]) * rstd[i];
-          g_sum.part[part_of(first)] = g_sum.part[part_of(first)] + g;
-          gh_sum.part[part_of(first)] = gh_sum.part[part_of(first)] + g * h;
-        });
-    mean_g[i] = args.rms ? 0.0f : g_sum.total() / static_cast<float>(columns);
-    mean_gh[i] = gh_sum.total() / static_cast<float>(columns);
+  const T* const grad = args.grad_normed + row * columns;
+  const T* const sum = args.sum + row * columns;
+  const float mean = args.mean == nullptr ? 0.0f : args.mean[row];
+  const float rstd = args.rstd[row];
+  const VecF centre = broadcast(mean);
+  Sum g_sum{}, gc_sum{};
+  for_columns(
+      columns, [](uint32_t) {},
+      [&](auto whole, int64_t c, int first, int n) {
+        constexpr bool kWhole = decltype(whole)::value;
+        if (begins_line<T>(first)) {
+          ask(grad + c);
+          ask(sum + c);
+        }
+        // Past the row g is 0.
+        const VecF g = load_n<kWhole>(grad + c, n) * load_n<kWhole>(weight + c, n);
+        const VecF centred = load_n<kWhole>(sum + c, n) - centre;
+        g_sum.part[part_of(first)] = g_sum.part[part_of(first)] + g;
+        gc_sum.part[part_of(first)] = gc_sum.part[part_of(first)] + g * centred;
+      });
+  const float mean_g = args.rms ? 0.0f : g_sum.total() / static_cast<float>(columns);
+  const float mean_gh = gc_sum.total() * rstd / static_cast<float>(columns);
+  return {mean, rstd, mean_g, mean_gh * rstd};
+}
+
+// Gradients of kRows rows, added into weight_sum and bias_sum.
+template <class T, bool kGradSum, bool kDrop, int kRows>
+void backward_rows(ResidualNormBackward<T> args, const float* weight, int64_t begin,
+                   const RowTerms* terms, float* weight_sum, float* bias_sum) {
+  const int64_t columns = args.columns;
+  VecF mean[kRows], rstd[kRows], mean_g[kRows], of_centred[kRows];
+  for (int i = 0; i < kRows; ++i) {
+    mean[i] = broadcast(terms[i].mean);
+    rstd[i] = broadcast(terms[i].rstd);
+    mean_g[i] = broadcast(terms[i].mean_g);
+    of_centred[i] = broadcast(terms[i].of_centred);
   }
-  uint64_t bits[kRowGroup] = {};
+  uint64_t bits[kRows] = {};
   for_columns(
       columns,
       [&](uint32_t group) {
-        for (int64_t i = 0; i < count; ++i) {
-          bits[i] = bits_of<kDrop>(args.dropout, begin + i, group);
-        }
+        for (int i = 0; i < kRows; ++i) bits[i] = bits_of<kDrop>(args.dropout, begin + i, group);
       },
       [&](auto whole, int64_t c, int first, int n) {
         constexpr bool kWhole = decltype(whole)::value;
         const VecF w = load_n<kWhole>(weight + c, n);
         VecF to_weight = load_n<kWhole>(weight_sum + c, n);
         VecF to_bias = load_n<kWhole>(bias_sum + c, n);
-        for (int64_t i = 0; i < count; ++i) {
+#pragma GCC unroll 2
+        for (int i = 0; i < kRows; ++i) {
           const int64_t at = (begin + i) * columns + c;
           const VecF grad = load_n<kWhole>(args.grad_normed + at, n);
-          const VecF h = (load_n<kWhole>(args.sum + at, n) - mean[i]) * rstd[i];
-          to_weight = to_weight + grad * h;
+          const VecF centred = load_n<kWhole>(args.sum + at, n) - mean[i];
+          to_weight = to_weight + (grad * rstd[i]) * centred;
           to_bias = to_bias + grad;
-          VecF v = (grad * w - mean_g[i] - h * mean_gh[i]) * rstd[i];
+          VecF v = (grad * w - mean_g[i] - of_centred[i] * centred) * rstd[i];
           if constexpr (kGradSum) v = v + load_n<kWhole>(args.grad_sum + at, n);
           if constexpr (kDrop) {
             if (args.grad_residual != nullptr) store_n<kWhole>(args.grad_residual + at, v, n);
@@ -221,6 +278,26 @@ void backward_group(ResidualNormBackward<T> args, const float* weight, int64_t b
       });
 }
 
+template <class T, bool kGradSum, bool kDrop>
+void backward_block(ResidualNormBackward<T> args, const float* weight, int64_t begin, int64_t end,
+                    float* weight_sum, float* bias_sum) {
+  static_assert(kSumGroup == 2 && kRowGroup % kSumGroup == 0);
+  RowTerms terms[kRowGroup];
+  for (; begin < end; begin += kRowGroup) {
+    const int64_t count = begin + kRowGroup < end ? kRowGroup : end - begin;
+    for (int64_t i = 0; i < count; ++i) terms[i] = backward_sums(args, weight, begin + i);
+    int64_t i = 0;
+    for (; i + kSumGroup <= count; i += kSumGroup) {
+      backward_rows<T, kGradSum, kDrop, kSumGroup>(args, weight, begin + i, terms + i, weight_sum,
+                                                   bias_sum);
+    }
+    if (i < count) {
+      backward_rows<T, kGradSum, kDrop, 1>(args, weight, begin + i, terms + i, weight_sum,
+                                           bias_sum);
+    }
+  }
+}
+
 template <class T>
 void backward(const ResidualNormBackward<T>& args, Parallel& parallel) {
   const int64_t columns = args.columns;
@@ -232,8 +309,8 @@ void backward(const ResidualNormBackward<T>& args, Parallel& parallel) {
   }
   const bool drop = args.dropout.threshold != 0;
   const auto run = args.grad_sum == nullptr
-                       ? (drop ? &backward_group<T, false, true> : &backward_group<T, false, false>)
-                       : (drop ? &backward_group<T, true, true> : &backward_group<T, true, false>);
+                       ? (drop ? &backward_block<T, false, true> : &backward_block<T, false, false>)
+                       : (drop ? &backward_block<T, true, true> : &backward_block<T, true, false>);
   const RowBlocks blocks = row_blocks(args.rows, columns, kMaxBlocks, kRowGroup);
   // [weight sums of all blocks][bias sums of all blocks][ones, in place of a missing weight]
   float* const partials = static_cast<float*>(
@@ -250,10 +327,7 @@ void backward(const ResidualNormBackward<T>& args, Parallel& parallel) {
     float* const bias_sum = bias_partials + block * columns;
     std::memset(weight_sum, 0, row_bytes);
     std::memset(bias_sum, 0, row_bytes);
-    const int64_t end = blocks.end(block);
-    for (int64_t row = blocks.begin(block); row < end; row += kRowGroup) {
-      run(args, weight, row, row + kRowGroup < end ? kRowGroup : end - row, weight_sum, bias_sum);
-    }
+    run(args, weight, blocks.begin(block), blocks.end(block), weight_sum, bias_sum);
   });
   if (args.grad_weight != nullptr) {
     add_blocks(partials, blocks.count, columns, args.grad_weight, parallel);
