@@ -6,6 +6,7 @@ import numpy as np
 
 from transformer_ext.data.tokenizer import Tokenizer, train_tokenizer
 from transformer_ext.files import parameter_shapes, save_model_dir
+from transformer_ext.inference.engine import Engine
 from transformer_ext.model.config import TransformerConfig
 
 SENTENCES = [
@@ -45,3 +46,25 @@ def save_random_model(folder, *, max_train_length=40, **changes):
         folder, config, weights, tokenizer, tokenizer, {"max_train_length": max_train_length}
     )
     return folder
+
+
+def random_engine(vocabulary, threads=1, scale=1.0):
+    """An engine with random weights, so small that a search takes a millisecond."""
+    config = TransformerConfig(
+        src_vocab_size=vocabulary,
+        tgt_vocab_size=vocabulary,
+        d_model=16,
+        nhead=2,
+        num_encoder_layers=1,
+        num_decoder_layers=2,
+        dim_feedforward=24,
+        tie="none",
+    )
+    generator = np.random.default_rng(7)
+    weights = {
+        name: (generator.normal(size=shape) * scale * (1.0 if len(shape) == 1 else 0.4)).astype(
+            np.float32
+        )
+        for name, shape in parameter_shapes(config).items()
+    }
+    return Engine(config, weights, threads=threads)

@@ -118,7 +118,14 @@ def assert_same(results, expected, tolerance=2e-5):
         assert len(result.hypotheses) == len(other.hypotheses)
         for mine, reference in zip(result.hypotheses, other.hypotheses, strict=True):
             assert mine.tokens == reference.tokens
-            assert mine.ended == reference.ended
+            assert mine.stop == reference.stop
+            assert mine.alignment == reference.alignment
+            if reference.attention is None:
+                assert mine.attention is None
+            else:
+                assert mine.attention.dtype == np.float32
+                np.testing.assert_allclose(mine.attention, reference.attention, atol=tolerance)
+                np.testing.assert_allclose(mine.attention.sum(1), 1.0, atol=tolerance)
             np.testing.assert_allclose(mine.score, reference.score, rtol=tolerance)
             np.testing.assert_allclose(mine.log_prob, reference.log_prob, rtol=tolerance)
             np.testing.assert_allclose(
@@ -151,6 +158,11 @@ def test_finds_what_the_python_search_finds(variant):
         {"max_length": 1, "num_hypotheses": 4},
         {"max_length": None, "max_length_a": 0.5, "max_length_b": 2},
         {"beam_size": 60, "num_hypotheses": 60, "max_length": 3},
+        {"coverage_penalty": 0.4, "num_hypotheses": 3, "return_attention": True},
+        {"return_attention": True, "return_alignment": True, "attention_layer": 0},
+        {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2},
+        {"sampling": True, "num_hypotheses": 3, "seed": 4},
+        {"sampling": True, "top_k": 5, "top_p": 0.8, "temperature": 1.3},
     ],
 )
 def test_options(changes):
@@ -251,6 +263,35 @@ def test_several_threads_on_one_engine():
     assert not failures
 
 
+@pytest.mark.parametrize("layer", [None, 0])
+def test_attention_of_given_targets(layer):
+    model = make_model(seed=6, num_kv_heads=2)
+    engine = make_engine(model)
+    sources = random_sources(model)
+    targets = [[7, 9, 11, 3], [3], [5] * 7, [6, 3], [], [8, 8, 3]]
+    found = engine.align(sources, targets, layer=layer)
+    for source, target, (log_probs, attention) in zip(sources, targets, found, strict=True):
+        assert log_probs == engine.score([source], [target])[0]
+        assert attention.shape == (len(target), len(source))
+        if not target:
+            continue
+        fed = torch.tensor([[model.config.decoder_start_id, *target[:-1]]])
+        weights = model.attention_weights(torch.tensor([source]), fed)
+        expected = weights[f"decoder.layers.{1 if layer is None else layer}.cross_attention"]
+        np.testing.assert_allclose(attention, expected[0].mean(0), atol=1e-5)
+
+
+def test_attention_of_a_search_is_that_of_its_tokens():
+    model = make_model(seed=6)
+    engine = make_engine(model)
+    sources = random_sources(model)
+    options = SearchOptions(num_hypotheses=3, return_attention=True, max_length=12)
+    for source, result in zip(sources, engine.search(sources, options), strict=True):
+        for hypothesis in result.hypotheses:
+            labels = hypothesis.tokens + [model.config.eos_id] * hypothesis.ended
+            assert (hypothesis.attention == engine.align([source], [labels])[0][1]).all()
+
+
 def test_empty_sources():
     model = make_model()
     engine = make_engine(model)
@@ -285,6 +326,8 @@ def test_errors():
         engine.score([[5, 3]], [[3], [3]])
     with pytest.raises(ValueError, match="batch_size: got 0"):
         engine.search([[5, 3]], batch_size=0)
+    with pytest.raises(ValueError, match="attention_layer: got 2, but the decoder has 2 layers"):
+        engine.align([[5, 3]], [[3]], layer=2)
     assert len(engine.search([[5] * 12])[0].hypotheses) == 1
     with pytest.raises(ValueError, match="threads: got 0"):
         Engine(model.config, weights, threads=0)

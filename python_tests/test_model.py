@@ -265,7 +265,7 @@ def test_step_by_step_equals_teacher_forcing():
     memory = model.encode_padded(src)
     whole = torch.log_softmax(model.logits(src, tgt), -1)
     for length in (1, 3, 5):
-        step = model.decode_logits(tgt[:, :length], memory, torch.tensor([6, 4]))
+        step = model.next_log_probs(tgt[:, :length], memory, torch.tensor([6, 4]))
         torch.testing.assert_close(step, whole[:, length - 1], rtol=1e-4, atol=1e-5)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from decoding_helpers import SENTENCES, save_random_model
 
+from transformer_ext.inference.options import SearchOptions
 from transformer_ext.inference.translator import Translator
 
 ROOT = Path(__file__).parents[1]
@@ -89,11 +90,61 @@ def test_jsonl_and_nbest(model_dir, expected):
     assert [len(value["hypotheses"]) for value in values] == [1, 3, 3]
     best = values[1]["hypotheses"][0]
     assert best["text"] == expected[0] and best["score"] == values[1]["score"]
-    assert set(best) == {"text", "tokens", "score", "log_prob", "token_scores", "ended"}
+    assert set(best) == {"text", "tokens", "score", "log_prob", "token_scores", "stop"}
     lines = run(model_dir, *options, "--format", "nbest", stdin=text).stdout.decode().splitlines()
     numbers = [line.split(" ||| ")[0] for line in lines]
     assert numbers == ["0", "1", "1", "1", "2", "2", "2"]
     assert lines[1].split(" ||| ")[1] == expected[0]
+
+
+def test_alignment_and_pieces(model_dir):
+    options = [*QUICK, "--format", "jsonl", "--return-alignment", "--return-attention"]
+    done = run(model_dir, *options, stdin=f"{SENTENCES[0]}\n\n".encode())
+    value, empty = (json.loads(line) for line in done.stdout.splitlines())
+    best = value["hypotheses"][0]
+    assert value["source_pieces"][-1] == "</s>"
+    assert len(best["pieces"]) == len(best["tokens"]) > 0
+    assert len(best["alignment"]) == len(best["attention"]) == len(best["token_scores"])
+    for column, row in zip(best["alignment"], best["attention"], strict=True):
+        assert len(row) == len(value["source_pieces"]) and row[column] == max(row)
+    assert empty["source_pieces"] == [] and empty["hypotheses"][0]["alignment"] == []
+
+
+def test_options_of_the_search(model_dir):
+    text = "\n".join(SENTENCES[:3]).encode()
+    options = [*QUICK, "--format", "jsonl", "--num-hypotheses", "3"]
+    for given, changes in (
+        (["--sampling", "--seed", "7", "--top-k", "9"], dict(sampling=True, seed=7, top_k=9)),
+        (["--no-repeat-ngram-size", "1"], dict(no_repeat_ngram_size=1)),
+        (["--search-preset", "fairseq"], SearchOptions.preset("fairseq").__dict__),
+        (["--suppressed-tokens", "8", "9"], dict(suppressed_tokens=(8, 9))),
+    ):
+        done = run(model_dir, *options, *given, "--batch-size", 1, stdin=text)
+        found = [json.loads(line)["hypotheses"] for line in done.stdout.splitlines()]
+        with Translator(model_dir) as translator:
+            expected = translator.translate(
+                SENTENCES[:3], **{**changes, "num_hypotheses": 3, "max_length": 12}
+            )
+        assert [[h["tokens"] for h in row] for row in found] == [
+            [h.tokens for h in translation.hypotheses] for translation in expected
+        ]
+
+
+def test_target_prefix(model_dir, tmp_path):
+    prefixes = ["Klicken", "", "Speichern Sie"]
+    file = tmp_path / "prefixes"
+    file.write_text("\n".join(prefixes) + "\n")
+    text = "\n".join(SENTENCES[:3]).encode()
+    done = run(model_dir, *QUICK, "--target-prefix", file, "--batch-size", 1, stdin=text)
+    lines = done.stdout.decode().splitlines()
+    with Translator(model_dir) as translator:
+        found = translator.translate(SENTENCES[:3], target_prefix=prefixes, max_length=12)
+    assert lines == [translation.text for translation in found]
+    assert all(line.startswith(prefix) for line, prefix in zip(lines, prefixes, strict=True))
+    for count in (2, 4):
+        text = "\n".join(SENTENCES[:count]).encode()
+        done = run(model_dir, *QUICK, "--target-prefix", file, stdin=text)
+        assert done.returncode == 2 and b"has 3 lines, expected one for each" in done.stderr
 
 
 def test_an_answer_comes_before_the_next_line_is_sent(model_dir, expected):
@@ -164,6 +215,11 @@ def test_learned_positions(tmp_path):
         (["--batch-size", "0"], b"--batch-size: got 0, expected at least 1"),
         (["--threads", "0"], b"threads: got 0, expected an integer of at least 1"),
         (["a", "-"], b"standard input cannot be one of several files"),
+        (["--batch-tokens", "0"], b"--batch-tokens: got 0, expected at least 1"),
+        (["--top-k", "3"], b"top_k: got 3 without sampling"),
+        (["--return-alignment"], b"expected --format jsonl with them"),
+        (["--search-preset", "marian"], b"--search-preset"),
+        (["--target-prefix", "missing.txt"], b"missing.txt: cannot be read"),
     ],
 )
 def test_wrong_arguments(model_dir, arguments, message):

@@ -87,6 +87,27 @@ def test_score(translator):
     assert translator.score(SENTENCES[:1], SENTENCES[-1:]) == scores[:1]
 
 
+def test_attention_of_given_translations(translator):
+    sources, targets = [*SENTENCES[:2], ""], [*SENTENCES[3:5], "a"]
+    found = translator.align(sources, targets)
+    assert [log_probs for log_probs, _ in found] == translator.score(sources, targets)
+    for (log_probs, attention), source in zip(found, translator.encode(sources), strict=True):
+        assert attention.shape == (len(log_probs), len(source))
+
+
+def test_target_prefix(translator):
+    one = translator.translate(SENTENCES[0], target_prefix="Öffnen Sie")
+    assert one.text.startswith("Öffnen Sie")
+    many = translator.translate(SENTENCES[:2], target_prefix=["Öffnen Sie", ""])
+    assert many[0] == one and many[1] == translator.translate(SENTENCES[1])
+    with pytest.raises(TypeError, match="target_prefix: expected a text for one text"):
+        translator.translate(SENTENCES[:2], target_prefix="a")
+    with pytest.raises(TypeError, match="target_prefix: got int at position 0"):
+        translator.translate(SENTENCES[:1], target_prefix=[3])
+    with pytest.raises(ValueError, match="prefixes: got 1, expected one for each of the 2 sources"):
+        translator.translate(SENTENCES[:2], target_prefix=["a"])
+
+
 def test_texts_longer_than_any_trained_on_give_one_warning(translator):
     assert translator.max_train_length == 40
     long = " ".join(SENTENCES)

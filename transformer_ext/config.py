@@ -151,7 +151,7 @@ class Option:
         parts = [self.unit] if self.unit else []
         if self.choices:
             parts.append(" | ".join(self.choices))
-        if self.default is not None and self.default != [] and not self.partial:
+        if self.default not in (None, [], ()) and not self.partial:
             default = self.default
             if isinstance(default, (list, tuple)):
                 default = " ".join(str(value) for value in default)
@@ -265,6 +265,9 @@ def _plain_type(hint: Any, where: str) -> tuple[type, bool, int, tuple[str, ...]
     if origin is Literal:
         return str, False, 0, args
     if origin is list:
+        kind, _, _, choices = _plain_type(args[0], where)
+        return kind, False, -1, choices
+    if origin is tuple and len(args) == 2 and args[1] is Ellipsis:
         kind, _, _, choices = _plain_type(args[0], where)
         return kind, False, -1, choices
     if origin is tuple and len(set(args)) == 1:
@@ -559,11 +562,18 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's; exits with status 2 and one message on a wrong command line."""
-        result, unknown = self.parse_known_args(args, namespace)
+        arguments = list(sys.argv[1:] if args is None else args)
+        known = [text for action in self._actions for text in action.option_strings]
+        # Before anything else is looked at: a misspelt option that is required would otherwise only
+        # be reported as missing.
+        ends = arguments.index("--") if "--" in arguments else len(arguments)
+        for argument in arguments[:ends]:
+            flag = argument.split("=")[0]
+            if flag.startswith("--") and flag not in known:
+                self.error(f"unknown option {argument!r}{nearest(flag, known)}")
+        result, unknown = self.parse_known_args(arguments, namespace)
         if unknown:
-            flag = unknown[0].split("=")[0]
-            known = [text for action in self._actions for text in action.option_strings]
-            self.error(f"unknown option {unknown[0]!r}{nearest(flag, known)}")
+            self.error(f"unknown option {unknown[0]!r}{nearest(unknown[0], known)}")
         return result
 
     def error(self, message: str) -> NoReturn:

@@ -6,7 +6,6 @@ the compiled part is missing or broken, and then says how to mend that; the exit
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.metadata
 import json
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from transformer_ext import __version__, _native
+from transformer_ext.config import ArgumentParser
 
 PACKAGES = (
     "numpy",
@@ -203,7 +203,7 @@ def _lines(value: Any, indent: str = "") -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m transformer_ext.info",
         description="Print what is installed, built and in use, for a bug report.",
     )

@@ -6,19 +6,19 @@ stdout, everything else to stderr.
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
-from transformer_ext.config import ArgumentParser, ConfigError, add_arguments, from_dict, given
-from transformer_ext.inference.options import SearchOptions
+from transformer_ext.config import ArgumentParser, ConfigError, add_arguments, given
+from transformer_ext.inference.options import PRESETS, SearchOptions
 
 if TYPE_CHECKING:
     from transformer_ext.inference.lines import TextLines
-    from transformer_ext.inference.translator import Translation, Translator
+    from transformer_ext.inference.translator import TextHypothesis, Translation, Translator
 
 FORMATS = ("text", "jsonl", "nbest")
 
@@ -54,26 +54,83 @@ def _parser() -> ArgumentParser:
         type=int,
         default=64,
         metavar="N",
-        help="sentences decoded together; up to four times as many lines are read ahead where they "
-        "are there to be read (default: %(default)s)",
+        help="most sentences decoded together; up to four times as many lines are read ahead where "
+        "they are there to be read (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch-tokens",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="most source tokens decoded together, which bounds memory (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--target-prefix",
+        metavar="FILE",
+        help="what each translation is to begin with: as many lines as the input has",
+    )
+    parser.add_argument(
+        "--search-preset",
+        choices=tuple(PRESETS),
+        default="paper",
+        help="search as the named program does, where the options below do not say otherwise "
+        "(default: %(default)s)",
     )
     add_arguments(parser, SearchOptions)
     return parser
 
 
-def lines_of(number: int, translation: Translation, format: str) -> list[str]:
+def _values(hypothesis: TextHypothesis, pieces: list[str] | None) -> dict[str, Any]:
+    """A hypothesis for JSON; with its pieces where they are given."""
+    values: dict[str, Any] = {
+        "text": hypothesis.text,
+        "tokens": hypothesis.tokens,
+        "score": _number(hypothesis.score),
+        "log_prob": _number(hypothesis.log_prob),
+        "token_scores": hypothesis.token_scores,
+        "stop": hypothesis.stop,
+    }
+    if pieces is not None:
+        values["pieces"] = pieces
+    if hypothesis.alignment is not None:
+        values["alignment"] = hypothesis.alignment
+    if hypothesis.attention is not None:
+        values["attention"] = hypothesis.attention.tolist()
+    return values
+
+
+def _number(value: float) -> float | None:
+    """For JSON, which has no infinity."""
+    return value if math.isfinite(value) else None
+
+
+def lines_of(
+    number: int,
+    translation: Translation,
+    format: str,
+    pieces: Callable[[list[int], bool], list[str]] | None = None,
+    source: Sequence[int] = (),
+) -> list[str]:
     """The output for one input line.
 
     Args:
         number: of the line, from 0.
         translation: of it.
         format: one of :data:`FORMATS`.
+        pieces: of ids of the target (True) or source, where they are to be shown.
+        source: ids of the line.
     """
     if format == "text":
         return [translation.text]
     if format == "jsonl":
-        hypotheses = [dataclasses.asdict(hypothesis) for hypothesis in translation.hypotheses]
-        values = {"text": translation.text, "score": translation.score, "hypotheses": hypotheses}
+        hypotheses = [
+            _values(h, None if pieces is None else pieces(h.tokens, True))
+            for h in translation.hypotheses
+        ]
+        values: dict[str, Any] = {"text": translation.text, "score": _number(translation.score)}
+        if pieces is not None:
+            values["source_pieces"] = pieces(list(source), False)
+        values["hypotheses"] = hypotheses
         return [json.dumps(values, ensure_ascii=False)]
     return [f"{number} ||| {h.text} ||| {h.score:.6f}" for h in translation.hypotheses]
 
@@ -111,9 +168,18 @@ def _translate(
     files: Sequence[str],
     format: str,
     batch_size: int,
+    batch_tokens: int,
+    prefix_file: str | None,
 ) -> None:
     number = over_long = cut = 0
     longest = translator.longest_source
+    prefix_lines = None if prefix_file is None else text.read(prefix_file)
+
+    def pieces(ids: list[int], target: bool) -> list[str]:
+        return (translator.target_tokenizer if target else translator.source_tokenizer).pieces(ids)
+
+    options = translator.options
+    shown = pieces if options.return_alignment or options.return_attention else None
     try:
         for block in _blocks(text, files, 4 * batch_size):
             sources = translator.encode(block)
@@ -124,11 +190,33 @@ def _translate(
                     source if len(source) <= longest else [*source[: longest - 1], source[-1]]
                     for source in sources
                 ]
-            for result in translator.translate_ids(sources, batch_size=batch_size):
-                for line in lines_of(number, translator.translation(result), format):
+            numbers = range(number, number + len(block))
+            prefixes = None
+            if prefix_lines is not None:
+                if len(prefix_lines) < numbers.stop:
+                    raise ValueError(
+                        f"{prefix_file}: has {len(prefix_lines)} lines, expected one for each "
+                        "line of the input, which has more"
+                    )
+                prefixes = translator.encode_prefixes(prefix_lines[numbers.start : numbers.stop])
+            results = translator.translate_ids(
+                sources,
+                prefixes=prefixes,
+                numbers=numbers,
+                batch_size=batch_size,
+                batch_tokens=batch_tokens,
+            )
+            for source, result in zip(sources, results, strict=True):
+                translation = translator.translation(result)
+                for line in lines_of(number, translation, format, shown, source):
                     sys.stdout.buffer.write(line.encode("utf-8") + b"\n")
                 number += 1
             sys.stdout.buffer.flush()
+        if prefix_lines is not None and len(prefix_lines) != number:
+            raise ValueError(
+                f"{prefix_file}: has {len(prefix_lines)} lines, expected one for each of the "
+                f"{number} lines of the input"
+            )
     finally:
         _warn(over_long, translator.over_long_message(over_long))
         _warn(cut, f"texts longer than the {longest} positions of this model, cut to them: {cut}")
@@ -143,17 +231,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     try:
-        options = from_dict(SearchOptions, given(arguments, SearchOptions))
+        values = given(arguments, SearchOptions)
+        options = SearchOptions.preset(arguments.search_preset, **values)
     except ConfigError as error:
         parser.error(str(error))
-    if arguments.batch_size < 1:
-        parser.error(f"argument --batch-size: got {arguments.batch_size}, expected at least 1")
+    for name in ("batch_size", "batch_tokens"):
+        if getattr(arguments, name) < 1:
+            flag = name.replace("_", "-")
+            parser.error(f"argument --{flag}: got {getattr(arguments, name)}, expected at least 1")
+    if (options.return_attention or options.return_alignment) and arguments.format != "jsonl":
+        parser.error("--return-attention and --return-alignment: expected --format jsonl with them")
     try:
         from transformer_ext.inference.lines import TextLines
         from transformer_ext.inference.translator import Translator
 
-        translator = Translator(arguments.model, arguments.threads, options=options)
-        _translate(translator, TextLines(), arguments.files, arguments.format, arguments.batch_size)
+        with Translator(arguments.model, arguments.threads, options=options) as translator:
+            _translate(
+                translator,
+                TextLines(),
+                arguments.files,
+                arguments.format,
+                arguments.batch_size,
+                arguments.batch_tokens,
+                arguments.target_prefix,
+            )
     except BrokenPipeError:
         # The reader has gone, which is no mistake; Python's own flush at exit must not meet it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -3,6 +3,10 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
+
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -96,6 +100,46 @@ std::unique_ptr<Engine> make_engine(const py::dict& config, const py::dict& weig
   return std::make_unique<Engine>(parsed, views, threads);
 }
 
+SearchOptions search_options(const py::dict& fields) {
+  const auto integer = [&](const char* name) { return fields[name].cast<int64_t>(); };
+  const auto number = [&](const char* name) { return fields[name].cast<double>(); };
+  const auto flag = [&](const char* name) { return fields[name].cast<bool>(); };
+  SearchOptions options;
+  options.beam_size = integer("beam_size");
+  options.num_hypotheses = integer("num_hypotheses");
+  options.early_stopping =
+      choose<EarlyStopping>("early_stopping", fields["early_stopping"].cast<std::string>(),
+                            {{"exact", EarlyStopping::exact},
+                             {"first", EarlyStopping::first},
+                             {"heuristic", EarlyStopping::heuristic}});
+  options.beam_patience = number("beam_patience");
+  options.rank_unfinished = flag("rank_unfinished");
+  options.coverage_penalty = number("coverage_penalty");
+  options.return_attention = flag("return_attention");
+  options.attention_layer = integer("attention_layer");
+  options.sampling = flag("sampling");
+  options.seed = fields["seed"].cast<uint64_t>();
+  options.tokens.suppressed = fields["suppressed"].cast<std::vector<int32_t>>();
+  options.tokens.no_repeat_ngram_size = integer("no_repeat_ngram_size");
+  options.tokens.repetition_penalty = number("repetition_penalty");
+  options.tokens.eos_id = fields["eos_id"].cast<int32_t>();
+  options.tokens.top_k = integer("top_k");
+  options.tokens.top_p = number("top_p");
+  options.tokens.temperature = number("temperature");
+  options.start_id = fields["start_id"].cast<int32_t>();
+  options.ended_penalty = fields["ended_penalty"].cast<std::vector<double>>();
+  options.cut_penalty = fields["cut_penalty"].cast<std::vector<double>>();
+  return options;
+}
+
+// [rows, ...] of the values, or None without any.
+py::object matrix(const std::vector<float>& values, size_t rows) {
+  if (values.empty()) return py::none();
+  const std::vector<py::ssize_t> shape = {static_cast<py::ssize_t>(rows),
+                                          static_cast<py::ssize_t>(values.size() / rows)};
+  return py::array_t<float>(shape, values.data());
+}
+
 }  // namespace
 
 void bind_engine(py::module_& m) {
@@ -106,7 +150,21 @@ void bind_engine(py::module_& m) {
       .def_readonly("score", &Hypothesis::score)
       .def_readonly("log_prob", &Hypothesis::log_prob)
       .def_readonly("token_scores", &Hypothesis::token_scores)
-      .def_readonly("ended", &Hypothesis::ended);
+      .def_property_readonly("end",
+                             [](const Hypothesis& hypothesis) {
+                               switch (hypothesis.end) {
+                                 case End::eos:
+                                   return "eos";
+                                 case End::max_length:
+                                   return "max_length";
+                                 case End::no_token:
+                                   break;
+                               }
+                               return "no_token";
+                             })
+      .def_property_readonly("attention", [](const Hypothesis& hypothesis) {
+        return matrix(hypothesis.attention, hypothesis.token_scores.size());
+      });
 
   py::class_<SearchResult>(m, "SearchResult")
       .def_readonly("hypotheses", &SearchResult::hypotheses)
@@ -117,12 +175,24 @@ void bind_engine(py::module_& m) {
             return "exact";
           case Stop::first:
             return "first";
+          case Stop::heuristic:
+            return "heuristic";
+          case Stop::sampled:
+            return "sampled";
           case Stop::max_length:
             return "max_length";
+          case Stop::no_token:
+            return "no_token";
           case Stop::none:
             break;
         }
         return "none";
+      });
+
+  py::class_<TargetScores>(m, "TargetScores")
+      .def_readonly("log_probs", &TargetScores::log_probs)
+      .def_property_readonly("attention", [](const TargetScores& scores) {
+        return matrix(scores.attention, scores.log_probs.size());
       });
 
   py::class_<Engine>(m, "Engine", "An encoder-decoder Transformer with its weights, for decoding.")
@@ -132,30 +202,34 @@ void bind_engine(py::module_& m) {
       .def(
           "search",
           [](Engine& engine, const std::vector<std::vector<int32_t>>& sources,
-             const std::vector<int64_t>& limits, int64_t beam_size, int64_t num_hypotheses,
-             int64_t min_length, bool stop_at_first, int32_t start_id, int32_t eos_id,
-             std::vector<int32_t> suppressed, std::vector<double> ended_penalty,
-             std::vector<double> cut_penalty) {
-            SearchOptions options;
-            options.beam_size = beam_size;
-            options.num_hypotheses = num_hypotheses;
-            options.min_length = min_length;
-            options.stop_at_first = stop_at_first;
-            options.start_id = start_id;
-            options.eos_id = eos_id;
-            options.suppressed = std::move(suppressed);
-            options.ended_penalty = std::move(ended_penalty);
-            options.cut_penalty = std::move(cut_penalty);
+             std::vector<std::vector<int32_t>> prefixes, const std::vector<int64_t>& limits,
+             const std::vector<int64_t>& minima, const std::vector<uint64_t>& numbers,
+             const py::dict& options) {
+            const SearchOptions parsed = search_options(options);
+            std::vector<Request> requests;
+            for (size_t i = 0; i < limits.size(); ++i) {
+              requests.push_back(
+                  {std::move(prefixes.at(i)), limits[i], minima.at(i), numbers.at(i)});
+            }
             const py::gil_scoped_release release;
-            return engine.search(sources, limits, options);
+            return engine.search(sources, requests, parsed);
           },
-          py::kw_only(), py::arg("sources"), py::arg("limits"), py::arg("beam_size"),
-          py::arg("num_hypotheses"), py::arg("min_length"), py::arg("stop_at_first"),
-          py::arg("start_id"), py::arg("eos_id"), py::arg("suppressed"), py::arg("ended_penalty"),
-          py::arg("cut_penalty"), "Beam search; see csrc/engine/search.h.")
+          py::kw_only(), py::arg("sources"), py::arg("prefixes"), py::arg("limits"),
+          py::arg("minima"), py::arg("numbers"), py::arg("options"),
+          "Beam search or sampling; see csrc/engine/search.h.")
       .def("score", &Engine::score, py::kw_only(), py::arg("sources"), py::arg("targets"),
-           py::arg("start_id"), py::call_guard<py::gil_scoped_release>(),
+           py::arg("start_id"), py::arg("attention_layer"),
+           py::call_guard<py::gil_scoped_release>(),
            "Log-probabilities of the tokens of each target; see csrc/engine/search.h.");
+
+  m.def(
+      "release_memory",
+      [] {
+#if defined(__GLIBC__)
+        malloc_trim(0);
+#endif
+      },
+      "Gives freed memory back to the system, where the allocator would keep it.");
 }
 
 }  // namespace transformer_ext

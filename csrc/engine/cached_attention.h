@@ -23,6 +23,8 @@ struct CachedAttention {
   float scale;
   float* scores;  // scratch, [length rounded up to 16]
   float* out;     // [heads, head_dim]
+  // Null, or [length]: the attention probabilities, averaged over the heads, are added here.
+  float* weights = nullptr;
 };
 
 struct CachedAttentionKernels {

@@ -88,6 +88,10 @@ void attend(const CachedAttention& a) {
     }
     if (c < d) add_scores_partial(query + c, a.keys, key + c, a.length, d - c, c == 0, a.scores);
     const float inverse = exponentials(a.scores, a.length, a.scale);
+    if (a.weights != nullptr) {
+      const float share = inverse / static_cast<float>(a.heads);
+      for (int64_t i = 0; i < a.length; ++i) a.weights[i] += a.scores[i] * share;
+    }
     c = 0;
     for (; c + kHeld * kWidth <= d; c += kHeld * kWidth) {
       weigh<kHeld>(a.scores, a.keys, value + c, a.length, inverse, out + c);

@@ -8,7 +8,6 @@
 #include "engine/buffer.h"
 #include "engine/encoder.h"
 #include "engine/model.h"
-#include "engine/top_scores.h"
 
 namespace transformer_ext::engine {
 
@@ -24,18 +23,26 @@ struct Row {
 // them, and a new order of the beam, or the end of a sentence, copies pointers only.
 class Decoder {
  public:
-  // Must be called before the first step of a batch. Both must outlive it.
-  void start(const Model& model, const EncodedSources& sources);
+  // Must be called before the first step of a batch. Both must outlive it. `attention_layer`, from
+  // 0, is the one whose attention to the sources is kept; -1: none.
+  void start(const Model& model, const EncodedSources& sources, int64_t attention_layer = -1);
 
   // The decoder's states [rows, width] after the rows' newest tokens, ready for the generator.
   // Rows of a sentence stand together. Valid until the next step.
   const float* step(const std::vector<Row>& rows, PositionTables& positions, Parallel& parallel);
+
+  // What a row of the last step attended to: probabilities over its source's tokens, averaged over
+  // the heads of the layer given to start().
+  const float* attention(int64_t row) const { return attention_.data() + row * longest_source_; }
+  int64_t bytes() const;
 
  private:
   void advance_paths(const std::vector<Row>& rows);
 
   const Model* model_ = nullptr;
   const EncodedSources* sources_ = nullptr;
+  int64_t attention_layer_ = -1;
+  int64_t longest_source_ = 0;
   int64_t position_ = 0;
   int64_t block_stride_ = 0;                // floats of a row in a block: [layers][2][kv_width]
   std::vector<Buffer<float>> blocks_;       // by position
@@ -50,40 +57,7 @@ class Decoder {
   Buffer<float> projected_;
   Buffer<float> attended_;
   Buffer<float> inner_;
-};
-
-// The most probable next tokens of each row: output projection, log-softmax and the choice of the
-// highest in one pass that never holds a whole row of the vocabulary.
-class NextTokens {
- public:
-  // For states [rows, width], at least `count` tokens a row (or the whole vocabulary). Throws
-  // std::domain_error where the model's scores are not finite numbers.
-  void find(const Model& model, const float* states, int64_t rows, int64_t count,
-            Parallel& parallel);
-
-  int64_t count() const { return count_; }
-  // Of the i-th most probable token of a row, i < count(); equal ones by ascending id.
-  int32_t id(int64_t row, int64_t i) const { return ids_.data()[row * count_ + i]; }
-  double log_prob(int64_t row, int64_t i) const { return log_probs_.data()[row * count_ + i]; }
-
-  // The log-probability of one given token for each row.
-  void score(const Model& model, const float* states, int64_t rows, const int32_t* tokens,
-             double* log_probs, Parallel& parallel);
-
- private:
-  void scan(const Model& model, const float* states, int64_t rows, const int32_t* tokens,
-            Parallel& parallel);
-  double log_sum(int64_t row) const;
-
-  int64_t count_ = 0;
-  int64_t rows_ = 0;
-  int64_t parts_ = 0;
-  Buffer<TopScores> tops_;  // [parts][rows]
-  Buffer<float> top_scores_;
-  Buffer<int32_t> top_ids_;
-  Buffer<float> wanted_;  // [rows]: the scores of the given tokens
-  Buffer<int32_t> ids_;
-  Buffer<double> log_probs_;
+  Buffer<float> attention_;  // [rows][longest_source_]
 };
 
 }  // namespace transformer_ext::engine

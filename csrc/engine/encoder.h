@@ -30,6 +30,10 @@ class EncodedSources {
   }
   int64_t token_stride() const { return token_stride_; }
   int64_t layer_stride() const { return offsets_.back() * token_stride_; }
+  int64_t bytes() const {
+    return key_values_.bytes() + x_.bytes() + normed_.bytes() + projected_.bytes() +
+           attended_.bytes() + inner_.bytes();
+  }
 
  private:
   std::vector<int32_t> offsets_;  // [sentences + 1]

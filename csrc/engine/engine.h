@@ -24,11 +24,11 @@ class Engine {
 
   // See search() and score() in search.h.
   std::vector<SearchResult> search(const std::vector<std::vector<int32_t>>& sources,
-                                   const std::vector<int64_t>& limits,
+                                   const std::vector<Request>& requests,
                                    const SearchOptions& options);
-  std::vector<std::vector<double>> score(const std::vector<std::vector<int32_t>>& sources,
-                                         const std::vector<std::vector<int32_t>>& targets,
-                                         int32_t start_id);
+  std::vector<TargetScores> score(const std::vector<std::vector<int32_t>>& sources,
+                                  const std::vector<std::vector<int32_t>>& targets,
+                                  int32_t start_id, int64_t attention_layer);
 
  private:
   class Lease;

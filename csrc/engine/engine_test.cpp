@@ -39,9 +39,11 @@ TEST(CachedAttention, EqualsTheDefinition) {
       }
       std::vector<float> scores(static_cast<size_t>(length + 16));
       std::vector<float> out(query.size());
-      cached_attention_kernels().attend({query.data(), keys.data(), 0,
-                                         static_cast<int64_t>(kv_width), length, heads, kv_heads,
-                                         head_dim, 0.3f, scores.data(), out.data()});
+      std::vector<float> average(static_cast<size_t>(length));
+      cached_attention_kernels().attend(
+          {query.data(), keys.data(), 0, static_cast<int64_t>(kv_width), length, heads, kv_heads,
+           head_dim, 0.3f, scores.data(), out.data(), average.data()});
+      std::vector<double> expected_average(static_cast<size_t>(length));
       for (int64_t h = 0; h < heads; ++h) {
         const int64_t shift = h / 2 * head_dim;
         std::vector<double> weights;
@@ -63,7 +65,9 @@ TEST(CachedAttention, EqualsTheDefinition) {
           }
           EXPECT_NEAR(out[static_cast<size_t>(h * head_dim + d)], expected, 2e-5);
         }
+        for (size_t i = 0; i < keys.size(); ++i) expected_average[i] += weights[i] / sum / 4.0;
       }
+      for (size_t i = 0; i < keys.size(); ++i) EXPECT_NEAR(average[i], expected_average[i], 1e-6);
     }
   }
 }
@@ -168,8 +172,8 @@ SearchOptions options(int64_t limit) {
   SearchOptions options;
   options.num_hypotheses = 3;
   options.start_id = 2;
-  options.eos_id = 3;
-  options.suppressed = {0, 2};
+  options.tokens.eos_id = 3;
+  options.tokens.suppressed = {0, 2};
   for (int64_t n = 0; n <= limit; ++n) {
     options.ended_penalty.push_back(std::pow((6.0 + static_cast<double>(n)) / 6.0, 0.6));
     options.cut_penalty.push_back(std::pow((5.0 + static_cast<double>(n)) / 6.0, 0.6));
@@ -183,6 +187,8 @@ void expect_equal(const SearchResult& a, const SearchResult& b) {
     EXPECT_EQ(a.hypotheses[i].tokens, b.hypotheses[i].tokens);
     EXPECT_EQ(a.hypotheses[i].token_scores, b.hypotheses[i].token_scores);
     EXPECT_EQ(a.hypotheses[i].score, b.hypotheses[i].score);
+    EXPECT_EQ(a.hypotheses[i].end, b.hypotheses[i].end);
+    EXPECT_EQ(a.hypotheses[i].attention, b.hypotheses[i].attention);
   }
 }
 
@@ -190,28 +196,87 @@ const std::vector<std::vector<int32_t>> kSources = {
     {5, 9, 11, 3}, {7, 3}, {20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 3}, {8, 8, 8, 8, 3}};
 const std::vector<int64_t> kLimits = {12, 5, 16, 1};
 
+Request request(int64_t limit, uint64_t number = 0) { return {{}, limit, 0, number}; }
+
+std::vector<Request> requests() {
+  std::vector<Request> all;
+  for (size_t i = 0; i < kLimits.size(); ++i) all.push_back(request(kLimits[i], i));
+  return all;
+}
+
 TEST(Engine, GivesEachSentenceTheSameInAnyBatchForAnyThreads) {
   const TestModel model;
   Engine one(model.config, model.weights, 1);
   Engine four(model.config, model.weights, 4);
-  const auto together = four.search(kSources, kLimits, options(16));
-  for (size_t i = 0; i < kSources.size(); ++i) {
-    const auto alone = one.search({kSources[i]}, {kLimits[i]}, options(16));
-    expect_equal(alone[0], together[i]);
-    ASSERT_EQ(alone[0].hypotheses.size(), 3u);
-    EXPECT_LE(alone[0].steps, kLimits[i]);
+  SearchOptions rules = options(16);
+  rules.tokens.no_repeat_ngram_size = 2;
+  rules.tokens.repetition_penalty = 1.3;
+  rules.coverage_penalty = 0.2;
+  rules.return_attention = true;
+  rules.attention_layer = 1;
+  SearchOptions sampling = options(16);
+  sampling.sampling = true;
+  sampling.seed = 3;
+  SearchOptions nucleus = sampling;
+  nucleus.tokens.top_k = 300;
+  nucleus.tokens.top_p = 0.9;
+  for (const SearchOptions& each : {options(16), rules, sampling, nucleus}) {
+    const auto together = four.search(kSources, requests(), each);
+    for (size_t i = 0; i < kSources.size(); ++i) {
+      const auto alone = one.search({kSources[i]}, {request(kLimits[i], i)}, each);
+      expect_equal(alone[0], together[i]);
+      ASSERT_EQ(alone[0].hypotheses.size(), 3u);
+      EXPECT_LE(alone[0].steps, kLimits[i]);
+    }
   }
+}
+
+TEST(Engine, TakesAPrefixAsItIs) {
+  const TestModel model;
+  Engine engine(model.config, model.weights, 1);
+  const Request wanted{{7, 2, 7}, 9, 0, 0};
+  const auto results = engine.search({kSources[0], kSources[1]}, {wanted, request(5)}, options(16));
+  for (const Hypothesis& hypothesis : results[0].hypotheses) {
+    ASSERT_GE(hypothesis.tokens.size(), 3u);
+    EXPECT_EQ(hypothesis.tokens[0], 7);
+    EXPECT_EQ(hypothesis.tokens[1], 2);
+    EXPECT_EQ(hypothesis.tokens[2], 7);
+  }
+  expect_equal(results[1], engine.search({kSources[1]}, {request(5)}, options(16))[0]);
+}
+
+TEST(TokenRules, BansWhatWouldRepeat) {
+  TokenOptions options;
+  options.no_repeat_ngram_size = 2;
+  options.repetition_penalty = 1.5;
+  TokenRules rules;
+  rules.find(options, {4, 5, 4, 6, 4});
+  EXPECT_EQ(rules.banned, (std::vector<int32_t>{5, 6}));
+  EXPECT_EQ(rules.repeated, (std::vector<int32_t>{4, 5, 6}));
+  EXPECT_EQ(rules.needed(options, 8), 14);
+  options.no_repeat_ngram_size = 1;
+  rules.find(options, {9, 8, 9});
+  EXPECT_EQ(rules.banned, (std::vector<int32_t>{8, 9}));
+  options.no_repeat_ngram_size = 4;
+  rules.find(options, {9, 8, 9});
+  EXPECT_TRUE(rules.banned.empty());
+}
+
+TEST(UniformNumber, IsThatOfPython) {
+  // transformer_ext.inference.search.uniform_number of the same arguments.
+  EXPECT_EQ(uniform_number(0, 0, 0, 0), 0x1.7dbedc243624ep-2);
+  EXPECT_EQ(uniform_number((1ULL << 40) + 5, (1ULL << 33) + 7, 3, 11), 0x1.8008c390706f8p-3);
 }
 
 TEST(Engine, ScoresAreThoseOfTheSearch) {
   const TestModel model;
   Engine engine(model.config, model.weights, 2);
-  const auto results = engine.search(kSources, kLimits, options(16));
+  const auto results = engine.search(kSources, requests(), options(16));
   for (size_t i = 0; i < kSources.size(); ++i) {
     for (const Hypothesis& hypothesis : results[i].hypotheses) {
       std::vector<int32_t> target = hypothesis.tokens;
-      if (hypothesis.ended) target.push_back(3);
-      EXPECT_EQ(engine.score({kSources[i]}, {target}, 2)[0], hypothesis.token_scores);
+      if (hypothesis.end == End::eos) target.push_back(3);
+      EXPECT_EQ(engine.score({kSources[i]}, {target}, 2, -1)[0].log_probs, hypothesis.token_scores);
     }
   }
 }
@@ -219,12 +284,12 @@ TEST(Engine, ScoresAreThoseOfTheSearch) {
 TEST(Engine, ServesSeveralThreads) {
   const TestModel model;
   Engine engine(model.config, model.weights, 2);
-  const auto expected = engine.search(kSources, kLimits, options(16));
+  const auto expected = engine.search(kSources, requests(), options(16));
   std::vector<std::thread> threads;
   for (int t = 0; t < 4; ++t) {
     threads.emplace_back([&] {
       for (int round = 0; round < 10; ++round) {
-        const auto results = engine.search(kSources, kLimits, options(16));
+        const auto results = engine.search(kSources, requests(), options(16));
         for (size_t i = 0; i < results.size(); ++i) expect_equal(results[i], expected[i]);
       }
     });
@@ -235,13 +300,19 @@ TEST(Engine, ServesSeveralThreads) {
 TEST(Engine, RefusesWhatDoesNotFit) {
   TestModel model;
   Engine engine(model.config, model.weights, 1);
-  EXPECT_THROW(engine.search({{}}, {5}, options(16)), std::invalid_argument);
-  EXPECT_THROW(engine.search({{50}}, {5}, options(16)), std::invalid_argument);
-  EXPECT_THROW(engine.search({{5}}, {0}, options(16)), std::invalid_argument);
-  EXPECT_THROW(engine.search({{5}}, {17}, options(16)), std::invalid_argument);
-  EXPECT_THROW(engine.search({{5}}, {5, 5}, options(16)), std::invalid_argument);
-  EXPECT_THROW(engine.score({{5}}, {{600}}, 2), std::invalid_argument);
-  EXPECT_EQ(engine.search({{5, 3}}, {4}, options(16)).size(), 1u);
+  EXPECT_THROW(engine.search({{}}, {request(5)}, options(16)), std::invalid_argument);
+  EXPECT_THROW(engine.search({{50}}, {request(5)}, options(16)), std::invalid_argument);
+  EXPECT_THROW(engine.search({{5}}, {request(0)}, options(16)), std::invalid_argument);
+  EXPECT_THROW(engine.search({{5}}, {request(17)}, options(16)), std::invalid_argument);
+  EXPECT_THROW(engine.search({{5}}, {request(5), request(5)}, options(16)), std::invalid_argument);
+  EXPECT_THROW(engine.search({{5}}, {{{600}, 5, 0, 0}}, options(16)), std::invalid_argument);
+  EXPECT_THROW(engine.search({{5}}, {{{6, 6}, 2, 0, 0}}, options(16)), std::invalid_argument);
+  SearchOptions attending = options(16);
+  attending.return_attention = true;
+  attending.attention_layer = 2;
+  EXPECT_THROW(engine.search({{5}}, {request(5)}, attending), std::invalid_argument);
+  EXPECT_THROW(engine.score({{5}}, {{600}}, 2, -1), std::invalid_argument);
+  EXPECT_EQ(engine.search({{5, 3}}, {request(4)}, options(16)).size(), 1u);
   model.weights.erase("decoder.layers.1.cross_attention_norm.bias");
   EXPECT_THROW(Engine(model.config, model.weights, 1), std::invalid_argument);
 }

@@ -1,202 +1,413 @@
 #include "engine/search.h"
 
 #include <algorithm>
-#include <limits>
+#include <cmath>
+#include <functional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace transformer_ext::engine {
 
 namespace {
 
-constexpr double kImpossible = -std::numeric_limits<double>::infinity();
+// Where more candidates than this are asked for, picking them from the whole row is cheaper than
+// keeping so long a list sorted.
+constexpr int64_t kLongestList = 256;
+
+// The least attention that the coverage penalty sees: a source token that was never looked at must
+// not make a score infinite.
+constexpr double kLeastCoverage = 1e-10;
 
 // A token of a hypothesis, and the one before it in the same pool (-1: none).
 struct Node {
   int32_t token;
   int32_t parent;
-  double score;
+  double log_prob;
+  int64_t attention;  // where the step's attention begins
 };
 
 struct Live {
-  int32_t node;
-  int32_t row;  // in the decoder's last step
-  double log_prob;
-};
-
-struct Candidate {
-  double log_prob;
-  double score;
-  int32_t live;
-  int32_t token;
+  int32_t node = -1;
+  int32_t row = 0;               // in the decoder's last step
+  int32_t sample = 0;            // sampling: which of the sentence's
+  double log_prob = 0.0;         // the model's
+  double total = 0.0;            // what the search adds up
+  std::vector<double> coverage;  // attention so far to each source token, if needed
 };
 
 class SentenceSearch {
  public:
-  SentenceSearch(int64_t limit, const SearchOptions& options)
-      : options_(options), limit_(limit), live_{{-1, 0, 0.0}} {}
+  SentenceSearch(const Request& request, const SearchOptions& options, int64_t source_length)
+      : request_(request), options_(options), source_length_(source_length) {
+    Live first;
+    if (options.coverage_penalty > 0.0) first.coverage.resize(static_cast<size_t>(source_length));
+    live_.assign(static_cast<size_t>(options.sampling ? options.num_hypotheses : 1), first);
+    for (size_t i = 0; i < live_.size(); ++i) live_[i].sample = static_cast<int32_t>(i);
+    prepare();
+  }
 
   Stop stop() const { return stop_; }
   const std::vector<Live>& live() const { return live_; }
+  // What may follow each live hypothesis.
+  const std::vector<TokenRules>& rules() const { return rules_; }
   int32_t newest(const Live& live) const {
     return live.node < 0 ? options_.start_id : nodes_[static_cast<size_t>(live.node)].token;
   }
 
-  // One step; the live hypotheses are the rows first_row, first_row + 1, ... of `next`.
-  void advance(const NextTokens& next, int64_t first_row) {
-    candidates_.clear();
+  // Of the next token of a live hypothesis.
+  double uniform(const Live& live) const {
+    return uniform_number(options_.seed, request_.number, static_cast<uint32_t>(live.sample),
+                          static_cast<uint32_t>(steps_));
+  }
+
+  // One step; the live hypotheses are the decoder's rows first_row, first_row + 1, ..., and
+  // candidates[row] may follow them (sampling: the one that was drawn, or none).
+  void advance(const std::vector<std::vector<Candidate>>& candidates, const Decoder& decoder,
+               int64_t first_row) {
+    attention_begin_ = static_cast<int64_t>(attention_.size());
+    attended_.clear();
     for (size_t i = 0; i < live_.size(); ++i) {
       live_[i].row = static_cast<int32_t>(first_row + static_cast<int64_t>(i));
-      for (int64_t rank = 0; rank < next.count(); ++rank) {
-        const int32_t token = next.id(live_[i].row, rank);
-        const double score = next.log_prob(live_[i].row, rank);
-        if (score == kImpossible) break;
-        if (!proposable(token)) continue;
-        candidates_.push_back({live_[i].log_prob + score, score, static_cast<int32_t>(i), token});
+      if (options_.return_attention) {
+        const float* const row = decoder.attention(live_[i].row);
+        attention_.insert(attention_.end(), row, row + source_length_);
       }
+      if (options_.coverage_penalty > 0.0) attended_.push_back(decoder.attention(live_[i].row));
     }
-    const size_t considered =
-        std::min(candidates_.size(), static_cast<size_t>(2 * options_.beam_size));
-    std::partial_sort(candidates_.begin(),
-                      candidates_.begin() + static_cast<std::ptrdiff_t>(considered),
-                      candidates_.end(), [](const Candidate& a, const Candidate& b) {
-                        if (a.log_prob != b.log_prob) return a.log_prob > b.log_prob;
-                        return a.live != b.live ? a.live < b.live : a.token < b.token;
-                      });
-    const size_t beam_size = static_cast<size_t>(options_.beam_size);
     survivors_.clear();
-    for (size_t rank = 0; rank < considered; ++rank) {
-      const Candidate& candidate = candidates_[rank];
-      const Live& from = live_[static_cast<size_t>(candidate.live)];
-      if (candidate.token == options_.eos_id) {
-        if (rank < beam_size) finished_.push_back(hypothesis(from, &candidate));
-      } else if (survivors_.size() < beam_size) {
-        survivors_.push_back({static_cast<int32_t>(nodes_.size()), from.row, candidate.log_prob});
-        nodes_.push_back({candidate.token, from.node, candidate.score});
-      }
+    if (options_.sampling) {
+      follow_samples(candidates);
+    } else if (!follow_beam(candidates)) {
+      stop_ = Stop::no_token;
+      return;
     }
     std::swap(live_, survivors_);
     ++steps_;
-    stop_ = reason_to_stop();
+    stop_ = options_.sampling ? reason_to_stop_sampling() : reason_to_stop();
+    if (stop_ == Stop::none) prepare();
   }
 
   SearchResult result() {
     SearchResult result;
     result.stop = stop_;
     result.steps = steps_;
-    const size_t wanted = static_cast<size_t>(options_.num_hypotheses);
-    rank();
-    for (Hypothesis& hypothesis : finished_) {
-      if (result.hypotheses.size() < wanted) result.hypotheses.push_back(std::move(hypothesis));
+    if (stop_ == Stop::max_length || stop_ == Stop::no_token) {
+      const End end = stop_ == Stop::max_length ? End::max_length : End::no_token;
+      for (const Live& live : live_) finished_.push_back(hypothesis(live, nullptr, 0, end));
     }
-    if (stop_ == Stop::max_length) {
-      for (const Live& live : live_) {
-        if (result.hypotheses.size() < wanted) {
-          result.hypotheses.push_back(hypothesis(live, nullptr));
-        }
-      }
+    const bool ended_first = !options_.rank_unfinished;
+    std::stable_sort(finished_.begin(), finished_.end(),
+                     [&](const Hypothesis& a, const Hypothesis& b) {
+                       const bool a_ended = a.end == End::eos;
+                       const bool b_ended = b.end == End::eos;
+                       if (ended_first && a_ended != b_ended) return a_ended;
+                       return a.score > b.score;
+                     });
+    if (finished_.size() > static_cast<size_t>(options_.num_hypotheses)) {
+      finished_.resize(static_cast<size_t>(options_.num_hypotheses));
     }
+    result.hypotheses = std::move(finished_);
     return result;
   }
 
  private:
-  bool proposable(int32_t token) const {
-    if (token == options_.eos_id) return steps_ >= options_.min_length;
-    return std::find(options_.suppressed.begin(), options_.suppressed.end(), token) ==
-           options_.suppressed.end();
+  struct Choice {
+    const Candidate* candidate;
+    double total;
+    size_t live;
+  };
+
+  void prepare() {
+    rules_.resize(live_.size());
+    const bool forced = steps_ < static_cast<int64_t>(request_.prefix.size());
+    const bool by_tokens =
+        options_.tokens.no_repeat_ngram_size > 0 || options_.tokens.repetition_penalty != 1.0;
+    for (size_t i = 0; i < live_.size(); ++i) {
+      TokenRules& rules = rules_[i];
+      rules.forced = forced ? request_.prefix[static_cast<size_t>(steps_)] : -1;
+      rules.may_end = steps_ >= request_.minimum;
+      if (by_tokens && !forced) {
+        tokens_.clear();
+        for (int32_t node = live_[i].node; node >= 0;) {
+          tokens_.push_back(nodes_[static_cast<size_t>(node)].token);
+          node = nodes_[static_cast<size_t>(node)].parent;
+        }
+        std::reverse(tokens_.begin(), tokens_.end());
+        rules.find(options_.tokens, tokens_);
+      } else {
+        rules.banned.clear();
+        rules.repeated.clear();
+      }
+    }
   }
 
-  // A live hypothesis as a result: ended by `end`, or cut off (null).
-  Hypothesis hypothesis(const Live& live, const Candidate* end) const {
+  // False where no token may follow any hypothesis.
+  bool follow_beam(const std::vector<std::vector<Candidate>>& candidates) {
+    choices_.clear();
+    for (size_t i = 0; i < live_.size(); ++i) {
+      for (const Candidate& candidate : candidates[static_cast<size_t>(live_[i].row)]) {
+        choices_.push_back({&candidate, live_[i].total + candidate.adjusted, i});
+      }
+    }
+    if (choices_.empty()) return false;
+    const size_t considered =
+        std::min(choices_.size(), static_cast<size_t>(2 * options_.beam_size));
+    std::partial_sort(choices_.begin(), choices_.begin() + static_cast<std::ptrdiff_t>(considered),
+                      choices_.end(), [](const Choice& a, const Choice& b) {
+                        if (a.total != b.total) return a.total > b.total;
+                        if (a.live != b.live) return a.live < b.live;
+                        return a.candidate->token < b.candidate->token;
+                      });
+    const size_t beam_size = static_cast<size_t>(options_.beam_size);
+    for (size_t rank = 0; rank < considered; ++rank) {
+      const Choice& choice = choices_[rank];
+      if (choice.candidate->token == options_.tokens.eos_id) {
+        if (rank < beam_size) finish(choice.live, choice.candidate, End::eos);
+      } else if (survivors_.size() < beam_size) {
+        survive(choice.live, *choice.candidate);
+      }
+    }
+    return true;
+  }
+
+  void follow_samples(const std::vector<std::vector<Candidate>>& candidates) {
+    for (size_t i = 0; i < live_.size(); ++i) {
+      const std::vector<Candidate>& drawn = candidates[static_cast<size_t>(live_[i].row)];
+      if (drawn.empty()) {
+        finish(i, nullptr, End::no_token);
+      } else if (drawn[0].token == options_.tokens.eos_id) {
+        finish(i, &drawn[0], End::eos);
+      } else {
+        survive(i, drawn[0]);
+      }
+    }
+  }
+
+  void finish(size_t live, const Candidate* end, End why) {
+    finished_.push_back(hypothesis(live_[live], end, live, why));
+  }
+
+  void survive(size_t live, const Candidate& candidate) {
+    const Live& from = live_[live];
+    Live next = from;
+    next.node = static_cast<int32_t>(nodes_.size());
+    next.log_prob += candidate.log_prob;
+    next.total += candidate.adjusted;
+    if (!attended_.empty()) add_coverage(attended_[live], &next.coverage);
+    nodes_.push_back({candidate.token, from.node, candidate.log_prob, attention_of(live)});
+    survivors_.push_back(std::move(next));
+  }
+
+  int64_t attention_of(size_t live) const {
+    return attention_begin_ + static_cast<int64_t>(live) * source_length_;
+  }
+
+  static void add_coverage(const float* attention, std::vector<double>* coverage) {
+    for (size_t i = 0; i < coverage->size(); ++i) {
+      (*coverage)[i] += static_cast<double>(attention[i]);
+    }
+  }
+
+  // A live hypothesis as a result: ended by `end` in the step of number `index`, or as it is
+  // (null).
+  Hypothesis hypothesis(const Live& live, const Candidate* end, size_t index, End why) const {
     Hypothesis h;
-    for (int32_t node = live.node; node >= 0; node = nodes_[static_cast<size_t>(node)].parent) {
-      h.tokens.push_back(nodes_[static_cast<size_t>(node)].token);
-      h.token_scores.push_back(nodes_[static_cast<size_t>(node)].score);
+    std::vector<int64_t> attention;
+    for (int32_t i = live.node; i >= 0; i = nodes_[static_cast<size_t>(i)].parent) {
+      const Node& node = nodes_[static_cast<size_t>(i)];
+      h.tokens.push_back(node.token);
+      h.token_scores.push_back(node.log_prob);
+      attention.push_back(node.attention);
     }
     std::reverse(h.tokens.begin(), h.tokens.end());
     std::reverse(h.token_scores.begin(), h.token_scores.end());
-    h.ended = end != nullptr;
-    h.log_prob = h.ended ? end->log_prob : live.log_prob;
-    if (h.ended) h.token_scores.push_back(end->score);
+    std::reverse(attention.begin(), attention.end());
+    h.end = why;
+    h.log_prob = live.log_prob;
+    double total = live.total;
+    std::vector<double> coverage = live.coverage;
+    if (end != nullptr) {
+      h.log_prob += end->log_prob;
+      total += end->adjusted;
+      h.token_scores.push_back(end->log_prob);
+      attention.push_back(attention_of(index));
+      if (!attended_.empty()) add_coverage(attended_[index], &coverage);
+    }
     h.score =
-        h.log_prob / (h.ended ? options_.ended_penalty : options_.cut_penalty)[h.tokens.size()];
+        total / (end != nullptr ? options_.ended_penalty : options_.cut_penalty)[h.tokens.size()];
+    if (options_.coverage_penalty > 0.0) {
+      double sum = 0.0;
+      for (const double c : coverage) sum += std::log(std::clamp(c, kLeastCoverage, 1.0));
+      h.score += options_.coverage_penalty * sum;
+    }
+    if (options_.return_attention) {
+      for (const int64_t begin : attention) {
+        const auto row = attention_.begin() + static_cast<std::ptrdiff_t>(begin);
+        h.attention.insert(h.attention.end(), row,
+                           row + static_cast<std::ptrdiff_t>(source_length_));
+      }
+    }
     return h;
   }
 
-  void rank() {
-    std::stable_sort(finished_.begin(), finished_.end(),
-                     [](const Hypothesis& a, const Hypothesis& b) { return a.score > b.score; });
+  // The n-th best score of those that have ended; there must be so many.
+  double ended_score(int64_t n) {
+    scores_.clear();
+    for (const Hypothesis& hypothesis : finished_) scores_.push_back(hypothesis.score);
+    const auto at = scores_.begin() + static_cast<std::ptrdiff_t>(n - 1);
+    std::nth_element(scores_.begin(), at, scores_.end(), std::greater<double>());
+    return *at;
+  }
+
+  Stop reason_to_stop_sampling() const {
+    if (live_.empty()) return Stop::sampled;
+    return steps_ >= request_.limit ? Stop::max_length : Stop::none;
   }
 
   Stop reason_to_stop() {
-    const size_t ended = finished_.size();
+    const int64_t ended = static_cast<int64_t>(finished_.size());
     if (options_.beam_size == 1 && ended > 0) return Stop::first;
-    if (options_.stop_at_first && ended >= static_cast<size_t>(options_.beam_size)) {
-      return Stop::first;
+    switch (options_.early_stopping) {
+      case EarlyStopping::first:
+        if (ended >= options_.num_hypotheses &&
+            static_cast<double>(ended) >=
+                options_.beam_patience * static_cast<double>(options_.beam_size)) {
+          return Stop::first;
+        }
+        break;
+      case EarlyStopping::heuristic:
+        if (!live_.empty() && ended >= options_.beam_size &&
+            live_[0].total / options_.cut_penalty[static_cast<size_t>(steps_)] <=
+                ended_score(options_.beam_size)) {
+          return Stop::heuristic;
+        }
+        break;
+      case EarlyStopping::exact:
+        // A total only falls from here on, a length penalty only grows with the length, and the
+        // coverage penalty is never above 0: no descendant of the best live hypothesis can score
+        // above this.
+        if (!live_.empty() && ended >= options_.num_hypotheses &&
+            live_[0].total / largest_penalty() <= ended_score(options_.num_hypotheses)) {
+          return Stop::exact;
+        }
+        break;
     }
     if (live_.empty()) return Stop::exact;
-    if (!options_.stop_at_first && ended >= static_cast<size_t>(options_.num_hypotheses)) {
-      // A log-probability only falls from here on and a penalty only grows with the length, so no
-      // descendant of the best live hypothesis can score above this.
-      const auto penalty = [&](int64_t tokens) {
-        return options_.ended_penalty[static_cast<size_t>(tokens)];
-      };
-      const double best_possible =
-          live_[0].log_prob /
-          std::max(penalty(std::min(std::max(steps_, options_.min_length), limit_)),
-                   penalty(limit_ - 1));
-      rank();
-      if (best_possible <= finished_[static_cast<size_t>(options_.num_hypotheses) - 1].score) {
-        return Stop::exact;
-      }
-    }
-    return steps_ >= limit_ ? Stop::max_length : Stop::none;
+    return steps_ >= request_.limit ? Stop::max_length : Stop::none;
   }
 
+  double largest_penalty() const {
+    const double largest = options_.ended_penalty[static_cast<size_t>(request_.limit - 1)];
+    return options_.rank_unfinished
+               ? std::max(largest, options_.cut_penalty[static_cast<size_t>(request_.limit)])
+               : largest;
+  }
+
+  const Request& request_;
   const SearchOptions& options_;
-  const int64_t limit_;
+  const int64_t source_length_;
   int64_t steps_ = 0;
   Stop stop_ = Stop::none;
   std::vector<Node> nodes_;
   std::vector<Live> live_;
   std::vector<Live> survivors_;
-  std::vector<Candidate> candidates_;
+  std::vector<TokenRules> rules_;
   std::vector<Hypothesis> finished_;
+  std::vector<float> attention_;  // rows of source_length_, one for each live one of each step
+  int64_t attention_begin_ = 0;   // of the last step
+  std::vector<const float*> attended_;  // of the last step, where coverage is needed
+  std::vector<Choice> choices_;
+  std::vector<int32_t> tokens_;
+  std::vector<double> scores_;
 };
+
+void check_ids(const char* name, const std::vector<int32_t>& ids, int64_t vocabulary) {
+  for (const int32_t id : ids) {
+    if (id < 0 || id >= vocabulary) {
+      throw std::invalid_argument(std::string(name) + ": got " + std::to_string(id) +
+                                  ", expected 0 to " + std::to_string(vocabulary - 1));
+    }
+  }
+}
 
 }  // namespace
 
 std::vector<SearchResult> search(const Model& model,
                                  const std::vector<std::vector<int32_t>>& sources,
-                                 const std::vector<int64_t>& limits, const SearchOptions& options,
+                                 const std::vector<Request>& requests, const SearchOptions& options,
                                  Workspace& workspace, Parallel& parallel) {
+  const int64_t vocabulary = model.config().target_vocabulary;
+  check_ids("suppressed_tokens", options.tokens.suppressed, vocabulary);
+  for (const Request& request : requests) check_ids("prefix ids", request.prefix, vocabulary);
+  const bool attends = options.return_attention || options.coverage_penalty > 0.0;
   workspace.sources.encode(model, sources, workspace.positions, parallel);
-  workspace.decoder.start(model, workspace.sources);
+  workspace.decoder.start(model, workspace.sources, attends ? options.attention_layer : -1);
   std::vector<SentenceSearch> searches;
   searches.reserve(sources.size());
-  for (const int64_t limit : limits) searches.emplace_back(limit, options);
+  for (size_t i = 0; i < sources.size(); ++i) {
+    searches.emplace_back(requests[i], options, static_cast<int64_t>(sources[i].size()));
+  }
 
-  // So many that 2 * beam_size are left whatever may not be proposed.
-  const int64_t candidates =
-      2 * options.beam_size + static_cast<int64_t>(options.suppressed.size()) + 1;
+  const TokenOptions& token_options = options.tokens;
+  // Of a row, in a beam: whatever the other rows have, no more than so many can survive or end.
+  const int64_t wanted = options.sampling
+                             ? (token_options.top_k > 0 ? token_options.top_k : vocabulary)
+                             : 2 * options.beam_size;
   std::vector<Row> rows;
+  std::vector<const TokenRules*> rules;
+  std::vector<double> uniform;
+  std::vector<int32_t> forced;
+  std::vector<std::vector<Candidate>> candidates;
   for (;;) {
     rows.clear();
+    rules.clear();
+    forced.clear();
+    uniform.clear();
+    int64_t needed = 1;
+    bool any_forced = false;
     for (size_t sentence = 0; sentence < searches.size(); ++sentence) {
-      if (searches[sentence].stop() != Stop::none) continue;
-      for (const Live& live : searches[sentence].live()) {
-        rows.push_back({static_cast<int32_t>(sentence), live.row, searches[sentence].newest(live)});
+      const SentenceSearch& search = searches[sentence];
+      if (search.stop() != Stop::none) continue;
+      for (size_t i = 0; i < search.live().size(); ++i) {
+        const Live& live = search.live()[i];
+        rows.push_back({static_cast<int32_t>(sentence), live.row, search.newest(live)});
+        rules.push_back(&search.rules()[i]);
+        forced.push_back(rules.back()->forced);
+        any_forced = any_forced || forced.back() >= 0;
+        needed = std::max(needed, rules.back()->needed(token_options, wanted));
+        if (options.sampling) uniform.push_back(search.uniform(live));
       }
     }
     if (rows.empty()) break;
     const int64_t count = static_cast<int64_t>(rows.size());
+    const bool keep = needed > kLongestList;
     const float* const states = workspace.decoder.step(rows, workspace.positions, parallel);
-    workspace.next.find(model, states, count, candidates, parallel);
+    workspace.next.find(model, states, count, keep ? 1 : needed,
+                        any_forced ? forced.data() : nullptr, keep, parallel);
+
+    if (candidates.size() < rows.size()) candidates.resize(rows.size());
+    const auto choose = [&](int64_t row) {
+      const size_t r = static_cast<size_t>(row);
+      if (options.sampling && forced[r] < 0) {
+        const Candidate drawn =
+            draw(workspace.next, row, *rules[r], token_options, uniform[r], &candidates[r]);
+        candidates[r].clear();
+        if (drawn.token >= 0) candidates[r].push_back(drawn);
+      } else {
+        find_candidates(workspace.next, row, *rules[r], token_options, wanted, &candidates[r]);
+      }
+    };
+    if (keep) {
+      parallel.for_each(count, choose);
+    } else {
+      for (int64_t row = 0; row < count; ++row) choose(row);
+    }
     for (int64_t row = 0; row < count;) {
       SentenceSearch& search =
           searches[static_cast<size_t>(rows[static_cast<size_t>(row)].sentence)];
       const int64_t live = static_cast<int64_t>(search.live().size());
-      search.advance(workspace.next, row);
+      search.advance(candidates, workspace.decoder, row);
       row += live;
     }
   }
@@ -206,25 +417,19 @@ std::vector<SearchResult> search(const Model& model,
   return results;
 }
 
-std::vector<std::vector<double>> score(const Model& model,
-                                       const std::vector<std::vector<int32_t>>& sources,
-                                       const std::vector<std::vector<int32_t>>& targets,
-                                       int32_t start_id, Workspace& workspace, Parallel& parallel) {
+std::vector<TargetScores> score(const Model& model,
+                                const std::vector<std::vector<int32_t>>& sources,
+                                const std::vector<std::vector<int32_t>>& targets, int32_t start_id,
+                                int64_t attention_layer, Workspace& workspace, Parallel& parallel) {
   for (const std::vector<int32_t>& target : targets) {
-    for (const int32_t id : target) {
-      if (id < 0 || id >= model.config().target_vocabulary) {
-        throw std::invalid_argument("target ids: got " + std::to_string(id) + ", expected 0 to " +
-                                    std::to_string(model.config().target_vocabulary - 1));
-      }
-    }
+    check_ids("target ids", target, model.config().target_vocabulary);
   }
   workspace.sources.encode(model, sources, workspace.positions, parallel);
-  workspace.decoder.start(model, workspace.sources);
-  std::vector<std::vector<double>> scores(targets.size());
+  workspace.decoder.start(model, workspace.sources, attention_layer);
+  std::vector<TargetScores> scores(targets.size());
   std::vector<int32_t> row_of(targets.size(), 0);
   std::vector<Row> rows;
   std::vector<int32_t> wanted;
-  std::vector<double> log_probs;
   for (size_t position = 0;; ++position) {
     rows.clear();
     wanted.clear();
@@ -238,11 +443,16 @@ std::vector<std::vector<double>> score(const Model& model,
     }
     if (rows.empty()) return scores;
     const int64_t count = static_cast<int64_t>(rows.size());
-    log_probs.resize(rows.size());
     const float* const states = workspace.decoder.step(rows, workspace.positions, parallel);
-    workspace.next.score(model, states, count, wanted.data(), log_probs.data(), parallel);
-    for (size_t r = 0; r < rows.size(); ++r) {
-      scores[static_cast<size_t>(rows[r].sentence)].push_back(log_probs[r]);
+    workspace.next.find(model, states, count, 1, wanted.data(), false, parallel);
+    for (int64_t r = 0; r < count; ++r) {
+      const size_t sentence = static_cast<size_t>(rows[static_cast<size_t>(r)].sentence);
+      scores[sentence].log_probs.push_back(workspace.next.wanted_log_prob(r));
+      if (attention_layer >= 0) {
+        const float* const row = workspace.decoder.attention(r);
+        scores[sentence].attention.insert(scores[sentence].attention.end(), row,
+                                          row + sources[sentence].size());
+      }
     }
   }
 }

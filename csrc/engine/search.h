@@ -1,6 +1,8 @@
-// Beam search over a batch of sentences. The rules are those of SearchOptions
+// Beam search and sampling for a batch of sentences. The rules are those of SearchOptions
 // (transformer_ext/inference/options.py), and transformer_ext/inference/search.py says the same in
-// plain Python.
+// plain Python. Nothing here computes with weights: which tokens may follow a hypothesis and what
+// their scores are made into is said in token_rules.h, the numeric part is decoder.h and
+// next_tokens.h.
 #pragma once
 
 #include <cstdint>
@@ -10,31 +12,51 @@
 #include "engine/decoder.h"
 #include "engine/encoder.h"
 #include "engine/model.h"
+#include "engine/next_tokens.h"
+#include "engine/token_rules.h"
 
 namespace transformer_ext::engine {
+
+enum class EarlyStopping { exact, first, heuristic };
 
 struct SearchOptions {
   int64_t beam_size = 4;
   int64_t num_hypotheses = 1;
-  int64_t min_length = 0;
-  bool stop_at_first = false;  // early_stopping "first"; else "exact"
+  EarlyStopping early_stopping = EarlyStopping::exact;
+  double beam_patience = 1.0;
+  bool rank_unfinished = false;
+  double coverage_penalty = 0.0;
+  bool return_attention = false;
+  int64_t attention_layer = 0;
+  bool sampling = false;
+  uint64_t seed = 0;
+  TokenOptions tokens;
   int32_t start_id = 0;
-  int32_t eos_id = 0;
-  std::vector<int32_t> suppressed;  // ids never proposed
-  // What a log-probability is divided by for n tokens without the end of sentence, where that
-  // follows and where it does not; for every n that the limits allow.
+  // What a score is divided by for n tokens without the end of sentence, where that follows and
+  // where it does not; for every n that the limits allow.
   std::vector<double> ended_penalty;
   std::vector<double> cut_penalty;
 };
 
-enum class Stop : int { none = 0, exact = 1, first = 2, max_length = 3 };
+// What is asked for one sentence.
+struct Request {
+  std::vector<int32_t> prefix;  // of the output, to be taken as it is
+  int64_t limit = 0;            // most tokens, end of sentence included; more than the prefix
+  int64_t minimum = 0;          // fewest tokens before the end of sentence
+  uint64_t number = 0;          // of the sentence, for the random numbers of sampling
+};
+
+// Why the search for a sentence stopped, and why a hypothesis did.
+enum class Stop { none, exact, first, heuristic, sampled, max_length, no_token };
+enum class End { eos, max_length, no_token };
 
 struct Hypothesis {
   std::vector<int32_t> tokens;
   double score = 0.0;
   double log_prob = 0.0;
-  std::vector<double> token_scores;  // of the tokens, then of the end of sentence if `ended`
-  bool ended = false;
+  std::vector<double> token_scores;  // of the tokens, then of the end of sentence if `end` is eos
+  End end = End::eos;
+  std::vector<float> attention;  // [token_scores][source], if asked for
 };
 
 struct SearchResult {
@@ -49,21 +71,29 @@ struct Workspace {
   EncodedSources sources;
   Decoder decoder;
   NextTokens next;
+
+  int64_t bytes() const { return sources.bytes() + decoder.bytes() + next.bytes(); }
 };
 
-// A result for each source (at least one token each). limits[i] is the most tokens, end of sentence
-// included, of sentence i: at least 1, at most the size of the penalties. Throws
-// std::invalid_argument for ids out of range and sequences longer than the model's positions.
+// A result for each source (at least one token each). Limits are at least 1 and within the
+// penalties. Throws std::invalid_argument for ids out of range and sequences longer than the
+// model's positions.
 std::vector<SearchResult> search(const Model& model,
                                  const std::vector<std::vector<int32_t>>& sources,
-                                 const std::vector<int64_t>& limits, const SearchOptions& options,
+                                 const std::vector<Request>& requests, const SearchOptions& options,
                                  Workspace& workspace, Parallel& parallel);
 
-// Log-probabilities of the given targets' tokens: targets[i] is what the model is to say, its end
-// of sentence included if that is to count, and is fed after start_id.
-std::vector<std::vector<double>> score(const Model& model,
-                                       const std::vector<std::vector<int32_t>>& sources,
-                                       const std::vector<std::vector<int32_t>>& targets,
-                                       int32_t start_id, Workspace& workspace, Parallel& parallel);
+// What the model thinks of given targets.
+struct TargetScores {
+  std::vector<double> log_probs;  // of each token
+  std::vector<float> attention;   // [tokens][source], if asked for
+};
+
+// targets[i] is what the model is to say, its end of sentence included if that is to count, and is
+// fed after start_id. attention_layer: -1 for none.
+std::vector<TargetScores> score(const Model& model,
+                                const std::vector<std::vector<int32_t>>& sources,
+                                const std::vector<std::vector<int32_t>>& targets, int32_t start_id,
+                                int64_t attention_layer, Workspace& workspace, Parallel& parallel);
 
 }  // namespace transformer_ext::engine

@@ -1,18 +1,30 @@
-"""The compiled decoding engine, on token ids: encoder, decoder with a cache, beam search, in C++."""
+"""The compiled decoding engine, on token ids: encoder, decoder with a cache, search, in C++."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from transformer_ext._native import native
 from transformer_ext.files import parameter_shapes
-from transformer_ext.inference.options import Hypothesis, SearchOptions, SearchResult
-from transformer_ext.inference.search import empty_result, never_proposed
+from transformer_ext.inference.options import SearchOptions, SearchResult
+from transformer_ext.inference.search import (
+    attention_layer,
+    empty_result,
+    make_hypothesis,
+    never_proposed,
+)
 from transformer_ext.model.config import TransformerConfig
+
+#: Most sentences, and most source tokens (counted as the longest of them times their number), that
+#: are decoded together where a call does not say otherwise. The first fills the cores, the second
+#: bounds memory: a base model with a beam of 4 takes about 150 KB for each source token.
+BATCH_SIZE = 64
+BATCH_TOKENS = 4096
 
 
 class UnsupportedModelError(ValueError):
@@ -84,7 +96,9 @@ class Engine:
 
     def close(self) -> None:
         """Give the memory back; the engine cannot be used afterwards."""
-        self._engine = None
+        if self._engine is not None:
+            self._engine = None
+            native().release_memory()
 
     def _open(self) -> Any:
         if self._engine is None:
@@ -96,64 +110,105 @@ class Engine:
         sources: Sequence[Sequence[int]],
         options: SearchOptions | None = None,
         *,
-        batch_size: int = 64,
+        prefixes: Sequence[Sequence[int]] | None = None,
+        numbers: Sequence[int] | None = None,
+        batch_size: int = BATCH_SIZE,
+        batch_tokens: int = BATCH_TOKENS,
     ) -> list[SearchResult]:
-        """Beam search.
+        """Beam search, or sampling.
 
         Args:
             sources: token ids of each sentence, end of sentence included.
             options: how to search; the defaults if None.
-            batch_size: sentences decoded together, those of similar length.
+            prefixes: for each source, ids that its output begins with.
+            numbers: for each source, the number that its random numbers depend on; its place in
+                ``sources`` if None.
+            batch_size: most sentences decoded together, those of similar length.
+            batch_tokens: most source tokens decoded together; a longer sentence is alone.
 
         Returns:
-            a result for each source, in order; an empty source gives one empty hypothesis.
+            a result for each source, in order; an empty source gives one empty hypothesis. Batches
+            have no influence on it.
 
         Raises:
             ValueError: an id that is not in the vocabulary, a source longer than the model's
-                positions, or weights that give NaN.
+                positions, a prefix as long as the longest output, numbers of prefixes and sources
+                that differ, or weights that give NaN.
         """
         options = options or SearchOptions()
-        results = [empty_result() for _ in sources]
-        for batch in self._batches(sources, batch_size):
-            limits = [options.length_limit(len(sources[i]), self.positions) for i in batch]
-            ended, cut = _penalties(options, max(limits))
-            found = self._open().search(
+        engine = self._open()
+        for name, values in (("prefixes", prefixes), ("numbers", numbers)):
+            if values is not None and len(values) != len(sources):
+                raise ValueError(
+                    f"{name}: got {len(values)}, expected one for each of the "
+                    f"{len(sources)} sources"
+                )
+        layer = attention_layer(options, self.config)
+        results = [empty_result(options) for _ in sources]
+        for batch in _batches(sources, batch_size, batch_tokens):
+            lengths = [len(sources[i]) for i in batch]
+            limits = [options.length_limit(length, self.positions) for length in lengths]
+            found = engine.search(
                 sources=[list(sources[i]) for i in batch],
+                prefixes=[[] if prefixes is None else list(prefixes[i]) for i in batch],
                 limits=limits,
-                beam_size=options.beam_size,
-                num_hypotheses=options.num_hypotheses,
-                min_length=options.min_length,
-                stop_at_first=options.early_stopping == "first",
-                start_id=self.config.decoder_start_id,
-                eos_id=self.config.eos_id,
-                suppressed=sorted(never_proposed(self.config)),
-                ended_penalty=ended,
-                cut_penalty=cut,
+                minima=[options.length_minimum(length) for length in lengths],
+                numbers=[i if numbers is None else numbers[i] for i in batch],
+                options=self._native_options(options, layer, max(limits)),
             )
             for i, result in zip(batch, found, strict=True):
-                results[i] = SearchResult(
-                    [
-                        Hypothesis(h.tokens, h.score, h.log_prob, h.token_scores, h.ended)
-                        for h in result.hypotheses
-                    ],
-                    result.stop,
-                    result.steps,
-                )
+                hypotheses = [
+                    make_hypothesis(
+                        options, h.tokens, h.score, h.log_prob, h.token_scores, h.end, h.attention
+                    )
+                    for h in result.hypotheses
+                ]
+                results[i] = SearchResult(hypotheses, result.stop, result.steps)
         return results
+
+    def _native_options(
+        self, options: SearchOptions, layer: int | None, limit: int
+    ) -> dict[str, Any]:
+        """The fields of SearchOptions in csrc/engine/search.h."""
+        ended, cut = _penalties(options, limit)
+        return {
+            "beam_size": options.beam_size,
+            "num_hypotheses": options.num_hypotheses,
+            "early_stopping": options.early_stopping,
+            "beam_patience": options.beam_patience,
+            "rank_unfinished": options.rank_unfinished,
+            "coverage_penalty": options.coverage_penalty,
+            "return_attention": options.return_attention or options.return_alignment,
+            "attention_layer": 0 if layer is None else layer,
+            "sampling": options.sampling,
+            "seed": options.seed,
+            "suppressed": sorted({*never_proposed(self.config), *options.suppressed_tokens}),
+            "no_repeat_ngram_size": options.no_repeat_ngram_size,
+            "repetition_penalty": options.repetition_penalty,
+            "eos_id": self.config.eos_id,
+            "top_k": options.top_k or 0,
+            "top_p": options.top_p,
+            "temperature": options.temperature,
+            "start_id": self.config.decoder_start_id,
+            "ended_penalty": ended,
+            "cut_penalty": cut,
+        }
 
     def score(
         self,
         sources: Sequence[Sequence[int]],
         targets: Sequence[Sequence[int]],
         *,
-        batch_size: int = 64,
+        batch_size: int = BATCH_SIZE,
+        batch_tokens: int = BATCH_TOKENS,
     ) -> list[list[float]]:
         """Log-probability of each token of given targets (teacher forcing).
 
         Args:
             sources: token ids of each sentence, end of sentence included.
             targets: token ids of each translation, end of sentence included if it is to count.
-            batch_size: sentences scored together.
+            batch_size: most sentences scored together.
+            batch_tokens: most source tokens scored together.
 
         Returns:
             for each target, natural logarithms, one a token; none where the source is empty.
@@ -161,29 +216,87 @@ class Engine:
         Raises:
             ValueError: as :meth:`search`, and where the numbers of sources and targets differ.
         """
+        return [
+            log_probs
+            for log_probs, _ in self._score(sources, targets, -1, batch_size, batch_tokens)
+        ]
+
+    def align(
+        self,
+        sources: Sequence[Sequence[int]],
+        targets: Sequence[Sequence[int]],
+        *,
+        layer: int | None = None,
+        batch_size: int = BATCH_SIZE,
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> list[tuple[list[float], NDArray[np.float32]]]:
+        """:meth:`score`, with what each token of the targets attends to.
+
+        Args:
+            sources: see there.
+            targets: see there.
+            layer: decoder layer, from 0; None: the last.
+            batch_size: see there.
+            batch_tokens: see there.
+
+        Returns:
+            for each target, its log-probabilities and float32 ``[tokens, source tokens]``, averaged
+            over the heads.
+
+        Raises:
+            ValueError: as :meth:`score`, and for a layer that the model does not have.
+        """
+        asked = SearchOptions(return_attention=True, attention_layer=layer)
+        found_layer = attention_layer(asked, self.config)
+        assert found_layer is not None
+        found = self._score(sources, targets, found_layer, batch_size, batch_tokens)
+        return [
+            (log_probs, np.zeros((0, len(source)), np.float32) if attention is None else attention)
+            for source, (log_probs, attention) in zip(sources, found, strict=True)
+        ]
+
+    def _score(
+        self,
+        sources: Sequence[Sequence[int]],
+        targets: Sequence[Sequence[int]],
+        layer: int,
+        batch_size: int,
+        batch_tokens: int,
+    ) -> list[tuple[list[float], NDArray[np.float32] | None]]:
         if len(sources) != len(targets):
             raise ValueError(
                 f"targets: got {len(targets)}, expected one for each of the {len(sources)} sources"
             )
-        scores: list[list[float]] = [[] for _ in sources]
-        for batch in self._batches(sources, batch_size):
-            found = self._open().score(
+        engine = self._open()
+        scores: list[tuple[list[float], NDArray[np.float32] | None]] = [([], None)] * len(sources)
+        for batch in _batches(sources, batch_size, batch_tokens):
+            found = engine.score(
                 sources=[list(sources[i]) for i in batch],
                 targets=[list(targets[i]) for i in batch],
                 start_id=self.config.decoder_start_id,
+                attention_layer=layer,
             )
             for i, row in zip(batch, found, strict=True):
-                scores[i] = row
+                scores[i] = row.log_probs, row.attention
         return scores
 
-    def _batches(self, sources: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
-        """Numbers of the sources that are not empty, longest first, in batches."""
-        if batch_size < 1:
-            raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
-        order = sorted(
-            (i for i, source in enumerate(sources) if len(source)), key=lambda i: -len(sources[i])
-        )
-        return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+def _batches(
+    sources: Sequence[Sequence[int]], batch_size: int, batch_tokens: int
+) -> Iterator[list[int]]:
+    """Numbers of the sources that are not empty, longest first, in batches."""
+    for name, value in (("batch_size", batch_size), ("batch_tokens", batch_tokens)):
+        if value < 1:
+            raise ValueError(f"{name}: got {value}, expected at least 1")
+    order = sorted(
+        (i for i, source in enumerate(sources) if len(source)), key=lambda i: -len(sources[i])
+    )
+    first = 0
+    while first < len(order):
+        # The first of a batch is its longest; what its sentences take grows with that.
+        count = max(1, min(batch_size, batch_tokens // len(sources[order[first]])))
+        yield order[first : first + count]
+        first += count
 
 
 @lru_cache(maxsize=64)

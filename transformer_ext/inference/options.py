@@ -4,31 +4,51 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from transformer_ext.config import ConfigError, nearest, option, options
 
-StopReason = Literal["exact", "first", "max_length"]
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+#: Why the search for a sentence stopped, see :class:`SearchResult`.
+StopReason = Literal["exact", "first", "heuristic", "sampled", "max_length", "no_token"]
+#: Why a hypothesis ends where it does, see :class:`Hypothesis`.
+HypothesisStop = Literal["eos", "max_length", "no_token"]
+
+#: The least attention to a source token that the coverage penalty sees.
+LEAST_COVERAGE = 1e-10
 
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """Options of beam search; the defaults are those of "Attention Is All You Need" (section 6.1).
+    """Options of beam search and of sampling; the defaults are those of "Attention Is All You Need"
+    (section 6.1).
 
-    A hypothesis with log-probability ``s`` (the sum over its tokens, end of sentence included) and
-    length ``n`` has the score ``s / penalty(n)``. At each step the ``2 * beam_size`` best
-    continuations of all live hypotheses are looked at, best first. One that ends the sentence is
-    finished if it is among the first ``beam_size``; the first ``beam_size`` others live on. Equal
-    ones are ordered by hypothesis, then by token id. A beam of 1 is greedy search, and ends with
-    the first end of sentence.
+    The score of a hypothesis, by which those returned are ordered, is
+
+        (sum of adjusted log-probabilities) / penalty(n) + coverage_penalty * coverage
+
+    with length n (see ``length_penalty_kind``), and coverage = sum over the source's tokens i of
+    log min(1, a_i), where a_i is the attention that the whole hypothesis paid to i. A
+    log-probability is adjusted by ``repetition_penalty`` alone.
+
+    At each step of a beam search the ``2 * beam_size`` best continuations of all live hypotheses
+    are looked at, best first. One that ends the sentence is finished if it is among the first
+    ``beam_size``; the first ``beam_size`` others live on. Equal ones are ordered by hypothesis, then
+    by token id. A beam of 1 is greedy search, and ends with the first end of sentence.
 
     Raises:
-        ConfigError: a value of a wrong type or out of its range.
+        ConfigError: a value of a wrong type or out of its range, or two that exclude each other.
     """
 
     beam_size: int = option(4, help="hypotheses kept at each step; 1 is greedy search", minimum=1)
     num_hypotheses: int = option(
-        1, help="hypotheses returned per sentence, at most the beam size", minimum=1
+        1,
+        help="hypotheses returned per sentence, best first: at most the beam size, or any number "
+        "of samples",
+        minimum=1,
     )
     length_penalty: float = option(
         0.6, help="exponent alpha of the length penalty; 0 is no penalty", minimum=0.0
@@ -40,6 +60,12 @@ class SearchOptions:
     )
     length_counts_eos: bool = option(
         True, help="count the end of sentence as a token in the length that is penalised"
+    )
+    coverage_penalty: float = option(
+        0.0,
+        help="beta of the coverage penalty, for source tokens that got little attention "
+        "(Wu et al. 2016, equation 14); 0 is none",
+        minimum=0.0,
     )
     max_length: int | None = option(
         None,
@@ -57,20 +83,125 @@ class SearchOptions:
     min_length: int = option(
         0, help="tokens that come before the end of sentence at least", unit="tokens", minimum=0
     )
-    early_stopping: Literal["exact", "first"] = option(
+    min_length_a: float = option(
+        0.0,
+        help="the same per token of source; the longer of the two counts",
+        minimum=0.0,
+    )
+    early_stopping: Literal["exact", "first", "heuristic"] = option(
         "exact",
         help="when a sentence is done: exact is when no live hypothesis could still become one of "
-        "those returned, first is as soon as beam_size hypotheses have ended",
+        "those returned; first is as soon as beam_patience times beam_size hypotheses have ended; "
+        "heuristic is when so many as the beam size have ended, and the best live one, ending "
+        "now, would not score above the worst of the best so many",
+    )
+    beam_patience: float = option(
+        1.0,
+        help="for early_stopping first: how many hypotheses must have ended, in beam sizes "
+        "(Kasai et al. 2022)",
+        minimum=0.0,
+    )
+    rank_unfinished: bool = option(
+        False,
+        help="order hypotheses that reached the longest length by score among the others, not "
+        "behind them",
+    )
+    no_repeat_ngram_size: int = option(
+        0,
+        help="never say a sequence of so many tokens twice in a sentence (Paulus et al. 2018, "
+        "section 2.5); 0 is off",
+        unit="tokens",
+        minimum=0,
+    )
+    repetition_penalty: float = option(
+        1.0,
+        help="factor on the log-probability of a token that the hypothesis holds already "
+        "(Keskar et al. 2019, section 4.1); 1 is none",
+        minimum=1.0,
+    )
+    suppressed_tokens: tuple[int, ...] = option(
+        (), help="ids of target tokens that are never proposed", minimum=0
+    )
+    sampling: bool = option(
+        False, help="draw num_hypotheses translations at random, instead of searching for the best"
+    )
+    top_k: int | None = option(
+        None,
+        help="sampling: draw among the so many most probable tokens (Fan et al. 2018)",
+        unit="tokens",
+        minimum=1,
+        auto="all tokens",
+    )
+    top_p: float = option(
+        1.0,
+        help="sampling: draw among the fewest tokens that have this probability together "
+        "(Holtzman et al. 2020, section 3.1); after top_k",
+        minimum=0.0,
+        maximum=1.0,
+    )
+    temperature: float = option(
+        1.0,
+        help="sampling: log-probabilities are divided by it; near 0 takes the best token",
+        minimum=0.001,
+    )
+    seed: int = option(
+        0,
+        help="sampling: of the random numbers, which depend on nothing but it, the number of the "
+        "sentence, of the sample and of the token",
+        minimum=0,
+        maximum=2**63 - 1,
+    )
+    return_attention: bool = option(
+        False, help="give each token's attention to the source, averaged over heads"
+    )
+    return_alignment: bool = option(
+        False, help="give the source token that each token attends to most"
+    )
+    attention_layer: int | None = option(
+        None,
+        help="decoder layer, from 0, whose attention is given, and counted by coverage_penalty",
+        minimum=0,
+        auto="the last",
     )
 
     def __post_init__(self) -> None:
         for entry in options(type(self)):
-            object.__setattr__(self, entry.name, entry.check(getattr(self, entry.name)))
-        if self.num_hypotheses > self.beam_size:
+            value = entry.check(getattr(self, entry.name))
+            # Tuples, so that options can be keys.
+            value = tuple(value) if isinstance(value, list) else value
+            object.__setattr__(self, entry.name, value)
+        if self.num_hypotheses > self.beam_size and not self.sampling:
             raise ConfigError(
                 f"num_hypotheses: got {self.num_hypotheses}, expected at most beam_size "
                 f"({self.beam_size})"
             )
+        defaults = {"top_k": None, "top_p": 1.0, "temperature": 1.0}
+        for name, default in defaults.items():
+            if not self.sampling and getattr(self, name) != default:
+                raise ConfigError(f"{name}: got {getattr(self, name)} without sampling")
+        if self.early_stopping != "first" and self.beam_patience != 1.0:
+            raise ConfigError(
+                f"beam_patience: got {self.beam_patience} with early_stopping "
+                f"{self.early_stopping!r}, expected early_stopping 'first'"
+            )
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> SearchOptions:
+        """The rules of another program, with changes.
+
+        Args:
+            name: one of :data:`PRESETS`.
+            changes: single options.
+
+        Raises:
+            ConfigError: no such preset, an unknown option, or a wrong value.
+        """
+        if name not in PRESETS:
+            raise ConfigError(
+                f"preset: got {name!r}, expected one of {', '.join(PRESETS)}"
+                + nearest(str(name), list(PRESETS))
+            )
+        return cls().replace(**{**PRESETS[name], **changes})
 
     def replace(self, **changes: Any) -> SearchOptions:
         """A copy with other values.
@@ -97,6 +228,10 @@ class SearchOptions:
             limit = max(1, int(self.max_length_a * source_length) + self.max_length_b)
         return limit if positions is None else min(limit, positions)
 
+    def length_minimum(self, source_length: int) -> int:
+        """Tokens that come before the end of sentence at least."""
+        return max(self.min_length, int(self.min_length_a * source_length))
+
     def penalty(self, tokens: int, ended: bool) -> float:
         """What the log-probability of ``tokens`` tokens, end of sentence excluded, is divided by.
 
@@ -111,6 +246,33 @@ class SearchOptions:
             return float(length) ** self.length_penalty
         return 1.0
 
+    @property
+    def needs_attention(self) -> bool:
+        """Whether the model has to say what it attends to."""
+        return self.return_attention or self.return_alignment or self.coverage_penalty > 0.0
+
+
+#: Options by the name of the program that searches so; what is not named is as in the paper.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    # generate() of transformers 5: early_stopping=False.
+    "huggingface": {
+        "length_penalty": 1.0,
+        "length_penalty_kind": "divide",
+        "early_stopping": "heuristic",
+        "rank_unfinished": True,
+    },
+    # SequenceGenerator of fairseq 0.12, which forces an end of sentence at the longest length.
+    "fairseq": {
+        "beam_size": 5,
+        "length_penalty": 1.0,
+        "length_penalty_kind": "divide",
+        "early_stopping": "first",
+        "max_length_a": 0.0,
+        "max_length_b": 200,
+    },
+}
+
 
 @dataclass(frozen=True)
 class Hypothesis:
@@ -118,18 +280,32 @@ class Hypothesis:
 
     Attributes:
         tokens: ids, without start and end of sentence.
-        score: ``log_prob`` divided by the length penalty; hypotheses are ordered by it.
-        log_prob: natural logarithm of the probability of the tokens (and of the end of sentence,
-            where there is one).
+        score: what hypotheses are ordered by, see :class:`SearchOptions`.
+        log_prob: natural logarithm of the probability that the model gives to the tokens (and to
+            the end of sentence, where there is one), whatever the options make of it.
         token_scores: the summands of ``log_prob``, the end of sentence's last.
-        ended: False where the longest length was reached before an end of sentence.
+        stop: why there is no further token: ``eos`` (an end of sentence), ``max_length`` (the
+            longest length was reached before one), or ``no_token`` (the options allow none).
+        attention: float32 ``[len(token_scores), source tokens]``, what each token attended to,
+            where asked for; the source's end of sentence is one of its tokens.
+        alignment: for each of ``token_scores``, the source token that was attended to most (the
+            first of equal ones), where asked for.
     """
 
     tokens: list[int]
     score: float
     log_prob: float
     token_scores: list[float]
-    ended: bool
+    stop: HypothesisStop
+    attention: NDArray[np.float32] | None = dataclasses.field(
+        default=None, compare=False, repr=False
+    )
+    alignment: list[int] | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the model ended the sentence."""
+        return self.stop == "eos"
 
 
 @dataclass(frozen=True)
@@ -138,9 +314,10 @@ class SearchResult:
 
     Attributes:
         hypotheses: best first: those that ended, then, where these are fewer than asked for, the
-            best of those that did not.
+            best of those that did not (``rank_unfinished`` puts them in one order).
         stop: why it stopped: ``exact`` (nothing better could come), ``first`` (enough hypotheses
-            had ended), or ``max_length``.
+            had ended), ``heuristic`` (see ``early_stopping``), ``sampled`` (every sample ended),
+            ``max_length``, or ``no_token`` (the options allow no token after any hypothesis).
         steps: tokens generated.
     """
 

@@ -1,5 +1,5 @@
-"""Beam search in plain Python: what the compiled engine is tested against, and what decodes a model
-that the engine does not know.
+"""Beam search and sampling in plain Python: what the compiled engine is tested against, and what
+decodes a model that the engine does not know.
 
 It is written to be read. It keeps no cache: each step runs the model over the whole prefixes.
 """
@@ -7,14 +7,16 @@ It is written to be read. It keeps no cache: each step runs the model over the w
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from transformer_ext.inference.options import (
+    LEAST_COVERAGE,
     Hypothesis,
+    HypothesisStop,
     SearchOptions,
     SearchResult,
     StopReason,
@@ -26,8 +28,9 @@ if TYPE_CHECKING:
 
 #: ``step(sentences, prefixes)``: log-probabilities ``[rows, vocabulary]`` of the token after each
 #: prefix, where ``sentences`` is the number of each row's sentence (ascending) and ``prefixes`` is
-#: int64 ``[rows, length]``, each beginning with the start token.
-Step = Callable[[list[int], NDArray[np.int64]], NDArray[Any]]
+#: int64 ``[rows, length]``, each beginning with the start token. Where the options need attention,
+#: a pair of these and of what each row's last token attends to, ``[rows, longest source]``.
+Step = Callable[[list[int], NDArray[np.int64]], Any]
 
 
 def never_proposed(config: TransformerConfig) -> frozenset[int]:
@@ -36,115 +39,306 @@ def never_proposed(config: TransformerConfig) -> frozenset[int]:
     return frozenset(never - {config.eos_id})
 
 
+def repeating_tokens(tokens: Sequence[int], size: int) -> set[int]:
+    """The tokens that would repeat a sequence of ``size`` tokens of a hypothesis, if they came next."""
+    if size == 0 or len(tokens) < size:
+        return set()
+    context = tokens[len(tokens) - size + 1 :]
+    starts = range(len(tokens) - size + 1)
+    return {tokens[i + size - 1] for i in starts if tokens[i : i + size - 1] == context}
+
+
+def uniform_number(seed: int, sentence: int, sample: int, step: int) -> float:
+    """A random number from [0, 1), as a function of its arguments alone.
+
+    Philox4x32 with 7 rounds (Salmon et al. 2011, section 4.3), key = seed,
+    counter = (step, sample, low and high half of sentence); 53 bits of the first two words.
+    """
+    mask = 0xFFFFFFFF
+    a, b, c, d = step & mask, sample & mask, sentence & mask, sentence >> 32 & mask
+    key0, key1 = seed & mask, seed >> 32 & mask
+    for _ in range(7):
+        product0, product1 = 0xD2511F53 * a, 0xCD9E8D57 * c
+        a, b, c, d = (
+            product1 >> 32 ^ b ^ key0,
+            product1 & mask,
+            product0 >> 32 ^ d ^ key1,
+            (product0 & mask),
+        )
+        key0, key1 = (key0 + 0x9E3779B9) & mask, (key1 + 0xBB67AE85) & mask
+    return (a << 21 | b >> 11) * 2.0**-53
+
+
+def draw(adjusted: NDArray[np.float64], options: SearchOptions, uniform: float) -> int | None:
+    """A token drawn by ``top_k``, ``top_p`` and ``temperature``.
+
+    Args:
+        adjusted: a log-probability for each token of the vocabulary, -inf for those not allowed.
+        options: see there.
+        uniform: a number from [0, 1): where in the probabilities, laid end to end from the highest
+            to the lowest, to take one.
+
+    Returns:
+        the token, or None if none is allowed.
+    """
+    order = np.argsort(-adjusted, kind="stable")
+    order = order[adjusted[order] > -np.inf][: options.top_k]
+    if not len(order):
+        return None
+    weights = np.exp((adjusted[order] - adjusted[order[0]]) / options.temperature)
+    sums = np.cumsum(weights)
+    if options.top_p < 1.0:
+        # The first n with at least the wanted part of the sum.
+        n = int(np.searchsorted(sums, options.top_p * sums[-1], side="left")) + 1
+        sums = sums[:n]
+    chosen = int(np.searchsorted(sums, uniform * sums[-1], side="right"))
+    return int(order[min(chosen, len(sums) - 1)])
+
+
 @dataclass(frozen=True)
 class _Live:
     """A hypothesis that has not ended."""
 
-    tokens: list[int] = field(default_factory=list)
-    token_scores: list[float] = field(default_factory=list)
-    log_prob: float = 0.0
-
-    def extended(self, token: int, score: float) -> _Live:
-        return _Live([*self.tokens, token], [*self.token_scores, score], self.log_prob + score)
+    tokens: tuple[int, ...] = ()
+    token_scores: tuple[float, ...] = ()
+    total: float = 0.0
+    attention: tuple[NDArray[Any], ...] = ()
+    sample: int = 0
 
 
 class SentenceSearch:
-    """Beam search for one sentence, one step at a time.
+    """Beam search or sampling for one sentence, one step at a time.
 
     Args:
         limit: most tokens, end of sentence included.
         eos_id: the end of sentence.
         options: see there for the rules.
-        suppressed: ids never proposed.
+        suppressed: ids never proposed, beside those of the options.
+        minimum: tokens before the end of sentence at least.
+        prefix: tokens that the output begins with.
+        number: of the sentence, for the random numbers of sampling.
+
+    Raises:
+        ValueError: the prefix leaves no room for another token.
     """
 
     def __init__(
-        self, limit: int, eos_id: int, options: SearchOptions, suppressed: Collection[int] = ()
+        self,
+        limit: int,
+        eos_id: int,
+        options: SearchOptions,
+        suppressed: Collection[int] = (),
+        *,
+        minimum: int = 0,
+        prefix: Sequence[int] = (),
+        number: int = 0,
     ) -> None:
+        if len(prefix) >= limit:
+            raise ValueError(
+                f"prefix: got {len(prefix)} tokens, expected fewer than the longest output of the "
+                f"sentence ({limit}, its end of sentence counted)"
+            )
         self.limit = limit
         self.eos_id = eos_id
         self.options = options
-        self.suppressed = sorted(suppressed)
-        self.live = [_Live()]
+        self.suppressed = sorted({*suppressed, *options.suppressed_tokens})
+        self.minimum = minimum
+        self.prefix = tuple(prefix)
+        self.number = number
+        samples = options.num_hypotheses if options.sampling else 1
+        self.live = [_Live(sample=sample) for sample in range(samples)]
         self.finished: list[Hypothesis] = []
         self.steps = 0
         self.stop: StopReason | None = None
 
-    def advance(self, log_probs: NDArray[Any]) -> None:
+    def advance(self, log_probs: NDArray[Any], attention: NDArray[Any] | None = None) -> None:
         """One step.
 
         Args:
             log_probs: ``[live hypotheses, vocabulary]``.
+            attention: ``[live hypotheses, source tokens]``, where the options need it.
 
         Raises:
-            ValueError: a NaN among them.
+            ValueError: a NaN among the log-probabilities.
         """
         scores = np.array(log_probs, dtype=np.float64)
         if np.isnan(scores).any():
             raise ValueError(f"log-probabilities of step {self.steps + 1}: NaN among them")
-        scores[:, self.suppressed] = -np.inf
-        if self.steps < self.options.min_length:
-            scores[:, self.eos_id] = -np.inf
-        totals = scores + np.array([live.log_prob for live in self.live])[:, None]
+        adjusted = np.stack(
+            [self._adjusted(live, row) for live, row in zip(self.live, scores, strict=True)]
+        )
+        self._attention = attention
+        if self.options.sampling:
+            survivors = self._follow_samples(scores, adjusted)
+        elif (adjusted > -np.inf).any():
+            survivors = self._follow_beam(scores, adjusted)
+        else:
+            self.stop = "no_token"
+            return
+        self.live = survivors
+        self.steps += 1
+        self.stop = self._reason_to_stop()
+
+    def _adjusted(self, live: _Live, log_probs: NDArray[np.float64]) -> NDArray[np.float64]:
+        """What the search adds up for each token, -inf for those that may not follow."""
+        adjusted = log_probs.copy()
+        if self.steps < len(self.prefix):
+            forced = self.prefix[self.steps]
+            adjusted[:] = -np.inf
+            adjusted[forced] = log_probs[forced]
+            return adjusted
+        adjusted[sorted(set(live.tokens))] *= self.options.repetition_penalty
+        adjusted[self.suppressed] = -np.inf
+        adjusted[sorted(repeating_tokens(live.tokens, self.options.no_repeat_ngram_size))] = -np.inf
+        if self.steps < self.minimum:
+            adjusted[self.eos_id] = -np.inf
+        return adjusted
+
+    def _follow_beam(
+        self, scores: NDArray[np.float64], adjusted: NDArray[np.float64]
+    ) -> list[_Live]:
+        totals = adjusted + np.array([live.total for live in self.live])[:, None]
         # Stable: equal ones stay in the order of (hypothesis, token).
         order = np.argsort(-totals, axis=None, kind="stable")
         beam_size = self.options.beam_size
         survivors: list[_Live] = []
         for rank, flat in enumerate(order[: 2 * beam_size].tolist()):
             row, token = divmod(flat, scores.shape[1])
-            score = float(scores[row, token])
-            if score == -np.inf:
+            if adjusted[row, token] == -np.inf:
                 break
+            extended = self._extended(row, token, scores, adjusted)
             if token == self.eos_id:
                 if rank < beam_size:
-                    self.finished.append(self._hypothesis(self.live[row], score))
+                    self.finished.append(self._hypothesis(extended, "eos"))
             elif len(survivors) < beam_size:
-                survivors.append(self.live[row].extended(token, score))
-        self.live = survivors
-        self.steps += 1
-        self.stop = self._reason_to_stop()
+                survivors.append(extended)
+        return survivors
 
-    def _hypothesis(self, live: _Live, end_score: float | None) -> Hypothesis:
-        """A live hypothesis as a result: ended with that log-probability, or cut off (None)."""
-        ended = end_score is not None
-        log_prob = live.log_prob + (end_score or 0.0)
-        return Hypothesis(
-            tokens=live.tokens,
-            score=log_prob / self.options.penalty(len(live.tokens), ended),
-            log_prob=log_prob,
-            token_scores=[*live.token_scores, *([] if end_score is None else [end_score])],
-            ended=ended,
+    def _follow_samples(
+        self, scores: NDArray[np.float64], adjusted: NDArray[np.float64]
+    ) -> list[_Live]:
+        survivors: list[_Live] = []
+        for row, live in enumerate(self.live):
+            uniform = uniform_number(self.options.seed, self.number, live.sample, self.steps)
+            token = draw(adjusted[row], self.options, uniform)
+            if token is None:
+                self.finished.append(self._hypothesis(live, "no_token"))
+                continue
+            extended = self._extended(row, token, scores, adjusted)
+            if token == self.eos_id:
+                self.finished.append(self._hypothesis(extended, "eos"))
+            else:
+                survivors.append(extended)
+        return survivors
+
+    def _extended(
+        self, row: int, token: int, scores: NDArray[np.float64], adjusted: NDArray[np.float64]
+    ) -> _Live:
+        live = self.live[row]
+        attention = () if self._attention is None else (self._attention[row],)
+        return _Live(
+            (*live.tokens, token),
+            (*live.token_scores, float(scores[row, token])),
+            live.total + float(adjusted[row, token]),
+            (*live.attention, *attention),
+            live.sample,
+        )
+
+    def _hypothesis(self, live: _Live, stop: HypothesisStop) -> Hypothesis:
+        """A hypothesis as a result; an end of sentence is its last token."""
+        ended = stop == "eos"
+        tokens = live.tokens[:-1] if ended else live.tokens
+        score = live.total / self.options.penalty(len(tokens), ended)
+        attention = np.array(live.attention, dtype=np.float32) if live.attention else None
+        if self.options.coverage_penalty > 0.0:
+            assert self._attention is not None
+            coverage = np.zeros(self._attention.shape[1])
+            for row in live.attention:
+                coverage = coverage + row
+            logs = np.log(np.clip(coverage, LEAST_COVERAGE, 1.0))
+            score += self.options.coverage_penalty * float(logs.sum())
+        return make_hypothesis(
+            self.options,
+            list(tokens),
+            score,
+            float(sum(live.token_scores)),
+            list(live.token_scores),
+            stop,
+            attention,
         )
 
     def _reason_to_stop(self) -> StopReason | None:
         options = self.options
-        if options.beam_size == 1 and self.finished:
+        ended = len(self.finished)
+        at_limit: StopReason | None = "max_length" if self.steps >= self.limit else None
+        if options.sampling:
+            return at_limit if self.live else "sampled"
+        if options.beam_size == 1 and ended:
             return "first"
-        if options.early_stopping == "first" and len(self.finished) >= options.beam_size:
-            return "first"
+        if options.early_stopping == "first":
+            wanted = max(options.num_hypotheses, options.beam_patience * options.beam_size)
+            if ended >= wanted:
+                return "first"
         if not self.live:
             return "exact"
-        if options.early_stopping == "exact" and len(self.finished) >= options.num_hypotheses:
-            # A log-probability only falls from here on and a penalty only grows with the length,
-            # so no descendant of the best live hypothesis can score above this.
-            best_possible = self.live[0].log_prob / max(
-                options.penalty(max(self.steps, options.min_length), ended=True),
-                options.penalty(self.limit - 1, ended=True),
-            )
-            if best_possible <= self._ranked()[options.num_hypotheses - 1].score:
+        best_live = self.live[0].total
+        if options.early_stopping == "heuristic" and ended >= options.beam_size:
+            now = best_live / options.penalty(self.steps, ended=False)
+            if now <= self._ended_score(options.beam_size):
+                return "heuristic"
+        if options.early_stopping == "exact" and ended >= options.num_hypotheses:
+            # A total only falls from here on, a length penalty only grows with the length, and the
+            # coverage penalty is never above 0: no descendant of the best live hypothesis can score
+            # above this.
+            largest = options.penalty(self.limit - 1, ended=True)
+            if options.rank_unfinished:
+                largest = max(largest, options.penalty(self.limit, ended=False))
+            if best_live / largest <= self._ended_score(options.num_hypotheses):
                 return "exact"
-        return "max_length" if self.steps >= self.limit else None
+        return at_limit
 
-    def _ranked(self) -> list[Hypothesis]:
-        return sorted(self.finished, key=lambda hypothesis: -hypothesis.score)
+    def _ended_score(self, n: int) -> float:
+        """The n-th best score of those that have ended."""
+        return sorted((hypothesis.score for hypothesis in self.finished), reverse=True)[n - 1]
 
     def result(self) -> SearchResult:
         """What was found; to be called once :attr:`stop` is set."""
         assert self.stop is not None
-        hypotheses = self._ranked()
-        if self.stop == "max_length":
-            hypotheses += [self._hypothesis(live, None) for live in self.live]
+        hypotheses = list(self.finished)
+        if self.stop == "max_length" or self.stop == "no_token":
+            hypotheses += [self._hypothesis(live, self.stop) for live in self.live]
+        if self.options.rank_unfinished:
+            hypotheses.sort(key=lambda h: -h.score)
+        else:
+            hypotheses.sort(key=lambda h: (not h.ended, -h.score))
         return SearchResult(hypotheses[: self.options.num_hypotheses], self.stop, self.steps)
+
+
+def make_hypothesis(
+    options: SearchOptions,
+    tokens: list[int],
+    score: float,
+    log_prob: float,
+    token_scores: list[float],
+    stop: HypothesisStop,
+    attention: NDArray[Any] | None,
+) -> Hypothesis:
+    """A hypothesis with as much of its attention as the options ask for."""
+    return Hypothesis(
+        tokens,
+        score,
+        log_prob,
+        token_scores,
+        stop,
+        attention if options.return_attention else None,
+        alignment_of(attention) if options.return_alignment else None,
+    )
+
+
+def alignment_of(attention: NDArray[Any] | None) -> list[int]:
+    """For each row of ``[tokens, source tokens]``, the column with the most, the first of equals."""
+    found: list[int] = [] if attention is None else attention.argmax(axis=1).tolist()
+    return found
 
 
 def search(
@@ -155,8 +349,11 @@ def search(
     start_id: int,
     eos_id: int,
     suppressed: Collection[int] = (),
+    source_lengths: Sequence[int] | None = None,
+    prefixes: Sequence[Sequence[int]] | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> list[SearchResult]:
-    """Beam search over any step function.
+    """Beam search or sampling over any step function.
 
     Args:
         step: the model, see :data:`Step`.
@@ -165,79 +362,154 @@ def search(
         start_id: first token of each prefix.
         eos_id: token that ends a sentence.
         suppressed: ids never proposed.
+        source_lengths: tokens of each sentence's source, for ``min_length_a`` and for cutting the
+            attention; none needed where neither is used.
+        prefixes: for each sentence, tokens that its output begins with.
+        numbers: of the sentences, for the random numbers of sampling; 0, 1, ... if None.
 
     Returns:
         a result for each sentence.
 
     Raises:
-        ValueError: ``step`` gave a NaN.
+        ValueError: ``step`` gave a NaN, or no attention where the options need it; a prefix is too
+            long.
     """
-    searches = [SentenceSearch(limit, eos_id, options, suppressed) for limit in limits]
+    count = len(limits)
+    if options.min_length_a > 0.0 and source_lengths is None:
+        raise ValueError("source_lengths: got none, expected one a sentence for min_length_a")
+    lengths = list(source_lengths) if source_lengths is not None else [None] * count
+    searches = [
+        SentenceSearch(
+            limits[i],
+            eos_id,
+            options,
+            suppressed,
+            minimum=options.length_minimum(lengths[i] or 0),
+            prefix=prefixes[i] if prefixes is not None else (),
+            number=numbers[i] if numbers is not None else i,
+        )
+        for i in range(count)
+    ]
     while active := [index for index, search in enumerate(searches) if search.stop is None]:
         rows = [index for index in active for _ in searches[index].live]
-        prefixes = [[start_id, *live.tokens] for index in active for live in searches[index].live]
-        log_probs = step(rows, np.array(prefixes, dtype=np.int64))
+        prefix_rows = [
+            [start_id, *live.tokens] for index in active for live in searches[index].live
+        ]
+        found = step(rows, np.array(prefix_rows, dtype=np.int64))
+        log_probs, attention = found if isinstance(found, tuple) else (found, None)
+        if options.needs_attention and attention is None:
+            raise ValueError("step: got log-probabilities alone, expected attention beside them")
         first = 0
         for index in active:
-            count = len(searches[index].live)
-            searches[index].advance(log_probs[first : first + count])
-            first += count
+            end = first + len(searches[index].live)
+            searches[index].advance(
+                log_probs[first:end],
+                attention[first:end, : lengths[index]] if options.needs_attention else None,
+            )
+            first = end
     return [search.result() for search in searches]
+
+
+def attention_layer(options: SearchOptions, config: TransformerConfig) -> int | None:
+    """The decoder layer whose attention the options need; None: they need none.
+
+    Raises:
+        ValueError: the model does not have it.
+    """
+    if not options.needs_attention:
+        return None
+    layers = config.num_decoder_layers
+    layer = layers - 1 if options.attention_layer is None else options.attention_layer
+    if not 0 <= layer < layers:
+        raise ValueError(f"attention_layer: got {layer}, but the decoder has {layers} layers")
+    return layer
+
+
+def check_ids(name: str, ids: Sequence[int], vocabulary: int) -> None:
+    """Raise a ValueError for an id that is not in the vocabulary."""
+    for token in ids:
+        if not 0 <= token < vocabulary:
+            raise ValueError(f"{name}: got {token}, expected 0 to {vocabulary - 1}")
 
 
 def beam_search(
     model: Transformer,
     sources: Sequence[Sequence[int]],
     options: SearchOptions | None = None,
+    *,
+    prefixes: Sequence[Sequence[int]] | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> list[SearchResult]:
-    """Beam search with a torch model, whatever it is made of.
+    """Beam search, or sampling, with a torch model, whatever it is made of.
 
     Args:
         model: a ``Transformer``, or any module with its ``config``, ``encode_padded`` and
-            ``decode_logits``; put it in evaluation mode before.
+            ``next_log_probs``; put it in evaluation mode before.
         sources: token ids of each sentence, end of sentence included.
         options: how to search; the defaults if None.
+        prefixes: for each sentence, tokens that its output begins with.
+        numbers: of the sentences, for the random numbers of sampling; 0, 1, ... if None.
 
     Returns:
         a result for each sentence; an empty source gives one empty hypothesis.
+
+    Raises:
+        ValueError: an id that is not in the vocabulary, a prefix that is too long, or an attention
+            layer that the model does not have.
     """
     import torch
 
     options = options or SearchOptions()
     config = model.config
+    layer = attention_layer(options, config)
     positions = config.max_positions if config.positions == "learned" else None
-    numbers = [index for index, source in enumerate(sources) if len(source)]
-    results = [empty_result() for _ in sources]
-    if not numbers:
+    found_numbers = [index for index, source in enumerate(sources) if len(source)]
+    results = [empty_result(options) for _ in sources]
+    if not found_numbers:
         return results
+    check_ids("suppressed_tokens", options.suppressed_tokens, config.tgt_vocab_size)
+    for prefix in prefixes or []:
+        check_ids("prefix ids", prefix, config.tgt_vocab_size)
     device = next(model.parameters()).device
-    lengths = torch.tensor([len(sources[index]) for index in numbers], device=device)
-    padded = torch.full((len(numbers), int(lengths.max())), config.pad_id, device=device)
-    for row, index in enumerate(numbers):
+    source_lengths = [len(sources[index]) for index in found_numbers]
+    lengths = torch.tensor(source_lengths, device=device)
+    padded = torch.full((len(found_numbers), int(lengths.max())), config.pad_id, device=device)
+    for row, index in enumerate(found_numbers):
         padded[row, : len(sources[index])] = torch.tensor(list(sources[index]), device=device)
 
     with torch.inference_mode():
         memory = model.encode_padded(padded)
 
-        def step(rows: list[int], prefixes: NDArray[np.int64]) -> NDArray[Any]:
+        def step(rows: list[int], prefix_rows: NDArray[np.int64]) -> Any:
             chosen = torch.tensor(rows, device=device)
-            ids = torch.from_numpy(prefixes).to(device)
-            log_probs = model.decode_logits(ids, memory[chosen], lengths[chosen])
-            return log_probs.cpu().numpy()
+            ids = torch.from_numpy(prefix_rows).to(device)
+            inputs = ids, memory[chosen], lengths[chosen]
+            if layer is None:
+                return model.next_log_probs(*inputs).cpu().numpy()
+            log_probs, attention = model.next_log_probs(*inputs, attention_layer=layer)
+            return log_probs.cpu().numpy(), attention.cpu().numpy()
 
         found = search(
             step,
-            [options.length_limit(len(sources[index]), positions) for index in numbers],
+            [options.length_limit(length, positions) for length in source_lengths],
             options,
             start_id=config.decoder_start_id,
             eos_id=config.eos_id,
             suppressed=never_proposed(config),
+            source_lengths=source_lengths,
+            prefixes=None if prefixes is None else [prefixes[i] for i in found_numbers],
+            numbers=[i if numbers is None else numbers[i] for i in found_numbers],
         )
-    for index, result in zip(numbers, found, strict=True):
+    for index, result in zip(found_numbers, found, strict=True):
         results[index] = result
     return results
 
 
-def empty_result() -> SearchResult:
+def empty_result(options: SearchOptions | None = None) -> SearchResult:
     """What an empty source gives."""
-    return SearchResult([Hypothesis([], 0.0, 0.0, [], True)], "exact", 0)
+    options = options or SearchOptions()
+    return SearchResult(
+        [make_hypothesis(options, [], 0.0, 0.0, [], "eos", None)],
+        "exact",
+        0,
+    )

@@ -10,10 +10,11 @@ from types import TracebackType
 from typing import Any, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from transformer_ext.data.tokenizer import Tokenizer
 from transformer_ext.files import load_model_dir
-from transformer_ext.inference.engine import Engine
+from transformer_ext.inference.engine import BATCH_SIZE, BATCH_TOKENS, Engine
 from transformer_ext.inference.options import Hypothesis, SearchOptions, SearchResult
 from transformer_ext.model.config import TransformerConfig
 
@@ -26,7 +27,7 @@ class TextHypothesis(Hypothesis):
         text: the decoded tokens, always one line.
     """
 
-    text: str
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -176,12 +177,22 @@ class Translator:
 
     @overload
     def translate(
-        self, text: str, options: SearchOptions | None = None, **changes: Any
+        self,
+        text: str,
+        options: SearchOptions | None = None,
+        *,
+        target_prefix: str | None = None,
+        **changes: Any,
     ) -> Translation: ...
 
     @overload
     def translate(
-        self, text: Sequence[str], options: SearchOptions | None = None, **changes: Any
+        self,
+        text: Sequence[str],
+        options: SearchOptions | None = None,
+        *,
+        target_prefix: Sequence[str] | None = None,
+        **changes: Any,
     ) -> list[Translation]: ...
 
     def translate(
@@ -189,7 +200,9 @@ class Translator:
         text: str | Sequence[str],
         options: SearchOptions | None = None,
         *,
-        batch_size: int = 64,
+        target_prefix: str | Sequence[str] | None = None,
+        batch_size: int = BATCH_SIZE,
+        batch_tokens: int = BATCH_TOKENS,
         **changes: Any,
     ) -> Translation | list[Translation]:
         """Translate a text, or each of many.
@@ -200,7 +213,11 @@ class Translator:
         Args:
             text: one text, or a sequence of them; each is one sentence for the model.
             options: how to search; the translator's own if None.
-            batch_size: texts decoded together.
+            target_prefix: what the translation is to begin with: a text for one text, a sequence of
+                as many for a sequence. It is cut into tokens by itself, so the word that it ends
+                with may go on.
+            batch_size: most texts decoded together; it has no influence on the results.
+            batch_tokens: most tokens decoded together, which bounds memory; the same.
             changes: single search options, as ``beam_size=8``.
 
         Returns:
@@ -210,20 +227,30 @@ class Translator:
         Raises:
             ConfigError: an unknown search option, or a wrong value.
             TypeError: neither a text nor a sequence of texts.
-            ValueError: a text longer than the learned positions of the model.
+            ValueError: a text longer than the learned positions of the model, a prefix as long as
+                the longest output, or not as many prefixes as texts.
         """
-        texts = [text] if isinstance(text, str) else list(text)
-        for number, entry in enumerate(texts):
-            if not isinstance(entry, str):
+        texts = _texts("text", text)
+        prefixes = None
+        if target_prefix is not None:
+            if isinstance(target_prefix, str) != isinstance(text, str):
                 raise TypeError(
-                    f"text: got {type(entry).__name__} at position {number}, "
-                    "expected a text or a sequence of texts"
+                    "target_prefix: expected a text for one text, a sequence of texts for a "
+                    "sequence"
                 )
+            prefixes = self.encode_prefixes(_texts("target_prefix", target_prefix))
         sources = self.encode(texts)
         over_long = self.count_over_long(sources)
         if over_long:
             warnings.warn(self.over_long_message(over_long), stacklevel=2)
-        results = self.translate_ids(sources, options, batch_size=batch_size, **changes)
+        results = self.translate_ids(
+            sources,
+            options,
+            prefixes=prefixes,
+            batch_size=batch_size,
+            batch_tokens=batch_tokens,
+            **changes,
+        )
         translations = [self.translation(result) for result in results]
         return translations[0] if isinstance(text, str) else translations
 
@@ -232,7 +259,10 @@ class Translator:
         sources: Sequence[Sequence[int]],
         options: SearchOptions | None = None,
         *,
-        batch_size: int = 64,
+        prefixes: Sequence[Sequence[int]] | None = None,
+        numbers: Sequence[int] | None = None,
+        batch_size: int = BATCH_SIZE,
+        batch_tokens: int = BATCH_TOKENS,
         **changes: Any,
     ) -> list[SearchResult]:
         """:meth:`translate` on token ids.
@@ -240,7 +270,11 @@ class Translator:
         Args:
             sources: ids of each sentence, end of sentence included.
             options: how to search; the translator's own if None.
-            batch_size: sentences decoded together.
+            prefixes: for each source, ids that its output begins with.
+            numbers: for each source, the number that its random numbers depend on when sampling;
+                its place in ``sources`` if None.
+            batch_size: most sentences decoded together.
+            batch_tokens: most source tokens decoded together.
             changes: single search options.
 
         Returns:
@@ -250,17 +284,30 @@ class Translator:
             ConfigError, ValueError: see :meth:`translate`; an id that is not in the vocabulary.
         """
         options = (options or self.options).replace(**changes)
-        return self._engine.search(sources, options, batch_size=batch_size)
+        return self._engine.search(
+            sources,
+            options,
+            prefixes=prefixes,
+            numbers=numbers,
+            batch_size=batch_size,
+            batch_tokens=batch_tokens,
+        )
 
     def score(
-        self, sources: Sequence[str], targets: Sequence[str], *, batch_size: int = 64
+        self,
+        sources: Sequence[str],
+        targets: Sequence[str],
+        *,
+        batch_size: int = BATCH_SIZE,
+        batch_tokens: int = BATCH_TOKENS,
     ) -> list[list[float]]:
         """Log-probability of each token of given translations, the end of sentence's last.
 
         Args:
             sources: source texts.
             targets: a translation of each.
-            batch_size: pairs scored together.
+            batch_size: most pairs scored together.
+            batch_tokens: most source tokens scored together.
 
         Returns:
             natural logarithms, one for each token of the target and one for the end of sentence;
@@ -270,9 +317,53 @@ class Translator:
             ValueError: the numbers of sources and targets differ, or a text is longer than the
                 learned positions of the model.
         """
+        return self._engine.score(
+            self.encode(sources),
+            self._encode_targets(targets),
+            batch_size=batch_size,
+            batch_tokens=batch_tokens,
+        )
+
+    def align(
+        self,
+        sources: Sequence[str],
+        targets: Sequence[str],
+        *,
+        layer: int | None = None,
+        batch_size: int = BATCH_SIZE,
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> list[tuple[list[float], NDArray[np.float32]]]:
+        """:meth:`score`, with the attention of each token of given translations to the source.
+
+        Args:
+            sources: source texts.
+            targets: a translation of each.
+            layer: decoder layer, from 0, over whose heads is averaged; None: the last.
+            batch_size: see :meth:`score`.
+            batch_tokens: see there.
+
+        Returns:
+            for each pair, the log-probabilities and float32 ``[target tokens, source tokens]``, the
+            end of sentence among both.
+
+        Raises:
+            ValueError: as :meth:`score`, and for a layer that the model does not have.
+        """
+        return self._engine.align(
+            self.encode(sources),
+            self._encode_targets(targets),
+            layer=layer,
+            batch_size=batch_size,
+            batch_tokens=batch_tokens,
+        )
+
+    def _encode_targets(self, targets: Sequence[str]) -> list[list[int]]:
         eos = self.config.eos_id
-        ids = [[*target, eos] for target in self.target_tokenizer.encode_batch(targets)]
-        return self._engine.score(self.encode(sources), ids, batch_size=batch_size)
+        return [[*target, eos] for target in self.target_tokenizer.encode_batch(targets)]
+
+    def encode_prefixes(self, texts: Sequence[str]) -> list[list[int]]:
+        """Target ids of the beginnings of translations."""
+        return self.target_tokenizer.encode_batch(list(texts))
 
     def count_over_long(self, sources: Sequence[Sequence[int]]) -> int:
         """How many sources are longer than any sentence that the model was trained on."""
@@ -295,10 +386,28 @@ class Translator:
                 h.score,
                 h.log_prob,
                 h.token_scores,
-                h.ended,
+                h.stop,
+                h.attention,
+                h.alignment,
                 self.target_tokenizer.decode(h.tokens),
             )
             for h in result.hypotheses
         ]
         best = hypotheses[0]
         return Translation(best.text, best.tokens, best.score, hypotheses)
+
+
+def _texts(name: str, value: str | Sequence[str]) -> list[str]:
+    """The value as a list.
+
+    Raises:
+        TypeError: it is neither a text nor a sequence of texts.
+    """
+    texts = [value] if isinstance(value, str) else list(value)
+    for number, entry in enumerate(texts):
+        if not isinstance(entry, str):
+            raise TypeError(
+                f"{name}: got {type(entry).__name__} at position {number}, "
+                "expected a text or a sequence of texts"
+            )
+    return texts

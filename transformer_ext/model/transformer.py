@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -472,17 +473,48 @@ class Transformer(nn.Module):
         memory = self.encode_packed(src.pack(src_ids), src)
         return src.unpack(memory, src_ids.shape[1])
 
-    def decode_logits(self, tgt_prefix: Tensor, memory: Tensor, src_lengths: Tensor) -> Tensor:
+    @overload
+    def next_log_probs(
+        self, tgt_prefix: Tensor, memory: Tensor, src_lengths: Tensor, attention_layer: None = None
+    ) -> Tensor: ...
+
+    @overload
+    def next_log_probs(
+        self, tgt_prefix: Tensor, memory: Tensor, src_lengths: Tensor, attention_layer: int
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def next_log_probs(
+        self,
+        tgt_prefix: Tensor,
+        memory: Tensor,
+        src_lengths: Tensor,
+        attention_layer: int | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Log-probabilities of the token after each prefix.
 
         Args:
             tgt_prefix: ``[batch, length]`` int64, all of one length.
             memory: ``[batch, src_length, d_model]`` from :meth:`encode_padded`.
             src_lengths: ``[batch]`` source lengths.
+            attention_layer: a decoder layer, from 0, whose attention to the memory is wanted too.
 
         Returns:
-            ``[batch, tgt_vocab_size]`` float32.
+            ``[batch, tgt_vocab_size]`` float32; with ``attention_layer`` a pair of these and of
+            the last token's attention ``[batch, src_length]``, averaged over the heads.
         """
+        if attention_layer is not None:
+            weights: dict[str, Tensor] = {}
+            columns = torch.arange(memory.shape[1], device=memory.device)
+            mask = _add_heads((columns < src_lengths[:, None])[:, None, :])
+            hidden = self._decode_dense(
+                tgt_prefix,
+                memory,
+                DenseAttention(causal=True),
+                DenseAttention(mask, weights=weights),
+            )
+            log_probs = torch.log_softmax(self.generator.logits(hidden[:, -1]).float(), dim=-1)
+            layer = weights[f"decoder.layers.{attention_layer}.cross_attention"]
+            return log_probs, layer[:, :, -1].float().mean(1)
         src = Packed.from_lengths(src_lengths, device=memory.device)
         batch, length = tgt_prefix.shape
         lengths = torch.full((batch,), length, dtype=torch.int32, device=memory.device)

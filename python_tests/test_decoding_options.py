@@ -1,0 +1,272 @@
+"""Random options: the compiled engine against the plain Python search.
+
+The search is given the engine's own log-probabilities and attention, which do not depend on the
+batch: what is compared are the rules, equal to the last bit. That the engine's numbers are those of
+the model is seen in test_engine.py, for which some options are repeated there.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+from decoding_helpers import random_engine
+
+hypothesis = pytest.importorskip("hypothesis")
+
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+from transformer_ext.inference.engine import _batches  # noqa: E402
+from transformer_ext.inference.options import SearchOptions  # noqa: E402
+from transformer_ext.inference.search import (  # noqa: E402
+    attention_layer,
+    draw,
+    never_proposed,
+    search,
+    uniform_number,
+)
+
+# Five words, so that repetitions are the rule.
+VOCABULARY = 9
+SOURCES = [[5, 6, 7, 3], [8, 3], [4, 4, 8, 5, 6, 7, 7, 8, 3], [6, 5, 3]]
+
+property_settings = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return random_engine(VOCABULARY)
+
+
+@pytest.fixture(scope="module")
+def four_threads():
+    return random_engine(VOCABULARY, threads=4)
+
+
+@st.composite
+def search_options(draw):
+    sampling = draw(st.booleans())
+    beam_size = draw(st.integers(1, 5))
+    early_stopping = draw(st.sampled_from(["exact", "first", "heuristic"]))
+    fields = dict(
+        beam_size=beam_size,
+        num_hypotheses=draw(st.integers(1, 4 if sampling else beam_size)),
+        length_penalty=draw(st.sampled_from([0.0, 0.6, 1.0, 1.7])),
+        length_penalty_kind=draw(st.sampled_from(["gnmt", "divide", "none"])),
+        length_counts_eos=draw(st.booleans()),
+        coverage_penalty=draw(st.sampled_from([0.0, 0.0, 0.3, 2.0])),
+        max_length=draw(st.sampled_from([None, 1, 2, 5, 9])),
+        max_length_a=draw(st.sampled_from([0.0, 0.6, 1.5])),
+        max_length_b=draw(st.integers(0, 4)),
+        min_length=draw(st.sampled_from([0, 0, 1, 4, 20])),
+        min_length_a=draw(st.sampled_from([0.0, 0.0, 0.7])),
+        early_stopping=early_stopping,
+        beam_patience=draw(st.sampled_from([0.3, 1.0, 2.0])) if early_stopping == "first" else 1.0,
+        rank_unfinished=draw(st.booleans()),
+        no_repeat_ngram_size=draw(st.sampled_from([0, 0, 1, 2, 3])),
+        repetition_penalty=draw(st.sampled_from([1.0, 1.0, 1.3, 4.0])),
+        suppressed_tokens=draw(st.lists(st.integers(0, VOCABULARY - 1), max_size=3)),
+        sampling=sampling,
+        seed=draw(st.integers(0, 2**63 - 1)),
+        return_attention=draw(st.booleans()),
+        return_alignment=draw(st.booleans()),
+        attention_layer=draw(st.sampled_from([None, 0, 1])),
+    )
+    if sampling:
+        fields["top_k"] = draw(st.sampled_from([None, 1, 3, 400]))
+        fields["top_p"] = draw(st.sampled_from([1.0, 0.9, 0.5, 0.0]))
+        fields["temperature"] = draw(st.sampled_from([1.0, 0.3, 3.0]))
+    return SearchOptions(**fields)
+
+
+@st.composite
+def searches(draw):
+    options = draw(search_options())
+    prefixes = None
+    if draw(st.booleans()):
+        words = st.sampled_from([1, 4, 5, 6, 7, 8])
+        prefixes = [
+            draw(st.lists(words, max_size=min(3, options.length_limit(len(source)) - 1)))
+            for source in SOURCES
+        ]
+    numbers = draw(st.lists(st.integers(0, 2**64 - 1), min_size=4, max_size=4))
+    return options, prefixes, numbers
+
+
+def plain_search(engine, options, prefixes, numbers):
+    """The Python search over the log-probabilities and the attention of the engine."""
+    config = engine.config
+    layer = attention_layer(options, config)
+    longest = max(len(source) for source in SOURCES)
+
+    def step(rows, prefix_rows):
+        sources = [SOURCES[row] for row in rows for _ in range(VOCABULARY)]
+        targets = [[*row[1:], token] for row in prefix_rows.tolist() for token in range(VOCABULARY)]
+        if layer is None:
+            scored = engine.score(sources, targets, batch_size=1000)
+        else:
+            aligned = engine.align(sources, targets, layer=layer, batch_size=1000)
+            scored = [log_probs for log_probs, _ in aligned]
+        log_probs = np.array([row[-1] for row in scored]).reshape(len(rows), VOCABULARY)
+        if layer is None:
+            return log_probs
+        attention = np.zeros((len(rows), longest), np.float32)
+        for i, (_, weights) in enumerate(aligned[::VOCABULARY]):
+            attention[i, : weights.shape[1]] = weights[-1]
+        return log_probs, attention
+
+    lengths = [len(source) for source in SOURCES]
+    return search(
+        step,
+        [options.length_limit(length) for length in lengths],
+        options,
+        start_id=config.decoder_start_id,
+        eos_id=config.eos_id,
+        suppressed=never_proposed(config),
+        source_lengths=lengths,
+        prefixes=prefixes,
+        numbers=numbers,
+    )
+
+
+def assert_attention_equal(results, expected):
+    for result, other in zip(results, expected, strict=True):
+        for mine, theirs in zip(result.hypotheses, other.hypotheses, strict=True):
+            if theirs.attention is None:
+                assert mine.attention is None
+            else:
+                np.testing.assert_array_equal(mine.attention, theirs.attention)
+
+
+@property_settings
+@given(asked=searches())
+def test_the_engine_finds_what_the_plain_search_finds(engine, asked):
+    options, prefixes, numbers = asked
+    found = engine.search(SOURCES, options, prefixes=prefixes, numbers=numbers)
+    expected = plain_search(engine, options, prefixes, numbers)
+    for result, other in zip(found, expected, strict=True):
+        assert (result.stop, result.steps) == (other.stop, other.steps)
+        assert len(result.hypotheses) == len(other.hypotheses)
+        for mine, theirs in zip(result.hypotheses, other.hypotheses, strict=True):
+            assert (mine.tokens, mine.stop) == (theirs.tokens, theirs.stop)
+            assert mine.token_scores == theirs.token_scores
+            assert mine.alignment == theirs.alignment
+            # The logarithms of the coverage penalty are of two libraries.
+            np.testing.assert_allclose(mine.score, theirs.score, rtol=1e-12)
+            np.testing.assert_allclose(mine.log_prob, theirs.log_prob, rtol=1e-12)
+    assert_attention_equal(found, expected)
+
+
+@property_settings
+@given(asked=searches())
+def test_neither_batch_nor_threads_change_a_bit(engine, four_threads, asked):
+    options, prefixes, numbers = asked
+    expected = engine.search(SOURCES, options, prefixes=prefixes, numbers=numbers)
+    arguments = dict(prefixes=prefixes, numbers=numbers)
+    for batches in ({"batch_size": 1}, {"batch_tokens": 9}, {"batch_size": 3}):
+        found = four_threads.search(SOURCES, options, **arguments, **batches)
+        assert found == expected
+        assert_attention_equal(found, expected)
+    # Beside a long sentence, in another order.
+    found = four_threads.search(
+        [[7] * 20, *SOURCES[::-1]],
+        options,
+        prefixes=None if prefixes is None else [[], *prefixes[::-1]],
+        numbers=[0, *numbers[::-1]],
+    )
+    assert found[:0:-1] == expected
+
+
+def test_whole_rows_and_lists_of_the_best_give_the_same():
+    """More tokens than a list holds are suppressed: the engine then looks at whole rows."""
+    vocabulary = 700
+    engine = random_engine(vocabulary)
+    sources = [[5, 6, 7, 3], [8, 9, 3]]
+    options = SearchOptions(max_length=8, num_hypotheses=3)
+    wide = SearchOptions(max_length=8, num_hypotheses=60, beam_size=60)
+    # Tokens that not even a wide beam holds are suppressed without any effect.
+    said = {
+        t for result in engine.search(sources, wide) for h in result.hypotheses for t in h.tokens
+    }
+    unused = [token for token in range(4, vocabulary) if token not in said][:400]
+    assert len(unused) == 400
+    found = engine.search(sources, options)
+    assert engine.search(sources, options.replace(suppressed_tokens=unused)) == found
+
+
+def test_sampling_from_a_large_vocabulary():
+    """Against the plain draw, where the engine sorts only as many tokens as it needs."""
+    vocabulary = 700
+    engine = random_engine(vocabulary, scale=0.5)
+    source = [5, 6, 7, 3]
+    every = [[token] for token in range(vocabulary)]
+    log_probs = np.array([row[0] for row in engine.score([source] * vocabulary, every)])
+    log_probs[sorted(never_proposed(engine.config))] = -np.inf
+    for changes in ({}, {"top_k": 300}, {"top_p": 0.95}, {"top_k": 5}, {"temperature": 2.0}):
+        options = SearchOptions(
+            sampling=True, num_hypotheses=300, max_length=1, length_penalty=0.0, seed=3, **changes
+        )
+        found = engine.search([source], options, numbers=[8])[0]
+        drawn = sorted(h.tokens[0] if h.tokens else 3 for h in found.hypotheses)
+        expected = [draw(log_probs, options, uniform_number(3, 8, i, 0)) for i in range(300)]
+        assert drawn == sorted(expected)
+        assert len(set(drawn)) > 3
+
+
+def test_eight_threads_on_one_engine():
+    engine = random_engine(VOCABULARY, threads=2)
+    options = [
+        SearchOptions(max_length=12),
+        SearchOptions(max_length=12, sampling=True, num_hypotheses=3, seed=5),
+        SearchOptions(max_length=12, coverage_penalty=0.3, return_attention=True),
+        SearchOptions(max_length=12, no_repeat_ngram_size=2, repetition_penalty=1.2),
+    ]
+    expected = [engine.search(SOURCES, each) for each in options]
+    wrong = []
+
+    def work(number):
+        for _ in range(10):
+            found = engine.search(SOURCES, options[number % 4])
+            if found != expected[number % 4]:
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_errors_leave_the_engine_as_it_was(engine):
+    expected = engine.search(SOURCES)
+    for arguments, message in (
+        (dict(prefixes=[[4]]), "prefixes: got 1, expected one for each of the 4 sources"),
+        (dict(prefixes=[[4], [5], [99], [5]]), "prefix ids: got 99, expected 0 to 8"),
+        (dict(numbers=[1, 2]), "numbers: got 2, expected one for each of the 4 sources"),
+        (
+            dict(prefixes=[[4] * 3] * 4, options=SearchOptions(max_length=3)),
+            r"prefix: got 3 tokens, expected fewer than the longest output of the sentence \(3,",
+        ),
+        (dict(options=SearchOptions(suppressed_tokens=[9])), "suppressed_tokens: got 9, expected"),
+        (
+            dict(options=SearchOptions(return_attention=True, attention_layer=2)),
+            "attention_layer: got 2, but the decoder has 2 layers",
+        ),
+        (dict(batch_tokens=0), "batch_tokens: got 0, expected at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            engine.search(SOURCES, **arguments)
+    assert engine.search(SOURCES) == expected
+
+
+def test_long_sentences_make_batches_of_few(engine):
+    sources = [[4] * n for n in (3, 100, 0, 40, 50, 3, 3, 3)]
+    assert list(_batches(sources, 64, 100)) == [[1], [4, 3], [0, 5, 6, 7]]
+    assert list(_batches(sources, 3, 100)) == [[1], [4, 3], [0, 5, 6], [7]]
+    assert list(_batches([], 64, 100)) == []
+    options = SearchOptions(max_length=5)
+    sources = [source for source in sources if source]
+    assert engine.search(sources, options, batch_tokens=100) == engine.search(sources, options)
