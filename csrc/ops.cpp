@@ -74,7 +74,7 @@ STABLE_TORCH_LIBRARY(transformer_ext, m) {
       "int site) -> Tensor");
   // Returns the gradients of x and bias.
   m.def(
-      "activation_backward(Tensor grad, Tensor x, Tensor? bias, int kind, float dropout_p, "
+      "activation_backward(Tensor grad, Tensor saved, Tensor? bias, int kind, float dropout_p, "
       "Tensor? rng, int site) -> (Tensor, Tensor)");
   m.def(
       "embedding_forward(Tensor ids, Tensor weight, float scale, Tensor? positions, "

@@ -108,6 +108,19 @@ def test_same_bits_for_any_thread_count(kind, dtype):
 
 
 @needs_compiled
+def test_relu_keeps_its_output_alone():
+    x, bias, grad = case("relu", (5, 70), torch.bfloat16)
+    with set_backend("compiled"):
+        y = activation(x.requires_grad_(), bias, kind="relu", dropout_p=0.3, rng=RNG)
+        kept = [t.data_ptr() for t in y.grad_fn.saved_tensors if t is not None]
+        assert y.data_ptr() in kept and x.data_ptr() not in kept
+        changed = y * 1
+        y.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            changed.backward(grad)
+
+
+@needs_compiled
 @pytest.mark.parametrize("isa", ISAS[:-1])
 def test_every_instruction_set(isa):
     rerun_at_isa(isa, __file__, "precision or nan")
@@ -123,7 +136,7 @@ def test_reference_gradient(kind):
 
 
 @needs_compiled
-@pytest.mark.parametrize("kind", ("gelu", "geglu"))
+@pytest.mark.parametrize("kind", ("relu", "gelu", "geglu"))
 def test_raw_ops_are_sound(kind):
     ops = torch.ops.transformer_ext
     x, bias, grad = case(kind, (3, 4, 9), torch.float32)

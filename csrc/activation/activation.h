@@ -36,11 +36,14 @@ struct ActivationForward {
   Dropout dropout;
 };
 
+// ReLU needs of the forward pass no more than where its output is 0: by x <= 0 or by dropout. The
+// next product keeps the output anyway and has just read it, so x need not be kept, and no mask
+// made again.
 template <class T>
 struct ActivationBackward {
-  const T* grad;  // of out
-  const T* x;
-  const float* bias;  // nullptr: 0
+  const T* grad;      // of out
+  const T* x;         // ReLU: the forward's out
+  const float* bias;  // nullptr: 0; ReLU: not read
   T* grad_x;
   float* grad_bias;  // of bias's size; nullptr: not wanted
   int64_t rows;

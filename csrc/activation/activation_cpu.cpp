@@ -120,6 +120,28 @@ void forward_rows(ActivationForward<T> args, const float* bias, int64_t begin, i
   }
 }
 
+// ReLU, from its output: grad * scale where that is not 0 (a NaN is not).
+template <class T>
+void relu_backward_rows(ActivationBackward<T> args, int64_t begin, int64_t end, float* bias_sum) {
+  const int64_t columns = args.columns;
+  for (int64_t row = begin; row < end; ++row) {
+    const T* const grad = args.grad + row * columns;
+    const T* const out = args.x + row * columns;
+    T* const grad_x = args.grad_x + row * columns;
+    for_columns(
+        columns, [](uint32_t) {},
+        [&](auto whole, int64_t c, int, int n) {
+          constexpr bool kWhole = decltype(whole)::value;
+          const VecF y = load_n<kWhole>(out + c, n);
+          const VecF v =
+              select(y == 0.0f, zero(), load_n<kWhole>(grad + c, n) * args.dropout.scale);
+          store_n<kWhole>(grad_x + c, v, n);
+          if (bias_sum == nullptr) return;
+          store_n<kWhole>(bias_sum + c, load_n<kWhole>(bias_sum + c, n) + v, n);
+        });
+  }
+}
+
 // bias_sum (nullptr: not wanted) gets the sum of grad_x added. One row at a time: several rows side
 // by side would save loads and stores of the sums, but rows often lie a multiple of 4 KiB apart,
 // where their loads and stores are in each other's way (half the speed, measured).
@@ -180,7 +202,7 @@ constexpr ForwardRows<T> kForward[kActivations][2] = {
 };
 template <class T>
 constexpr BackwardRows<T> kBackward[kActivations][2] = {
-    {&backward_rows<T, Relu, false, false>, &backward_rows<T, Relu, false, true>},
+    {&relu_backward_rows<T>, &relu_backward_rows<T>},
     {&backward_rows<T, Gelu, false, false>, &backward_rows<T, Gelu, false, true>},
     {&backward_rows<T, GeluTanh, false, false>, &backward_rows<T, GeluTanh, false, true>},
     {&backward_rows<T, Silu, false, false>, &backward_rows<T, Silu, false, true>},

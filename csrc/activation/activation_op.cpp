@@ -58,23 +58,24 @@ Tensor activation_forward(const Tensor& x, const std::optional<Tensor>& bias, in
   return out;
 }
 
-std::tuple<Tensor, Tensor> activation_backward(const Tensor& grad, const Tensor& x,
+// `saved` is x, for ReLU the result; then `bias` says only that its gradient is wanted.
+std::tuple<Tensor, Tensor> activation_backward(const Tensor& grad, const Tensor& saved,
                                                const std::optional<Tensor>& bias, int64_t kind,
                                                double dropout_p, const std::optional<Tensor>& rng,
                                                int64_t site) {
-  const Shape shape = shape_of(x, bias, kind);
+  const Shape shape = shape_of(saved, bias, kind);
   check_contiguous(grad, "grad");
   STD_TORCH_CHECK(grad.numel() == shape.rows * shape.columns, "grad: got shape ",
-                  shape_string(sizes_of(grad)), ", expected that of the result for x of shape ",
-                  shape_string(sizes_of(x)));
+                  shape_string(sizes_of(grad)), ", expected that of the result for saved of shape ",
+                  shape_string(sizes_of(saved)));
   const Dropout dropout = dropout_argument(dropout_p, rng, site);
-  Tensor grad_x = empty_like(x);
-  Tensor grad_bias = empty({bias ? shape.x_columns : 0}, ScalarType::Float, x);
+  Tensor grad_x = empty_like(saved);
+  Tensor grad_bias = empty({bias ? shape.x_columns : 0}, ScalarType::Float, saved);
   TorchParallel parallel;
-  dispatch_float(x, "x", [&](auto tag) {
+  dispatch_float(saved, "saved", [&](auto tag) {
     using T = typename decltype(tag)::type;
     const ActivationBackward<T> args{data<T>(grad, "grad"),
-                                     data<T>(x, "x"),
+                                     data<T>(saved, "saved"),
                                      data_or_null<float>(bias, "bias"),
                                      mutable_data<T>(grad_x, "grad_x"),
                                      bias ? mutable_data<float>(grad_bias, "grad_bias") : nullptr,

@@ -36,7 +36,8 @@ TEST(Activation, ValuesAndSlopes) {
     activation_kernels().forward_f32({x.data(), nullptr, out.data(), 1, columns, kind, Dropout{}},
                                      serial);
     activation_kernels().backward_f32(
-        {ones.data(), x.data(), nullptr, slope.data(), nullptr, 1, columns, kind, Dropout{}},
+        {ones.data(), kind == Activation::relu ? out.data() : x.data(), nullptr, slope.data(),
+         nullptr, 1, columns, kind, Dropout{}},
         serial);
     for (size_t i = 0; i < x.size(); ++i) {
       const double v = x[i];
@@ -65,6 +66,35 @@ TEST(Activation, ANanIsNotHidden) {
     activation_kernels().forward_f32(
         {x.data(), nullptr, out.data(), 1, 5, static_cast<Activation>(kind), Dropout{}}, serial);
     for (const float y : out) EXPECT_TRUE(std::isnan(y));
+  }
+}
+
+TEST(Activation, ReluBackwardNeedsOnlyTheOutput) {
+  Serial serial;
+  const int64_t rows = 5, columns = 83;
+  const int64_t rng[3] = {1, 2, 3};
+  const Dropout dropout = make_dropout(rng, 4, 0.3);
+  std::vector<float> x, grad;
+  for (int64_t i = 0; i < rows * columns; ++i) {
+    x.push_back(std::sin(static_cast<float>(i)));
+    grad.push_back(std::cos(static_cast<float>(i)));
+  }
+  const std::vector<float> bias(static_cast<size_t>(columns), 0.1f);
+  std::vector<float> out(x.size()), grad_x(x.size()), grad_bias(bias.size());
+  activation_kernels().forward_f32(
+      {x.data(), bias.data(), out.data(), rows, columns, Activation::relu, dropout}, serial);
+  activation_kernels().backward_f32({grad.data(), out.data(), nullptr, grad_x.data(),
+                                     grad_bias.data(), rows, columns, Activation::relu, dropout},
+                                    serial);
+  for (int64_t c = 0; c < columns; ++c) {
+    double sum = 0;
+    for (int64_t row = 0; row < rows; ++row) {
+      const size_t at = static_cast<size_t>(row * columns + c);
+      const bool open = x[at] + 0.1f > 0 && dropout_keeps(dropout, row, c);
+      EXPECT_EQ(grad_x[at], open ? grad[at] * dropout.scale : 0.0f);
+      sum += grad_x[at];
+    }
+    EXPECT_NEAR(grad_bias[static_cast<size_t>(c)], sum, 1e-5);
   }
 }
 

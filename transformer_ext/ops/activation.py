@@ -24,6 +24,7 @@ __all__ = ["KINDS", "activation", "activation_reference", "is_gated"]
 KINDS = ("relu", "gelu", "gelu_tanh", "silu", "swiglu", "geglu", "reglu")
 _NUMBER = {kind: number for number, kind in enumerate(KINDS)}
 _FIRST_GATED = KINDS.index("swiglu")
+_RELU = _NUMBER["relu"]
 
 
 def is_gated(kind: str) -> bool:
@@ -90,15 +91,17 @@ class _Activation(torch.autograd.Function):
         rng: Tensor | None,
         site: int,
     ) -> Tensor:
-        ctx.save_for_backward(x, bias, rng)
+        y = _forward(x, bias, kind, p, rng, site)
+        # The next layer keeps ReLU's output anyway; x is free again as soon as it was read.
+        ctx.save_for_backward(y if kind == _RELU else x, bias, rng)
         ctx.settings = (kind, p, site)
-        return _forward(x, bias, kind, p, rng, site)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, bias, rng = ctx.saved_tensors
+        saved, bias, rng = ctx.saved_tensors
         kind, p, site = ctx.settings
-        grad_x, grad_bias = _backward(grad.contiguous(), x, bias, kind, p, rng, site)
+        grad_x, grad_bias = _backward(grad.contiguous(), saved, bias, kind, p, rng, site)
         return grad_x, grad_bias if ctx.needs_input_grad[1] else None, None, None, None, None
 
 
@@ -124,7 +127,8 @@ def activation(
 
     Returns:
         ``[..., columns]``, or ``[..., f]`` for gated kinds, in the dtype of ``x``. Arithmetic is
-        float32, and so is the gradient of ``bias``. The backward pass recomputes from ``x``.
+        float32, and so is the gradient of ``bias``. The backward pass recomputes from ``x``, that of
+        ``relu`` from the result, which must not be changed in place before.
 
     Raises:
         ValueError: unknown ``kind``, shapes that do not fit, or see
@@ -148,8 +152,8 @@ if has_kernel("activation_forward", "cpu"):
         return x.new_empty((*x.shape[:-1], columns))
 
     @torch.library.register_fake("transformer_ext::activation_backward")
-    def _(grad, x, bias, kind, dropout_p, rng, site):
+    def _(grad, saved, bias, kind, dropout_p, rng, site):
         return (
-            torch.empty_like(x),
-            x.new_empty(0 if bias is None else x.shape[-1], dtype=torch.float32),
+            torch.empty_like(saved),
+            saved.new_empty(0 if bias is None else saved.shape[-1], dtype=torch.float32),
         )
