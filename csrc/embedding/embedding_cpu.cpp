@@ -13,11 +13,22 @@ inline int64_t index_of(const Indices& indices, int64_t i) {
   return indices.wide != nullptr ? indices.wide[i] : indices.narrow[i];
 }
 
+// Rows of a table stand anywhere in memory: while one is worked on, the one after the next is asked
+// for, a cache line for each 64 bytes that are read.
+constexpr int64_t kRowsAhead = 2;
+
+template <class T>
+inline void ask(const T* row, int64_t column) {
+  if (column * static_cast<int64_t>(sizeof(T)) % 64 == 0) __builtin_prefetch(row + column);
+}
+
 template <class T, bool kPositions, bool kDrop>
 void forward_rows(EmbeddingForward<T> args, int64_t begin, int64_t end) {
   const int64_t columns = args.columns;
   for (int64_t token = begin; token < end; ++token) {
     const float* const word = args.weight + index_of(args.ids, token) * columns;
+    const int64_t later = token + kRowsAhead < end ? token + kRowsAhead : token;
+    const float* const later_word = args.weight + index_of(args.ids, later) * columns;
     const float* place = nullptr;
     if constexpr (kPositions) {
       place = args.position_table + index_of(args.positions, token) * columns;
@@ -31,6 +42,7 @@ void forward_rows(EmbeddingForward<T> args, int64_t begin, int64_t end) {
         },
         [&](auto whole, int64_t c, int first, int n) {
           constexpr bool kWhole = decltype(whole)::value;
+          ask(later_word, c);
           VecF v = load_n<kWhole>(word + c, n) * args.scale;
           if constexpr (kPositions) v = v + load_n<kWhole>(place + c, n);
           if constexpr (kDrop) v = keep(v * args.dropout.scale, bits, first);
@@ -51,10 +63,11 @@ void forward(const EmbeddingForward<T>& args, Parallel& parallel) {
                     [&](int64_t block) { run(args, blocks.begin(block), blocks.end(block)); });
 }
 
-// sum = dropout(grad[token]) * scale (kFirst), or added to it.
+// sum = dropout(grad[token]) * scale (kFirst), or added to it. `later` is a token that comes soon.
 template <class T, bool kDrop, bool kFirst>
-void add_token(const EmbeddingBackward<T>& args, int64_t token, float* sum) {
+void add_token(EmbeddingBackward<T> args, int64_t token, int64_t later, float* sum) {
   const T* const grad = args.grad + token * args.columns;
+  const T* const later_grad = args.grad + later * args.columns;
   const float scale = args.scale * args.dropout.scale;
   uint64_t bits = 0;
   for_columns(
@@ -64,6 +77,7 @@ void add_token(const EmbeddingBackward<T>& args, int64_t token, float* sum) {
       },
       [&](auto whole, int64_t c, int first, int n) {
         constexpr bool kWhole = decltype(whole)::value;
+        ask(later_grad, c);
         VecF v = load_n<kWhole>(grad + c, n) * scale;
         if constexpr (kDrop) v = keep(v, bits, first);
         if constexpr (!kFirst) v = v + load_n<kWhole>(sum + c, n);
@@ -115,14 +129,22 @@ void backward(const EmbeddingBackward<T>& args, Parallel& parallel) {
   const auto add = drop ? &add_token<T, true, false> : &add_token<T, false, false>;
   parallel.for_each((work + share - 1) / share, [&](int64_t task) {
     const int64_t end = boundary(task + 1);
+    const auto later = [&](int64_t k) {
+      return order[k + kRowsAhead < args.tokens ? k + kRowsAhead : k];
+    };
     for (int64_t i = boundary(task); i < end; ++i) {
       float* const sum = args.grad_weight + i * columns;
-      if (first[i] == first[i + 1]) {
-        std::memset(sum, 0, static_cast<size_t>(columns) * sizeof(float));
+      int64_t k = first[i];
+      if (k == first[i + 1]) {
+        // Most of a large vocabulary stands in no batch: many rows at once.
+        int64_t next = i + 1;
+        while (next < end && first[next] == first[next + 1]) ++next;
+        std::memset(sum, 0, static_cast<size_t>((next - i) * columns) * sizeof(float));
+        i = next - 1;
         continue;
       }
-      set(args, order[first[i]], sum);
-      for (int32_t k = first[i] + 1; k < first[i + 1]; ++k) add(args, order[k], sum);
+      set(args, order[k], later(k), sum);
+      while (++k < first[i + 1]) add(args, order[k], later(k), sum);
     }
   });
 }
