@@ -222,6 +222,13 @@ inline RowTerms backward_sums(const ResidualNormBackward<T>& args, const float* 
         if (begins_line<T>(first)) {
           ask(grad + c);
           ask(sum + c);
+          // The second phase comes soon; what it alone touches is asked for where it will be. In
+          // the forward pass asking for results ahead gained nothing.
+          if (args.grad_sum != nullptr) __builtin_prefetch(args.grad_sum + row * columns + c);
+          if (args.grad_residual != nullptr) {
+            __builtin_prefetch(args.grad_residual + row * columns + c, 1);
+          }
+          if (args.grad_x != nullptr) __builtin_prefetch(args.grad_x + row * columns + c, 1);
         }
         // Past the row g is 0.
         const VecF g = load_n<kWhole>(grad + c, n) * load_n<kWhole>(weight + c, n);
