@@ -75,51 +75,82 @@ inline VecI first_lanes(int64_t n) {
   return lane < static_cast<int32_t>(n);
 }
 
-// One row: x -> out over the first `columns` slots, of which mask (null: all) keeps some. `work`
-// holds `columns` floats and may be `out`. Returns whether any slot is kept.
-template <class T, bool kLog>
-bool forward_row(const T* x, const uint8_t* mask, float* work, T* out, int64_t columns) {
+// The maximum over the lanes, their sum and the division of one row wait for each other, those of
+// different rows do not: so many rows go through the phases together.
+constexpr int kRowGroup = 4;
+
+// x -> out over the first `columns` slots, of which mask (null: all) keeps some; 0, or -inf for the
+// logarithm, in the others. `work` holds `columns` floats and may be `out`.
+template <class T>
+struct Row {
+  const T* x;
+  const uint8_t* mask;
+  float* work;
+  T* out;
+  int64_t columns;
+};
+
+// Copies what is kept to work, -inf elsewhere; returns the maximum.
+template <class T>
+float row_maximum(Row<T> row) {
   VecF top[kChains];
   for (VecF& t : top) t = broadcast(-kInfinity);
-  for_each_vector(columns, [&](int64_t i, int64_t n, int k) {
-    VecF v = load_n(x + i, n);
-    if (mask != nullptr) {
-      v = select(n == kWidth ? load_mask(mask + i) : load_mask_partial(mask + i, n), v,
+  for_each_vector(row.columns, [&](int64_t i, int64_t n, int k) {
+    VecF v = load_n(row.x + i, n);
+    if (row.mask != nullptr) {
+      v = select(n == kWidth ? load_mask(row.mask + i) : load_mask_partial(row.mask + i, n), v,
                  broadcast(-kInfinity));
     }
     if (n < kWidth) v = select(first_lanes(n), v, broadcast(-kInfinity));
     top[k] = max(v, top[k]);  // a NaN loses here and reaches the result through the sum below
-    store_n(work + i, v, n);
+    store_n(row.work + i, v, n);
   });
-  const float row_max = max_chains(top);
+  const float maximum = max_chains(top);
   // A row of only masked slots and NaN has no maximum: 0 in its place lets the NaN through.
-  const float shift = row_max == -kInfinity ? 0.0f : row_max;
+  return maximum == -kInfinity ? 0.0f : maximum;
+}
 
+template <class T, bool kLog>
+float row_sum(Row<T> row, float shift) {
   VecF total[kChains] = {};
-  for_each_vector(columns, [&](int64_t i, int64_t n, int k) {
-    VecF e = exp(load_n(work + i, n) - shift);
+  for_each_vector(row.columns, [&](int64_t i, int64_t n, int k) {
+    VecF e = exp(load_n(row.work + i, n) - shift);
     if (n < kWidth) e = select(first_lanes(n), e, zero());
     total[k] += e;
-    if constexpr (!kLog) store_n(work + i, e, n);
+    if constexpr (!kLog) store_n(row.work + i, e, n);
   });
-  const float sum = sum_chains(total);
-  if (sum == 0.0f) return false;
+  return sum_chains(total);
+}
 
+template <class T, bool kLog>
+void write_row(Row<T> row, float shift, float sum, int64_t all_columns) {
+  if (sum == 0.0f) {
+    fill(row.out, 0, all_columns, 0.0f);
+    return;
+  }
   if constexpr (kLog) {
     const float log_sum = __builtin_logf(sum);
-    for_each_vector(columns, [&](int64_t i, int64_t n, int) {
-      const VecF v = load_n(work + i, n);
-      store_n(out + i, select(v == -kInfinity, v, (v - shift) - log_sum), n);
+    for_each_vector(row.columns, [&](int64_t i, int64_t n, int) {
+      const VecF v = load_n(row.work + i, n);
+      store_n(row.out + i, select(v == -kInfinity, v, (v - shift) - log_sum), n);
     });
   } else {
     const float inverse = 1.0f / sum;
-    for_each_vector(columns, [&](int64_t i, int64_t n, int) {
-      const VecF e = load_n(work + i, n);
+    for_each_vector(row.columns, [&](int64_t i, int64_t n, int) {
+      const VecF e = load_n(row.work + i, n);
       // The select keeps masked slots at 0 where a NaN elsewhere in the row makes the sum NaN.
-      store_n(out + i, select(e == 0.0f, e, e * inverse), n);
+      store_n(row.out + i, select(e == 0.0f, e, e * inverse), n);
     });
   }
-  return true;
+  fill(row.out, row.columns, all_columns, kLog ? -kInfinity : 0.0f);
+}
+
+template <class T, bool kLog>
+void forward_rows(const Row<T>* rows, int count, int64_t all_columns) {
+  float shift[kRowGroup], sum[kRowGroup];
+  for (int r = 0; r < count; ++r) shift[r] = row_maximum(rows[r]);
+  for (int r = 0; r < count; ++r) sum[r] = row_sum<T, kLog>(rows[r], shift[r]);
+  for (int r = 0; r < count; ++r) write_row<T, kLog>(rows[r], shift[r], sum[r], all_columns);
 }
 
 template <class T, bool kLog>
@@ -135,7 +166,8 @@ void forward(const SoftmaxForward& a, Parallel& parallel) {
     const int64_t end = begin + rows_per_task < a.rows ? begin + rows_per_task : a.rows;
     float* work = nullptr;
     if constexpr (sizeof(T) != sizeof(float)) {
-      work = static_cast<float*>(thread_scratch(static_cast<size_t>(a.columns) * sizeof(float)));
+      work = static_cast<float*>(
+          thread_scratch(static_cast<size_t>(kRowGroup * a.columns) * sizeof(float)));
     }
 
     int64_t index[kSoftmaxMaxDims] = {};
@@ -146,6 +178,8 @@ void forward(const SoftmaxForward& a, Parallel& parallel) {
       mask_offset += index[d] * keep.strides[d];
     }
 
+    Row<T> rows[kRowGroup];
+    int count = 0;
     for (int64_t row = begin; row < end; ++row) {
       int64_t columns = a.columns;
       if (keep.key_lengths != nullptr) {
@@ -161,11 +195,16 @@ void forward(const SoftmaxForward& a, Parallel& parallel) {
 
       const T* const x = static_cast<const T*>(a.x) + row * a.columns;
       T* const out = static_cast<T*>(a.out) + row * a.columns;
-      if constexpr (sizeof(T) == sizeof(float)) work = out;
-      if (columns > 0 && forward_row<T, kLog>(x, mask, work, out, columns)) {
-        fill(out, columns, a.columns, kLog ? -kInfinity : 0.0f);
+      float* line;
+      if constexpr (sizeof(T) == sizeof(float)) {
+        line = out;
       } else {
-        fill(out, 0, a.columns, 0.0f);
+        line = work + count * a.columns;
+      }
+      rows[count++] = {x, mask, line, out, columns};
+      if (count == kRowGroup || row + 1 == end) {
+        forward_rows<T, kLog>(rows, count, a.columns);
+        count = 0;
       }
 
       for (int d = keep.dims - 1; d >= 0; --d) {
@@ -181,17 +220,29 @@ void forward(const SoftmaxForward& a, Parallel& parallel) {
 // d x = y * (grad - sum(grad * y)). A slot with y = 0 is masked (or its gradient is 0 anyway): it
 // must not be read from grad, which may hold NaN there.
 template <class T>
-void softmax_backward_row(const T* grad, const T* y, T* grad_x, int64_t columns) {
-  VecF total[kChains] = {};
-  for_each_vector(columns, [&](int64_t i, int64_t n, int k) {
-    const VecF p = load_n(y + i, n);
-    total[k] += select(p == 0.0f, zero(), p * load_n(grad + i, n));
-  });
-  const float dot = sum_chains(total);
-  for_each_vector(columns, [&](int64_t i, int64_t n, int) {
-    const VecF p = load_n(y + i, n);
-    store_n(grad_x + i, select(p == 0.0f, zero(), p * (load_n(grad + i, n) - dot)), n);
-  });
+void softmax_backward_rows(const T* grad, const T* y, T* grad_x, int64_t rows, int64_t columns) {
+  float dot[kRowGroup];
+  for (int64_t begin = 0; begin < rows; begin += kRowGroup) {
+    const int64_t count = begin + kRowGroup < rows ? kRowGroup : rows - begin;
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t at = (begin + r) * columns;
+      VecF total[kChains] = {};
+      for_each_vector(columns, [&](int64_t i, int64_t n, int k) {
+        const VecF p = load_n(y + at + i, n);
+        total[k] += select(p == 0.0f, zero(), p * load_n(grad + at + i, n));
+      });
+      dot[r] = sum_chains(total);
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t at = (begin + r) * columns;
+      const VecF shift = broadcast(dot[r]);
+      for_each_vector(columns, [&](int64_t i, int64_t n, int) {
+        const VecF p = load_n(y + at + i, n);
+        const VecF v = p * (load_n(grad + at + i, n) - shift);
+        store_n(grad_x + at + i, select(p == 0.0f, zero(), v), n);
+      });
+    }
+  }
 }
 
 // d x = grad - exp(y) * sum(grad), over the slots with y > -inf.
@@ -222,15 +273,16 @@ void backward(const SoftmaxBackward& a, Parallel& parallel) {
   parallel.for_each(tasks, [&](int64_t task) {
     const int64_t begin = task * rows_per_task;
     const int64_t end = begin + rows_per_task < a.rows ? begin + rows_per_task : a.rows;
-    for (int64_t offset = begin * a.columns; offset < end * a.columns; offset += a.columns) {
-      const T* const grad = static_cast<const T*>(a.grad) + offset;
-      const T* const y = static_cast<const T*>(a.output) + offset;
-      T* const grad_x = static_cast<T*>(a.grad_x) + offset;
-      if (a.log) {
-        log_softmax_backward_row(grad, y, grad_x, a.columns);
-      } else {
-        softmax_backward_row(grad, y, grad_x, a.columns);
+    const int64_t offset = begin * a.columns;
+    const T* const grad = static_cast<const T*>(a.grad) + offset;
+    const T* const y = static_cast<const T*>(a.output) + offset;
+    T* const grad_x = static_cast<T*>(a.grad_x) + offset;
+    if (a.log) {
+      for (int64_t at = 0; at < (end - begin) * a.columns; at += a.columns) {
+        log_softmax_backward_row(grad + at, y + at, grad_x + at, a.columns);
       }
+    } else {
+      softmax_backward_rows(grad, y, grad_x, end - begin, a.columns);
     }
   });
 }
