@@ -101,6 +101,13 @@ def test_info_json():
     assert found["cpu"]["isa"]
 
 
+def test_info_names_the_nearest_option(capsys):
+    with pytest.raises(SystemExit) as stop:
+        info.main(["--jsom"])
+    assert stop.value.code == 2
+    assert "unknown option '--jsom'; did you mean '--json'?" in capsys.readouterr().err
+
+
 def test_info_without_torch():
     result = run_python(
         "import sys; sys.modules['torch'] = None; from transformer_ext import info; "

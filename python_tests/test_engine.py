@@ -326,6 +326,12 @@ def test_errors():
         engine.score([[5, 3]], [[3], [3]])
     with pytest.raises(ValueError, match="batch_size: got 0"):
         engine.search([[5, 3]], batch_size=0)
+    with pytest.raises(
+        ValueError, match=r"number 1 \(from 0\) has 4 tokens, expected at most max_"
+    ):
+        engine.search([[5, 3], [5, 6, 7, 3]], SearchOptions(max_source_length=3))
+    with pytest.raises(ValueError, match="number 0 .* has 2 tokens, expected at most max_source"):
+        beam_search(model, [[5, 3]], SearchOptions(max_source_length=1))
     with pytest.raises(ValueError, match="attention_layer: got 2, but the decoder has 2 layers"):
         engine.align([[5, 3]], [[3]], layer=2)
     assert len(engine.search([[5] * 12])[0].hypotheses) == 1

@@ -61,6 +61,10 @@ def test_a_model(files, capsys):
         (["--hyp", "empty", "--ref", "empty"], "empty: has no lines"),
         (["--hyp", "nothing", "--ref", "ref"], "nothing: cannot be read"),
         (["nothing", "--src", "src", "--ref", "ref"], "nothing: no such model directory"),
+        (
+            ["model", "--beam-sise", "3"],
+            "unknown option '--beam-sise'; did you mean '--beam-size'?",
+        ),
     ],
 )
 def test_wrong_arguments(files, monkeypatch, capsys, arguments, message):

@@ -76,18 +76,23 @@ def test_a_wide_beam_finds_what_exhaustive_search_finds(kind, alpha, seed):
     np.testing.assert_allclose([h.score for h in result.hypotheses], [s for s, _ in expected])
 
 
+@pytest.mark.parametrize("ranked", [False, True])
 @pytest.mark.parametrize("seed", range(20))
-def test_exact_stopping_returns_what_never_stopping_returns(seed):
-    step = table_model(8, seed, sharpness=2.0)
-    options = SearchOptions(num_hypotheses=3, length_penalty=1.0)
-    stopped = one(step, 12, num_hypotheses=3, length_penalty=1.0)
+def test_exact_stopping_returns_what_never_stopping_returns(seed, ranked):
+    step = table_model(5 if ranked else 8, seed, sharpness=2.0)
+    changes = dict(num_hypotheses=3, length_penalty=1.5 if ranked else 1.0)
+    changes.update(length_counts_eos=not ranked, rank_unfinished=ranked)
+    limit = 4 if ranked else 12
+    stopped = one(step, limit, **changes)
 
-    endless = SentenceSearch(12, EOS, options, {START})
-    while endless.steps < 12 and endless.live:
+    endless = SentenceSearch(limit, EOS, SearchOptions(**changes), {START})
+    while endless.steps < limit and endless.live:
         prefixes = np.array([[START, *live.tokens] for live in endless.live])
         endless.advance(step([0] * len(prefixes), prefixes))
-    ended = [hypothesis for hypothesis in endless.result().hypotheses if hypothesis.ended]
-    assert stopped.hypotheses[: len(ended)] == ended
+    found = endless.result().hypotheses
+    if not ranked:
+        found = [hypothesis for hypothesis in found if hypothesis.ended]
+    assert stopped.hypotheses[: len(found)] == found
 
 
 @pytest.mark.parametrize("beam_size", [2, 5])

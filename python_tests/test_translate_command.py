@@ -233,6 +233,42 @@ def test_no_such_model(tmp_path):
     assert done.returncode == 2 and b"no such model directory" in done.stderr
 
 
+def test_very_long_lines_are_cut(model_dir):
+    line = " ".join(SENTENCES * 40)
+    done = run(model_dir, *QUICK, stdin=f"{line}\nopen\n".encode())
+    assert done.returncode == 0 and done.stdout.count(b"\n") == 2
+    assert b"texts longer than 1024 tokens, cut to them: 1" in done.stderr
+    done = run(model_dir, *QUICK, "--max-source-length", 5, stdin=f"{SENTENCES[0]}\na\n".encode())
+    assert done.returncode == 0 and b"texts longer than 5 tokens, cut to them: 1" in done.stderr
+
+
+def test_score_with_attention(model_dir, tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_text(f"{SENTENCES[0]}\n\n")
+    target.write_text(f"{SENTENCES[3]}\n\n")
+    files = ["--src", source, "--tgt", target]
+    options = ["--format", "jsonl", "--return-alignment", "--return-attention"]
+    done = run(model_dir, *files, *options, "--attention-layer", 0, module="score")
+    first, empty = (json.loads(line) for line in done.stdout.splitlines())
+    with Translator(model_dir) as translator:
+        log_probs, attention = translator.align(SENTENCES[:1], SENTENCES[3:4])[0]
+    assert first["token_scores"] == log_probs and first["attention"] == attention.tolist()
+    assert first["alignment"] == attention.argmax(1).tolist()
+    assert len(first["source_tokens"]) == attention.shape[1]
+    assert empty["alignment"] == [] and empty["source_tokens"] == []
+    for wrong, message in (
+        (["--return-alignment"], b"expected --format jsonl with them"),
+        (["--attention-layer", "0"], b"expected --return-attention or --return-alignment with it"),
+        (["--srk", "x"], b"unknown option '--srk'; did you mean '--src'?"),
+        (["--batch-tokens", "0"], b"batch_tokens: got 0, expected at least 1"),
+    ):
+        done = run(model_dir, *files, *wrong, module="score")
+        assert done.returncode == 2 and message in done.stderr
+    # A misspelt option that is needed is named, not only missed.
+    done = run(model_dir, "--srk", source, "--tgt", target, module="score")
+    assert done.returncode == 2 and b"did you mean '--src'?" in done.stderr
+
+
 def test_score(model_dir, tmp_path):
     source, target = tmp_path / "source", tmp_path / "target"
     source.write_text("\n".join(SENTENCES[:3]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ import pytest
 from decoding_helpers import SENTENCES, save_random_model
 
 from transformer_ext.config import ConfigError
+from transformer_ext.data.tokenizer import train_tokenizer
 from transformer_ext.files import FileError, load_model_dir
 from transformer_ext.inference.engine import UnsupportedModelError
 from transformer_ext.inference.options import SearchOptions
@@ -159,6 +161,77 @@ def test_closing(model_dir):
         translator.translate("the")
     with pytest.raises(ValueError, match="closed"):
         translator.translate("the")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="memory is read from /proc")
+def test_closing_gives_the_memory_back(tmp_path):
+    folder = save_random_model(tmp_path / "model", d_model=256, tgt_vocab_size=60_000)
+    code = (
+        "import gc, json, os\n"
+        "from transformer_ext import Translator\n"
+        "def megabytes():\n"
+        "    gc.collect()\n"
+        "    with open('/proc/self/statm') as file:\n"
+        "        return int(file.read().split()[1]) * os.sysconf('SC_PAGESIZE') / 2**20\n"
+        "found = []\n"
+        "for _ in range(3):\n"
+        f"    with Translator({str(folder)!r}, threads=1) as translator:\n"
+        "        translator.translate('Open the file.', max_length=9)\n"
+        "        found.append(megabytes())\n"
+        "    found.append(megabytes())\n"
+        "print(json.dumps(found))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[1],
+    )
+    opened, closed, *_, last_closed = json.loads(done.stdout)
+    # Two tables of 60,000 rows of 256 floats.
+    assert opened - closed > 0.9 * 2 * 60_000 * 256 * 4 / 2**20
+    assert last_closed - closed < 10
+
+
+def test_broken_files_are_one_clear_error(tmp_path, model_dir):
+    def copy(name):
+        return Path(shutil.copytree(model_dir, tmp_path / name))
+
+    folder = copy("cut off")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(FileError, match=r"model.safetensors: broken or cut off \(.* bytes\)"):
+        Translator(folder)
+    folder = copy("other bytes")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(b"\xff" * 1000)
+    with pytest.raises(FileError, match="model.safetensors: broken or cut off"):
+        Translator(folder)
+    folder = copy("config")
+    (folder / "config.json").write_text("{")
+    with pytest.raises(FileError, match="config.json: broken, not JSON"):
+        Translator(folder)
+    folder = copy("tokenizer")
+    (folder / "tokenizer.model").write_bytes(train_tokenizer(SENTENCES[:4], vocab_size=300)[0])
+    with pytest.raises(FileError, match="not the tokenizer that this model was trained with"):
+        Translator(folder)
+    with Translator(model_dir, options=OPTIONS) as translator:
+        assert translator.translate("the").hypotheses
+
+
+def test_errors_of_a_call_leave_the_translator_as_it_was(translator):
+    expected = translator.translate(SENTENCES)
+    for changes in (
+        {"suppressed_tokens": [10_000]},
+        {"attention_layer": 7, "return_attention": True},
+        {"max_source_length": 2},
+        {"beam_size": "wide"},
+        {"target_prefix": ["a " * 50] * len(SENTENCES)},
+    ):
+        with pytest.raises(ValueError, match=r"got|has \d+ tokens"):
+            translator.translate(SENTENCES, **changes)
+    assert translator.translate(SENTENCES) == expected
 
 
 def test_errors_of_the_folder(tmp_path, model_dir):

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from transformer_ext.config import ArgumentParser
 
@@ -35,16 +36,46 @@ def _parser() -> ArgumentParser:
         type=int,
         default=64,
         metavar="N",
-        help="pairs scored together (default: %(default)s)",
+        help="most pairs scored together (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch-tokens",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="most source tokens scored together, which bounds memory (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--return-alignment",
+        action="store_true",
+        help="jsonl: the source token that each target token attends to most",
+    )
+    parser.add_argument(
+        "--return-attention",
+        action="store_true",
+        help="jsonl: each target token's attention to the source, averaged over heads",
+    )
+    parser.add_argument(
+        "--attention-layer",
+        type=int,
+        metavar="N",
+        help="decoder layer, from 0, of both (default: the last)",
     )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    attends = arguments.return_alignment or arguments.return_attention
+    if attends and arguments.format != "jsonl":
+        parser.error("--return-attention and --return-alignment: expected --format jsonl with them")
+    if arguments.attention_layer is not None and not attends:
+        parser.error("--attention-layer: expected --return-attention or --return-alignment with it")
     try:
         from transformer_ext.inference.lines import TextLines
+        from transformer_ext.inference.search import alignment_of
         from transformer_ext.inference.translator import Translator
 
         text = TextLines()
@@ -55,18 +86,36 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "expected as many"
             )
         with Translator(arguments.model, arguments.threads) as translator:
-            scores = translator.score(sources, targets, batch_size=arguments.batch_size)
-            for target, row in zip(targets, scores, strict=True):
+            batches = dict(batch_size=arguments.batch_size, batch_tokens=arguments.batch_tokens)
+            attentions: list[Any] = [None] * len(sources)
+            if attends:
+                layer = arguments.attention_layer
+                aligned = translator.align(sources, targets, layer=layer, **batches)
+                scores = [row for row, _ in aligned]
+                attentions = [attention for _, attention in aligned]
+            else:
+                scores = translator.score(sources, targets, **batches)
+            for source, target, row, attention in zip(
+                sources, targets, scores, attentions, strict=True
+            ):
                 # No token is scored where the source is empty.
                 log_prob = sum(row) if row or not target.strip() else -math.inf
                 if arguments.format == "jsonl":
                     ids = translator.target_tokenizer.encode(target)
                     pieces = translator.target_tokenizer.pieces([*ids, translator.config.eos_id])
-                    values = {
+                    values: dict[str, Any] = {
                         "log_prob": log_prob if math.isfinite(log_prob) else None,
                         "tokens": pieces if row else [],
                         "token_scores": row,
                     }
+                    if attends:
+                        values["source_tokens"] = translator.source_tokenizer.pieces(
+                            translator.encode([source])[0]
+                        )
+                    if arguments.return_alignment:
+                        values["alignment"] = alignment_of(attention)
+                    if arguments.return_attention:
+                        values["attention"] = attention.tolist()
                     print(json.dumps(values, ensure_ascii=False))
                 else:
                     print(f"{log_prob:.6f}")

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 FORMATS = ("text", "jsonl", "nbest")
 
+#: Tokens of the longest line that is translated whole, where neither option nor model say more.
+LONGEST_LINE = 1024
+
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
@@ -172,7 +175,12 @@ def _translate(
     prefix_file: str | None,
 ) -> None:
     number = over_long = cut = 0
-    longest = translator.longest_source
+    # A line that is no sentence (a file without line ends, say) must not take all memory.
+    longest = translator.options.max_source_length or max(
+        LONGEST_LINE, 2 * (translator.max_train_length or 0)
+    )
+    positions = translator.longest_source
+    longest = longest if positions is None else min(longest, positions)
     prefix_lines = None if prefix_file is None else text.read(prefix_file)
 
     def pieces(ids: list[int], target: bool) -> list[str]:
@@ -184,12 +192,11 @@ def _translate(
         for block in _blocks(text, files, 4 * batch_size):
             sources = translator.encode(block)
             over_long += translator.count_over_long(sources)
-            if longest is not None:
-                cut += sum(len(source) > longest for source in sources)
-                sources = [
-                    source if len(source) <= longest else [*source[: longest - 1], source[-1]]
-                    for source in sources
-                ]
+            cut += sum(len(source) > longest for source in sources)
+            sources = [
+                source if len(source) <= longest else [*source[: longest - 1], source[-1]]
+                for source in sources
+            ]
             numbers = range(number, number + len(block))
             prefixes = None
             if prefix_lines is not None:
@@ -219,7 +226,12 @@ def _translate(
             )
     finally:
         _warn(over_long, translator.over_long_message(over_long))
-        _warn(cut, f"texts longer than the {longest} positions of this model, cut to them: {cut}")
+        what = (
+            f"the {longest} positions of this model"
+            if longest == positions
+            else f"{longest} tokens"
+        )
+        _warn(cut, f"texts longer than {what}, cut to them: {cut}")
         _warn(
             text.undecodable,
             f"lines with bytes that are not UTF-8, replaced by U+FFFD: {text.undecodable}",

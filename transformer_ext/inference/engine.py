@@ -14,6 +14,7 @@ from transformer_ext.files import parameter_shapes
 from transformer_ext.inference.options import SearchOptions, SearchResult
 from transformer_ext.inference.search import (
     attention_layer,
+    check_source_lengths,
     empty_result,
     make_hypothesis,
     never_proposed,
@@ -132,7 +133,7 @@ class Engine:
 
         Raises:
             ValueError: an id that is not in the vocabulary, a source longer than the model's
-                positions, a prefix as long as the longest output, numbers of prefixes and sources
+                positions or ``max_source_length``, a prefix as long as the longest output, numbers of prefixes and sources
                 that differ, or weights that give NaN.
         """
         options = options or SearchOptions()
@@ -144,6 +145,7 @@ class Engine:
                     f"{len(sources)} sources"
                 )
         layer = attention_layer(options, self.config)
+        check_source_lengths(sources, options.max_source_length)
         results = [empty_result(options) for _ in sources]
         for batch in _batches(sources, batch_size, batch_tokens):
             lengths = [len(sources[i]) for i in batch]

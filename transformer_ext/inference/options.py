@@ -80,6 +80,13 @@ class SearchOptions:
         minimum=0.0,
     )
     max_length_b: int = option(50, help="tokens of output allowed beside those", minimum=0)
+    max_source_length: int | None = option(
+        None,
+        help="a longer source is an error (the translate command cuts it, and says so)",
+        unit="tokens, end of sentence counted",
+        minimum=1,
+        auto="any length; for the command, 1024 or twice the longest trained on",
+    )
     min_length: int = option(
         0, help="tokens that come before the end of sentence at least", unit="tokens", minimum=0
     )

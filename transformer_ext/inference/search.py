@@ -337,7 +337,9 @@ def make_hypothesis(
 
 def alignment_of(attention: NDArray[Any] | None) -> list[int]:
     """For each row of ``[tokens, source tokens]``, the column with the most, the first of equals."""
-    found: list[int] = [] if attention is None else attention.argmax(axis=1).tolist()
+    if attention is None or not len(attention):
+        return []
+    found: list[int] = attention.argmax(axis=1).tolist()
     return found
 
 
@@ -425,6 +427,16 @@ def attention_layer(options: SearchOptions, config: TransformerConfig) -> int | 
     return layer
 
 
+def check_source_lengths(sources: Sequence[Sequence[int]], longest: int | None) -> None:
+    """Raise a ValueError for a source longer than ``max_source_length``."""
+    for number, source in enumerate(sources):
+        if longest is not None and len(source) > longest:
+            raise ValueError(
+                f"sources: number {number} (from 0) has {len(source)} tokens, expected at most "
+                f"max_source_length ({longest})"
+            )
+
+
 def check_ids(name: str, ids: Sequence[int], vocabulary: int) -> None:
     """Raise a ValueError for an id that is not in the vocabulary."""
     for token in ids:
@@ -454,14 +466,15 @@ def beam_search(
         a result for each sentence; an empty source gives one empty hypothesis.
 
     Raises:
-        ValueError: an id that is not in the vocabulary, a prefix that is too long, or an attention
-            layer that the model does not have.
+        ValueError: an id that is not in the vocabulary, a source or prefix that is too long, or an
+            attention layer that the model does not have.
     """
     import torch
 
     options = options or SearchOptions()
     config = model.config
     layer = attention_layer(options, config)
+    check_source_lengths(sources, options.max_source_length)
     positions = config.max_positions if config.positions == "learned" else None
     found_numbers = [index for index, source in enumerate(sources) if len(source)]
     results = [empty_result(options) for _ in sources]
