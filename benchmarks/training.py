@@ -9,12 +9,16 @@ by ``--list``; ``--peers`` chooses groups of them, ``--only`` single ones.
 
 Every competitor lives in a process of its own, and on each batch all take turns; ratios are medians
 over the batches of the ratio on one batch, so that a slow moment of the machine hits both sides.
-``ours-bfloat16`` runs always. As many live side by side as fit into memory; the others follow.
+``ours-bfloat16`` runs always. As many live side by side as fit into memory; the others follow. A
+timed batch has been trained on once before: what libraries and compilers make for a shape is there.
+In a real training that holds for ours, whose shapes recur, but hardly for the padded shapes of the
+peers, so the peers are a little better here than there.
 
 - malloc: without ``--keep-freed-memory`` each runs as its users run it: ours with the malloc
   settings that our train command makes, the peers with those of the system. With it all have ours.
 - peak memory: greatest resident size of the process, less what it had after the imports.
-- warm-up: seconds until the first timed step, compiling included; outside of the rate.
+- warm-up: seconds from the start of the process to the first timed step, imports and compiling
+  included; outside of the rate.
 - loss: mean over the first pass over the batches, smoothed, nats a token. It differs with dropout's
   noise only, except that Marian has no norm after each stack and other positions.
 
@@ -47,7 +51,6 @@ from transformer_ext.training.environment import keep_freed_memory
 
 VOCABULARIES = {"tiny": 8000, "small": 8000, "base": 32000, "big": 32000}
 ANCHOR = "ours-bfloat16"
-WARM_UP = 2
 #: Bytes that must stay free for another competitor to be started beside those that run.
 RESERVE = 1 << 30
 
@@ -102,7 +105,7 @@ class Runner:
         self._start = time.perf_counter()
         self.process.start()
         other.close()
-        for index in range(len(task.batches) if COMPETITORS[key].warm_all else WARM_UP):
+        for index in range(len(task.batches)):
             self.step(index, timed=False)
         self.warm_up = time.perf_counter() - self._start
 
@@ -137,7 +140,7 @@ def make_task(options: argparse.Namespace) -> Task:
     # vocabulary, and the work does not depend on which ids they are.
     train = prepare_data(DataConfig(vocab_size=8000), print).train
     sampler = BatchSampler(train.source_lengths, train.target_lengths, options.max_tokens, seed=1)
-    batches = sampler.epoch(0)[: WARM_UP + options.batches]
+    batches = sampler.epoch(0)[: options.batches]
     return Task(
         options.preset,
         vocabulary,
@@ -171,7 +174,7 @@ def measure(
                     runners.append(Runner(key, task, options))
                 except (EOFError, ConnectionError):
                     failed.append(key)
-            for index in range(WARM_UP, len(task.batches)):
+            for index in range(len(task.batches)):
                 for runner in runners:
                     runner.step(index)
                 if options.max_seconds and time.perf_counter() - began > options.max_seconds:
@@ -288,7 +291,9 @@ def main() -> None:
     )
     parser.add_argument("--preset", choices=list(VOCABULARIES), default="small")
     parser.add_argument("--max-tokens", type=int, default=2048, help="target tokens a batch")
-    parser.add_argument("--batches", type=int, default=5, help="timed batches, after 2 to warm up")
+    parser.add_argument(
+        "--batches", type=int, default=5, help="batches; all warm up on them, then they are timed"
+    )
     parser.add_argument(
         "--norm-first", action="store_true", help="pre-norm; Marian stays post-norm"
     )

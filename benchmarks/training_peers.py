@@ -370,14 +370,12 @@ class Competitor:
         make: from the task to the step.
         group: the name that ``--peers`` knows it by.
         needs: package that must be installed.
-        warm_all: warm up with every batch: each is a shape of its own.
     """
 
     title: str
     make: Callable[[Task], TrainStep]
     group: str
     needs: str = "torch"
-    warm_all: bool = False
 
     @property
     def installed(self) -> bool:
@@ -401,7 +399,6 @@ def _compiled(autocast: bool, mode: str) -> Competitor:
         f"torch.compile of nn.Transformer, {kind}, fused Adam, {padding}",
         _peer(NNTransformer, autocast, True, mode),
         "compile",
-        warm_all=True,
     )
 
 

@@ -16,7 +16,12 @@ import torch
 
 from transformer_ext.config import TrainConfig, from_dict
 from transformer_ext.model import Transformer, TransformerConfig
-from transformer_ext.training.batches import BatchStream, Position, to_device
+from transformer_ext.training.batches import (
+    BatchStream,
+    Position,
+    recurring_rows,
+    to_device,
+)
 from transformer_ext.training.checkpoint import Checkpoints
 from transformer_ext.training.optimizer import Optimizer, parameters_by_name
 from transformer_ext.training.report import Console, JsonLog, duration, read_log, save_loss_curve
@@ -171,6 +176,37 @@ def test_a_step_has_the_gradient_of_the_mean_over_all_its_tokens() -> None:
     (total / step.target_tokens).backward()
     for name, parameter in parameters_by_name(twin).items():
         torch.testing.assert_close(captured[name], parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_recurring_rows_are_few_and_near() -> None:
+    counts = np.arange(1, 1 << 14)
+    rounded = np.array([recurring_rows(int(count)) for count in counts])
+    assert (rounded >= counts).all() and (np.diff(rounded) >= 0).all()
+    assert (rounded[511:] - counts[511:] <= counts[511:] / 16).all()
+    assert all(len(set(rounded[first : 2 * first])) <= 34 for first in (512, 1024, 4096))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_rows_added_so_that_shapes_recur_have_no_effect(precision: str) -> None:
+    data, model = Numbers(), small_model(dropout=0.3).set_precision(precision)
+    trainer = trainer_for(model, data.stream(), Plan(max_steps=1, label_smoothing=0.1))
+    batch, cpu = data.collate(np.arange(5)), torch.device("cpu")
+    results = []
+    for recurring in (False, True):
+        loaded = to_device(batch, cpu, recurring=recurring)
+        assert len(loaded.labels) % 16 == 0 or not recurring
+        loss, nll, correct = trainer.losses(loaded, 7.0)
+        model.zero_grad()
+        loss.backward()
+        results.append((loss, nll, correct, [p.grad for p in model.parameters()]))
+    exact, padded = results
+    assert len(batch.labels) % 16 and len(batch.src_ids) % 16
+    # Other shapes may be added up in another order.
+    tolerance = 1e-5 if precision == "float32" else 2e-2
+    torch.testing.assert_close(padded[:2], exact[:2], rtol=tolerance / 10, atol=0)
+    assert padded[2] == exact[2]
+    for mine, other in zip(padded[3], exact[3], strict=True):
+        torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance * other.abs().max())
 
 
 def test_evaluation_equals_the_loss_by_hand_and_leaves_dropout_off() -> None:

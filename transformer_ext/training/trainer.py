@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import signal
 import time
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from transformer_ext import ops
+from transformer_ext.ops.linear import gemm_choices
 from transformer_ext.training.batches import BatchStream, DeviceBatch, Position, to_device
 from transformer_ext.training.checkpoint import Checkpoints
 from transformer_ext.training.distributed import World
@@ -43,6 +45,11 @@ class LossModule(nn.Module):
         self.model = model
         self.label_smoothing = label_smoothing
 
+    def load(self, batch: Any, device: torch.device) -> DeviceBatch:
+        """The batch on the device, with numbers of rows that recur where that pays."""
+        dtype = getattr(self.model, "activation_dtype", torch.float32)
+        return to_device(batch, device, recurring=_compiles_shapes(device.type, dtype))
+
     def forward(
         self, batch: DeviceBatch, normalizer: float | Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,6 +65,15 @@ class LossModule(nn.Module):
             normalizer=normalizer,
         )
         return output.loss, output.nll_sum, output.correct
+
+
+@functools.cache
+def _compiles_shapes(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether the library of the matrix products makes a program for each shape: oneDNN's do."""
+    name = str(dtype).removeprefix("torch.")
+    return device_type == "cpu" and any(
+        choice["dtype"] == name and choice["library"] == "torch" for choice in gemm_choices()
+    )
 
 
 @dataclass(frozen=True)
@@ -193,7 +209,7 @@ def evaluate_loss(
     tokens = 0
     with torch.no_grad():
         for make in batches[world.rank :: world.size]:
-            batch = to_device(make(), world.device)
+            batch = losses.load(make(), world.device)
             loss, nll, correct = losses(batch, 1.0)
             part = torch.stack([loss.float(), nll.float(), correct.float()])
             sums = part if sums is None else sums + part
@@ -286,7 +302,7 @@ class Trainer:
         self.losses.train()
         last = len(step.batches) - 1
         for index, (data, microstep) in enumerate(zip(step.batches, step.microsteps, strict=True)):
-            batch = to_device(data, world.device)
+            batch = self.losses.load(data, world.device)
             self._seed_dropout(number, microstep)
             with self._without_sync() if index < last else nullcontext():
                 loss, nll, _ = self._parallel(batch, normalizer)
