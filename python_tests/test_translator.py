@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -108,6 +109,50 @@ def test_target_prefix(translator):
         translator.translate(SENTENCES[:1], target_prefix=[3])
     with pytest.raises(ValueError, match="prefixes: got 1, expected one for each of the 2 sources"):
         translator.translate(SENTENCES[:2], target_prefix=["a"])
+
+
+def test_an_iterator_is_read_as_it_is_asked_for(translator):
+    read = []
+
+    def endless():
+        for number in itertools.count():
+            read.append(number)
+            yield SENTENCES[number % len(SENTENCES)]
+
+    expected = translator.translate(SENTENCES * 3)
+    found = translator.translate_iter(endless(), read_ahead=5, batch_size=2)
+    assert read == []
+    for number in range(len(SENTENCES) * 3):
+        assert next(found) == expected[number]
+        assert len(read) <= number + 5
+    # Lines that end in a newline, as files give them.
+    lines = [f"{sentence}\n" for sentence in SENTENCES]
+    assert [t.text for t in translator.translate_iter(lines)] == [t.text for t in expected[:6]]
+    assert list(translator.translate_iter([])) == []
+
+
+def test_an_iterator_takes_options_and_prefixes(translator):
+    options = dict(sampling=True, seed=3, num_hypotheses=2, max_length=10)
+    prefixes = ["Öffnen Sie", "", "Die", "", "", "a"]
+    expected = translator.translate(SENTENCES, target_prefix=prefixes, **options)
+    found = translator.translate_iter(
+        iter(SENTENCES), target_prefix=iter(prefixes), read_ahead=4, **options
+    )
+    assert list(found) == expected
+    with pytest.raises(ConfigError, match="did you mean 'beam_size'"):
+        translator.translate_iter(SENTENCES, beamsize=2)
+    with pytest.raises(TypeError, match="texts: got a text, expected an iterable"):
+        translator.translate_iter("one text")
+    with pytest.raises(ValueError, match="read_ahead: got 0"):
+        translator.translate_iter(SENTENCES, read_ahead=0)
+    with pytest.raises(TypeError, match="texts: got int at position 2"):
+        list(translator.translate_iter(["a", "b", 3], read_ahead=2))
+    with pytest.raises(ValueError, match="target_prefix: got 1, expected one for each text"):
+        list(translator.translate_iter(["a", "b"], target_prefix=["c"]))
+    long = [" ".join(SENTENCES)] * 5
+    with pytest.warns(UserWarning, match="longer than any") as caught:
+        assert len(list(translator.translate_iter(long, read_ahead=2))) == 5
+    assert len(caught) == 1
 
 
 def test_texts_longer_than_any_trained_on_give_one_warning(translator):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -254,6 +255,93 @@ class Translator:
         translations = [self.translation(result) for result in results]
         return translations[0] if isinstance(text, str) else translations
 
+    def translate_iter(
+        self,
+        texts: Iterable[str],
+        options: SearchOptions | None = None,
+        *,
+        target_prefix: Iterable[str] | None = None,
+        read_ahead: int = 4 * BATCH_SIZE,
+        batch_size: int = BATCH_SIZE,
+        batch_tokens: int = BATCH_TOKENS,
+        **changes: Any,
+    ) -> Iterator[Translation]:
+        """:meth:`translate` for texts without end, in bounded memory.
+
+        ::
+
+            with open("corpus.en") as lines:
+                for translation in translator.translate_iter(lines, beam_size=1):
+                    print(translation.text)
+
+        Args:
+            texts: any iterable, read only as translations are asked for.
+            options: see :meth:`translate`.
+            target_prefix: what each translation is to begin with, as many as texts.
+            read_ahead: texts that are read, sorted by length, translated and held at once.
+            batch_size: see :meth:`translate`.
+            batch_tokens: see there.
+            changes: see there.
+
+        Yields:
+            a :class:`Translation` for each text, in order, the same as :meth:`translate` of a list
+            of all gives.
+
+        Raises:
+            ConfigError, TypeError, ValueError: as :meth:`translate`, options at once, the rest when
+                the text is reached.
+        """
+        if isinstance(texts, str):
+            raise TypeError("texts: got a text, expected an iterable of texts")
+        if read_ahead < 1:
+            raise ValueError(f"read_ahead: got {read_ahead}, expected at least 1")
+        options = (options or self.options).replace(**changes)
+        return self._translate_blocks(
+            iter(texts),
+            None if target_prefix is None else iter(target_prefix),
+            options,
+            read_ahead,
+            batch_size,
+            batch_tokens,
+        )
+
+    def _translate_blocks(
+        self,
+        texts: Iterator[str],
+        prefixes: Iterator[str] | None,
+        options: SearchOptions,
+        read_ahead: int,
+        batch_size: int,
+        batch_tokens: int,
+    ) -> Iterator[Translation]:
+        number = 0
+        warned = False
+        while block := list(itertools.islice(texts, read_ahead)):
+            sources = self.encode(_texts("texts", block, number))
+            prefix_ids = None
+            if prefixes is not None:
+                beginnings = list(itertools.islice(prefixes, len(block)))
+                if len(beginnings) < len(block):
+                    raise ValueError(
+                        f"target_prefix: got {number + len(beginnings)}, expected one for each text"
+                    )
+                prefix_ids = self.encode_prefixes(_texts("target_prefix", beginnings, number))
+            over_long = self.count_over_long(sources)
+            if over_long and not warned:
+                warnings.warn(self.over_long_message(over_long), stacklevel=2)
+                warned = True
+            results = self.translate_ids(
+                sources,
+                options,
+                prefixes=prefix_ids,
+                numbers=range(number, number + len(block)),
+                batch_size=batch_size,
+                batch_tokens=batch_tokens,
+            )
+            number += len(block)
+            for result in results:
+                yield self.translation(result)
+
     def translate_ids(
         self,
         sources: Sequence[Sequence[int]],
@@ -397,14 +485,14 @@ class Translator:
         return Translation(best.text, best.tokens, best.score, hypotheses)
 
 
-def _texts(name: str, value: str | Sequence[str]) -> list[str]:
-    """The value as a list.
+def _texts(name: str, value: str | Sequence[str], first: int = 0) -> list[str]:
+    """The value as a list; ``first`` is the position of its first, for messages.
 
     Raises:
         TypeError: it is neither a text nor a sequence of texts.
     """
     texts = [value] if isinstance(value, str) else list(value)
-    for number, entry in enumerate(texts):
+    for number, entry in enumerate(texts, first):
         if not isinstance(entry, str):
             raise TypeError(
                 f"{name}: got {type(entry).__name__} at position {number}, "
