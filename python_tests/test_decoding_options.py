@@ -7,7 +7,9 @@ the model is seen in test_engine.py, for which some options are repeated there.
 
 from __future__ import annotations
 
+import importlib.util
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from transformer_ext.inference.engine import _batches  # noqa: E402
+from transformer_ext.inference.engine import Engine, _batches  # noqa: E402
 from transformer_ext.inference.options import SearchOptions  # noqa: E402
 from transformer_ext.inference.search import (  # noqa: E402
     attention_layer,
@@ -27,6 +29,7 @@ from transformer_ext.inference.search import (  # noqa: E402
     search,
     uniform_number,
 )
+from transformer_ext.model.config import preset  # noqa: E402
 
 # Five words, so that repetitions are the rule.
 VOCABULARY = 9
@@ -213,6 +216,63 @@ def test_sampling_from_a_large_vocabulary():
         expected = [draw(log_probs, options, uniform_number(3, 8, i, 0)) for i in range(300)]
         assert drawn == sorted(expected)
         assert len(set(drawn)) > 3
+
+
+def test_the_ctranslate2_preset_is_its_search(tmp_path):
+    ctranslate2 = pytest.importorskip("ctranslate2")
+    file = Path(__file__).parents[1] / "benchmarks" / "decoding.py"
+    spec = importlib.util.spec_from_file_location("decoding_benchmark", file)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    config = preset("tiny", 37, 37, d_model=32, nhead=4, dim_feedforward=48)
+    weights = benchmark.random_weights(config)
+    # Sure enough of its tokens that sentences end.
+    weights["source_embedding.weight"] *= 2
+    tokens = benchmark.ctranslate2_model(config, weights, str(tmp_path))
+    theirs = ctranslate2.Translator(str(tmp_path), compute_type="float32", intra_threads=1)
+    engine = Engine(config, weights, threads=1)
+    sources = [[9, 20, 3], [5, 30, 31, 32, 7, 8, 3], [12] * 9 + [3]]
+
+    def step(rows, prefixes):
+        found = engine.score(
+            [sources[row] for row in rows for _ in range(37)],
+            [[*prefix[1:], token] for prefix in prefixes.tolist() for token in range(37)],
+            batch_tokens=10**6,
+        )
+        return np.array([row[-1] for row in found]).reshape(len(rows), 37)
+
+    for beam_size, alpha, limit, patience in (
+        (4, 1.0, 20, 1.0),
+        (3, 0.6, 9, 2.0),
+        (5, 2.0, 6, 1.0),
+    ):
+        options = SearchOptions.preset(
+            "ctranslate2",
+            beam_size=beam_size,
+            num_hypotheses=beam_size,
+            length_penalty=alpha,
+            beam_patience=patience,
+            max_length=limit,
+            min_length=0,
+        )
+        # Nothing is suppressed, so that nothing has to be shared out.
+        mine = search(step, [limit] * 3, options, start_id=2, eos_id=3)
+        expected = theirs.translate_batch(
+            [[tokens[i] for i in source] for source in sources],
+            beam_size=beam_size,
+            num_hypotheses=beam_size,
+            length_penalty=alpha,
+            patience=patience,
+            max_decoding_length=limit,
+            min_decoding_length=0,
+            return_scores=True,
+        )
+        for result, other in zip(mine, expected, strict=True):
+            said = [[tokens[i] for i in h.tokens] for h in result.hypotheses]
+            assert said == other.hypotheses
+            np.testing.assert_allclose(
+                [h.score for h in result.hypotheses], other.scores, rtol=1e-4, atol=1e-5
+            )
 
 
 def test_eight_threads_on_one_engine():

@@ -269,6 +269,17 @@ PRESETS: dict[str, dict[str, Any]] = {
         "early_stopping": "heuristic",
         "rank_unfinished": True,
     },
+    # Translator of CTranslate2 4.8, which shares the probability of what may not be said among the
+    # rest (here it is lost): of padding, of the start token, and of the end below min_length.
+    "ctranslate2": {
+        "beam_size": 2,
+        "length_penalty": 1.0,
+        "length_penalty_kind": "divide",
+        "early_stopping": "first",
+        "rank_unfinished": True,
+        "max_length": 256,
+        "min_length": 1,
+    },
     # SequenceGenerator of fairseq 0.12, which forces an end of sentence at the longest length.
     "fairseq": {
         "beam_size": 5,
