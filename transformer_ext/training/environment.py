@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import platform
 import sys
-import time
 from collections.abc import Mapping
 
 import torch
@@ -20,7 +19,6 @@ __all__ = [
     "describe_device",
     "keep_freed_memory",
     "peak_memory_bytes",
-    "speed_of_products",
 ]
 
 #: glibc's <malloc.h>.
@@ -128,24 +126,3 @@ def peak_memory_bytes(device: torch.device) -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def speed_of_products(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of plain matrix products of a training's size, measured in a moment."""
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    a = torch.randn(1024, 512, device=device).to(dtype)
-    b = torch.randn(512, 512, device=device).to(dtype)
-    for _ in range(3):
-        a @ b
-    wait()
-    count, began = 0, time.perf_counter()
-    while time.perf_counter() - began < 0.05:
-        for _ in range(5):
-            a @ b
-        wait()
-        count += 5
-    return count * 2.0 * a.numel() * b.shape[1] / (time.perf_counter() - began)

@@ -27,6 +27,9 @@ from transformer_ext.training.schedules import Schedule
 
 __all__ = ["LossModule", "Plan", "StopRequest", "Trainer", "Validation", "evaluate_loss"]
 
+#: The first estimate of the time is made from the steps between these two; before, libraries and
+#: memory are being set up.
+_ESTIMATE_FROM, _ESTIMATE_AT = 5, 15
 #: With several ranks, steps between two agreements on whether to stop.
 _STEPS_BETWEEN_AGREEMENTS = 10
 
@@ -299,7 +302,8 @@ class Trainer:
         if self.optimizer.scale is not None:
             # In float16 the scale belongs inside the loss: its gradients are made there.
             normalizer = normalizer / self.optimizer.scale
-        self.losses.train()
+        if not self.losses.training:
+            self.losses.train()
         last = len(step.batches) - 1
         for index, (data, microstep) in enumerate(zip(step.batches, step.microsteps, strict=True)):
             batch = self.losses.load(data, world.device)
@@ -342,13 +346,17 @@ class Trainer:
         plan, progress = self.plan, self.progress
         began = time.monotonic() - progress.seconds
         self._start_interval()
-        reason = "finished"
+        reason, first, warm = "finished", progress.step, began
         while progress.step < plan.max_steps:
             if plan.early_stop_patience and progress.worse >= plan.early_stop_patience:
                 reason = "early stop"
                 break
             self.train_step()
             progress.seconds = time.monotonic() - began
+            if progress.step - first == _ESTIMATE_FROM:
+                warm = time.monotonic()
+            elif progress.step - first == _ESTIMATE_AT:
+                self._say_how_long(time.monotonic() - warm)
             if progress.step % plan.log_every == 0 or progress.step == plan.max_steps:
                 self.report()
             elif self.console.wants_update():
@@ -397,6 +405,18 @@ class Trainer:
             f"step {progress.step}/{plan.max_steps}  loss {loss:.3f}  "
             f"ppl {math.exp(min(nll, 20.0)):.2f}  {speed:,.0f} tok/s  "
             f"lr {self.schedule(max(1, progress.step)):.2e}  {duration(left)} left"
+        )
+
+    def _say_how_long(self, seconds: float) -> None:
+        """The first estimate of the time, from the seconds of the steps just done."""
+        left = self.plan.max_steps - self.progress.step
+        total = left * seconds / (_ESTIMATE_AT - _ESTIMATE_FROM)
+        if self.plan.max_seconds is not None:
+            total = min(total, self.plan.max_seconds - self.progress.seconds)
+        at_most = "at most " if self.plan.early_stop_patience else "about "
+        self.console.print(
+            f"time       {at_most}{duration(total)} for the next {left:,} steps at the speed of the "
+            "first ones; validations come on top"
         )
 
     def _seconds_left(self) -> float:
