@@ -19,11 +19,11 @@ SENTENCES = [
 ]
 
 
-def save_random_model(folder, *, max_train_length=40, **changes):
+def save_random_model(folder, *, max_train_length=40, seed=5, sentences=SENTENCES, **changes):
     """Make `folder` a model directory; returns it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     tokenizer_file = folder.parent / "trained.model"
-    tokenizer_file.write_bytes(train_tokenizer(SENTENCES, vocab_size=330)[0])
+    tokenizer_file.write_bytes(train_tokenizer(sentences, vocab_size=330)[0])
     tokenizer = Tokenizer(tokenizer_file)
     fields = dict(
         src_vocab_size=tokenizer.vocab_size,
@@ -37,7 +37,7 @@ def save_random_model(folder, *, max_train_length=40, **changes):
         tie="none",
     )
     config = TransformerConfig(**{**fields, **changes})
-    generator = np.random.default_rng(5)
+    generator = np.random.default_rng(seed)
     weights = {
         name: (generator.normal(size=shape) * (1.0 if len(shape) == 1 else 0.3)).astype(np.float32)
         for name, shape in parameter_shapes(config).items()
@@ -48,7 +48,7 @@ def save_random_model(folder, *, max_train_length=40, **changes):
     return folder
 
 
-def random_engine(vocabulary, threads=1, scale=1.0):
+def random_engine(vocabulary, threads=1, scale=1.0, seed=7):
     """An engine with random weights, so small that a search takes a millisecond."""
     config = TransformerConfig(
         src_vocab_size=vocabulary,
@@ -60,7 +60,7 @@ def random_engine(vocabulary, threads=1, scale=1.0):
         dim_feedforward=24,
         tie="none",
     )
-    generator = np.random.default_rng(7)
+    generator = np.random.default_rng(seed)
     weights = {
         name: (generator.normal(size=shape) * scale * (1.0 if len(shape) == 1 else 0.4)).astype(
             np.float32

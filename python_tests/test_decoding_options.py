@@ -35,17 +35,29 @@ from transformer_ext.model.config import preset  # noqa: E402
 VOCABULARY = 9
 SOURCES = [[5, 6, 7, 3], [8, 3], [4, 4, 8, 5, 6, 7, 7, 8, 3], [6, 5, 3]]
 
-property_settings = settings(max_examples=300, deadline=None, derandomize=True, database=None)
+property_settings = settings(max_examples=200, deadline=None, derandomize=True, database=None)
+
+
+def make_engine(kind, threads=1):
+    engine = random_engine(VOCABULARY, threads)
+    if kind == "one model":
+        return engine
+    return Engine.ensemble([engine, random_engine(VOCABULARY, seed=8)])
+
+
+@pytest.fixture(scope="module", params=["one model", "ensemble"])
+def kind(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def engine():
-    return random_engine(VOCABULARY)
+def engine(kind):
+    return make_engine(kind)
 
 
 @pytest.fixture(scope="module")
-def four_threads():
-    return random_engine(VOCABULARY, threads=4)
+def four_threads(kind):
+    return make_engine(kind, threads=4)
 
 
 @st.composite

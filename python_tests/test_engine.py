@@ -172,6 +172,55 @@ def test_options(changes):
     assert_same(make_engine(model).search(sources, options), beam_search(model, sources, options))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_hypotheses": 3},
+        {"coverage_penalty": 0.3, "return_attention": True},
+        {"sampling": True, "num_hypotheses": 3},
+        {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2},
+    ],
+)
+def test_ensembles(changes):
+    models = [make_model(seed=3), make_model(seed=4, positions="rope", num_decoder_layers=1)]
+    sources = random_sources(models[0])
+    options = SearchOptions(max_length=15, **changes)
+    engine = Engine.ensemble([make_engine(model) for model in models])
+    assert_same(engine.search(sources, options), beam_search(models, sources, options))
+
+
+def test_an_ensemble_has_the_mean_of_the_probabilities():
+    engines = [make_engine(make_model(seed=seed)) for seed in (3, 4, 5)]
+    sources, targets = [[5, 6, 3], [7, 3]], [[8, 9, 3], [3]]
+    together = Engine.ensemble(engines)
+    each = [engine.score(sources, targets) for engine in engines]
+    for i, row in enumerate(together.score(sources, targets)):
+        mean = np.mean([np.exp(scores[i]) for scores in each], axis=0)
+        np.testing.assert_allclose(np.exp(row), mean, rtol=1e-5)
+    for (_, attention), *others in zip(
+        together.align(sources, targets), *(e.align(sources, targets) for e in engines), strict=True
+    ):
+        np.testing.assert_allclose(attention, np.mean([a for _, a in others], axis=0), atol=1e-6)
+    learned = make_engine(make_model(positions="learned", max_positions=9))
+    assert Engine.ensemble([engines[0], learned]).positions == 9
+    with pytest.raises(ValueError, match="a sequence of 12 tokens is longer than the 9 learned"):
+        Engine.ensemble([engines[0], learned]).search([[5] * 12])
+    other = make_engine(make_model(src_vocab_size=40, tgt_vocab_size=40))
+    with pytest.raises(
+        ValueError, match="number 1 .from 0. has src_vocab_size 40, expected the 37"
+    ):
+        Engine.ensemble([engines[0], other])
+    with pytest.raises(ValueError, match="engines: got none"):
+        Engine.ensemble([])
+    options = SearchOptions(return_attention=True, attention_layer=1)
+    shallow = make_engine(make_model(num_decoder_layers=1))
+    with pytest.raises(ValueError, match="attention_layer: got 1, but the decoder has 1 layers"):
+        Engine.ensemble([engines[0], shallow]).search(sources, options)
+    together.close()
+    with pytest.raises(ValueError, match="closed"):
+        together.score(sources, targets)
+
+
 def test_a_long_sentence():
     model = make_model(seed=4, positions="rope")
     sources = random_sources(model, count=1, longest=2) + [[5, 6] * 80 + [3]]

@@ -57,6 +57,7 @@ def test_a_model(files, capsys):
         (["--hyp", "hyp"], "--hyp FILE needs --ref FILE"),
         (["model", "--src", "src"], "--src FILE and --ref FILE belong together"),
         (["--hyp", "hyp", "--ref", "ref", "--output", "x"], "--output FILE needs a model"),
+        (["--hyp", "hyp", "--ref", "ref", "--ensemble", "x"], "--ensemble MODEL_DIR needs a first"),
         (["--hyp", "short", "--ref", "ref"], "short has 1 lines, ref has 3"),
         (["--hyp", "empty", "--ref", "empty"], "empty: has no lines"),
         (["--hyp", "nothing", "--ref", "ref"], "nothing: cannot be read"),

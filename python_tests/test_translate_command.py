@@ -233,6 +233,22 @@ def test_no_such_model(tmp_path):
     assert done.returncode == 2 and b"no such model directory" in done.stderr
 
 
+def test_ensemble(model_dir, tmp_path):
+    other = save_random_model(tmp_path / "other", seed=6)
+    with Translator([model_dir, other]) as translator:
+        expected = [t.text for t in translator.translate(SENTENCES[:3], max_length=12)]
+        scores = translator.score(SENTENCES[:3], SENTENCES[3:])
+    text = "\n".join(SENTENCES[:3]).encode()
+    done = run(model_dir, *QUICK, "--ensemble", other, stdin=text)
+    assert done.stdout.decode().splitlines() == expected
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_text("\n".join(SENTENCES[:3]))
+    target.write_text("\n".join(SENTENCES[3:]))
+    files = ["--src", source, "--tgt", target, "--ensemble", other]
+    done = run(model_dir, *files, module="score")
+    assert done.stdout.decode().splitlines() == [f"{sum(row):.6f}" for row in scores]
+
+
 def test_very_long_lines_are_cut(model_dir):
     line = " ".join(SENTENCES * 40)
     done = run(model_dir, *QUICK, stdin=f"{line}\nopen\n".encode())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -284,6 +285,33 @@ def test_errors_of_the_folder(tmp_path, model_dir):
         Translator(tmp_path / "nothing")
     with pytest.raises(ValueError, match="threads: got 0"):
         Translator(model_dir, threads=0)
+
+
+def test_ensembles(tmp_path, model_dir, translator):
+    other = save_random_model(tmp_path / "other", seed=6)
+    with Translator([model_dir, other], options=OPTIONS) as both:
+        found = both.score(SENTENCES, SENTENCES)
+        with Translator(other) as second:
+            rows = zip(
+                found,
+                translator.score(SENTENCES, SENTENCES),
+                second.score(SENTENCES, SENTENCES),
+                strict=True,
+            )
+            for mean, first, last in rows:
+                for a, b, c in zip(mean, first, last, strict=True):
+                    assert math.isclose(math.exp(a), (math.exp(b) + math.exp(c)) / 2, rel_tol=1e-4)
+        assert both.translate(SENTENCES) != translator.translate(SENTENCES)
+    with Translator([model_dir], options=OPTIONS) as alone:
+        assert alone.translate(SENTENCES) == translator.translate(SENTENCES)
+    (tmp_path / "strange").mkdir()
+    strange = save_random_model(tmp_path / "strange" / "model", sentences=SENTENCES[:4])
+    with pytest.raises(
+        FileError, match="model: its source tokenizer is not that of .*model, which"
+    ):
+        Translator([model_dir, strange])
+    with pytest.raises(ValueError, match="model_dir: got no folder"):
+        Translator([])
 
 
 def test_a_part_that_the_engine_does_not_know(model_dir):

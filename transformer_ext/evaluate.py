@@ -32,6 +32,14 @@ def _parser() -> ArgumentParser:
         help="CPU threads (default: the physical cores that the process may use)",
     )
     parser.add_argument(
+        "--ensemble",
+        metavar="MODEL_DIR",
+        action="append",
+        default=[],
+        help="another model, with the same tokenizer, that has an equal say in each token; may be "
+        "given again",
+    )
+    parser.add_argument(
         "--batch-size",
         type=int,
         default=64,
@@ -58,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--src FILE and --ref FILE belong together")
     if arguments.output is not None and arguments.hyp is not None:
         parser.error("--output FILE needs a model to write the translations of")
+    if arguments.ensemble and arguments.model is None:
+        parser.error("--ensemble MODEL_DIR needs a first model")
     try:
         from transformer_ext.data.corpus import shipped_corpus
         from transformer_ext.inference.lines import TextLines
@@ -83,7 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.hyp is None:
             from transformer_ext.inference.translator import Translator
 
-            with Translator(arguments.model, arguments.threads, options=options) as translator:
+            folders = [arguments.model, *arguments.ensemble]
+            with Translator(folders, arguments.threads, options=options) as translator:
                 start = time.perf_counter()
                 found = translator.translate(lines, batch_size=arguments.batch_size)
                 seconds = time.perf_counter() - start

@@ -32,6 +32,14 @@ def _parser() -> ArgumentParser:
     )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads")
     parser.add_argument(
+        "--ensemble",
+        metavar="MODEL_DIR",
+        action="append",
+        default=[],
+        help="another model, with the same tokenizer, that has an equal say in each token; may be "
+        "given again",
+    )
+    parser.add_argument(
         "--batch-size",
         type=int,
         default=64,
@@ -85,7 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{arguments.src} has {len(sources)} lines, {arguments.tgt} has {len(targets)}: "
                 "expected as many"
             )
-        with Translator(arguments.model, arguments.threads) as translator:
+        folders = [arguments.model, *arguments.ensemble]
+        with Translator(folders, arguments.threads) as translator:
             batches = dict(batch_size=arguments.batch_size, batch_tokens=arguments.batch_tokens)
             attentions: list[Any] = [None] * len(sources)
             if attends:

@@ -53,6 +53,14 @@ def _parser() -> ArgumentParser:
         help="CPU threads (default: the physical cores that the process may use)",
     )
     parser.add_argument(
+        "--ensemble",
+        metavar="MODEL_DIR",
+        action="append",
+        default=[],
+        help="another model, with the same tokenizer, that has an equal say in each token; may be "
+        "given again",
+    )
+    parser.add_argument(
         "--batch-size",
         type=int,
         default=64,
@@ -257,7 +265,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from transformer_ext.inference.lines import TextLines
         from transformer_ext.inference.translator import Translator
 
-        with Translator(arguments.model, arguments.threads, options=options) as translator:
+        folders = [arguments.model, *arguments.ensemble]
+        with Translator(folders, arguments.threads, options=options) as translator:
             _translate(
                 translator,
                 TextLines(),

@@ -116,7 +116,6 @@ SearchOptions search_options(const py::dict& fields) {
   options.rank_unfinished = flag("rank_unfinished");
   options.coverage_penalty = number("coverage_penalty");
   options.return_attention = flag("return_attention");
-  options.attention_layer = integer("attention_layer");
   options.sampling = flag("sampling");
   options.seed = fields["seed"].cast<uint64_t>();
   options.tokens.suppressed = fields["suppressed"].cast<std::vector<int32_t>>();
@@ -204,7 +203,8 @@ void bind_engine(py::module_& m) {
           [](Engine& engine, const std::vector<std::vector<int32_t>>& sources,
              std::vector<std::vector<int32_t>> prefixes, const std::vector<int64_t>& limits,
              const std::vector<int64_t>& minima, const std::vector<uint64_t>& numbers,
-             const py::dict& options) {
+             const py::dict& options, std::vector<Engine*> others,
+             std::vector<int64_t> attention_layers) {
             const SearchOptions parsed = search_options(options);
             std::vector<Request> requests;
             for (size_t i = 0; i < limits.size(); ++i) {
@@ -212,15 +212,24 @@ void bind_engine(py::module_& m) {
                   {std::move(prefixes.at(i)), limits[i], minima.at(i), numbers.at(i)});
             }
             const py::gil_scoped_release release;
-            return engine.search(sources, requests, parsed);
+            return engine.search(sources, requests, parsed,
+                                 {std::move(others), std::move(attention_layers)});
           },
           py::kw_only(), py::arg("sources"), py::arg("prefixes"), py::arg("limits"),
-          py::arg("minima"), py::arg("numbers"), py::arg("options"),
-          "Beam search or sampling; see csrc/engine/search.h.")
-      .def("score", &Engine::score, py::kw_only(), py::arg("sources"), py::arg("targets"),
-           py::arg("start_id"), py::arg("attention_layer"),
-           py::call_guard<py::gil_scoped_release>(),
-           "Log-probabilities of the tokens of each target; see csrc/engine/search.h.");
+          py::arg("minima"), py::arg("numbers"), py::arg("options"), py::arg("others"),
+          py::arg("attention_layers"), "Beam search or sampling; see csrc/engine/search.h.")
+      .def(
+          "score",
+          [](Engine& engine, const std::vector<std::vector<int32_t>>& sources,
+             const std::vector<std::vector<int32_t>>& targets, int32_t start_id,
+             std::vector<Engine*> others, std::vector<int64_t> attention_layers) {
+            const py::gil_scoped_release release;
+            return engine.score(sources, targets, start_id,
+                                {std::move(others), std::move(attention_layers)});
+          },
+          py::kw_only(), py::arg("sources"), py::arg("targets"), py::arg("start_id"),
+          py::arg("others"), py::arg("attention_layers"),
+          "Log-probabilities of the tokens of each target; see csrc/engine/search.h.");
 
   m.def(
       "release_memory",

@@ -41,6 +41,47 @@ class Engine::Lease {
   std::unique_ptr<Workspace> workspace_;
 };
 
+// One of each engine of an ensemble.
+class Engine::Leases {
+ public:
+  Leases(Engine& first, const Ensemble& ensemble) {
+    const std::vector<int64_t>& layers = ensemble.attention_layers;
+    if (!layers.empty() && layers.size() != ensemble.others.size() + 1) {
+      throw std::invalid_argument("attention_layers: got " + std::to_string(layers.size()) +
+                                  ", expected one for each of the " +
+                                  std::to_string(ensemble.others.size() + 1) + " models");
+    }
+    add(first, layers);
+    for (Engine* const other : ensemble.others) {
+      const ModelConfig& mine = first.config();
+      if (other->config().source_vocabulary != mine.source_vocabulary ||
+          other->config().target_vocabulary != mine.target_vocabulary) {
+        throw std::invalid_argument("models of an ensemble: expected equal vocabularies");
+      }
+      add(*other, layers);
+    }
+  }
+  const std::vector<Member>& members() const { return members_; }
+
+ private:
+  void add(Engine& engine, const std::vector<int64_t>& attention_layers) {
+    int64_t layer = -1;
+    if (!attention_layers.empty()) {
+      layer = attention_layers[members_.size()];
+      const int64_t layers = engine.config().decoder_layers;
+      if (layer < 0 || layer >= layers) {
+        throw std::invalid_argument("attention_layer: got " + std::to_string(layer) +
+                                    ", but the decoder has " + std::to_string(layers) + " layers");
+      }
+    }
+    leases_.push_back(std::make_unique<Lease>(engine));
+    members_.push_back({engine.model_, leases_.back()->workspace(), layer});
+  }
+
+  std::vector<std::unique_ptr<Lease>> leases_;
+  std::vector<Member> members_;
+};
+
 namespace {
 
 void check_sources(const std::vector<std::vector<int32_t>>& sources, size_t others,
@@ -55,22 +96,16 @@ void check_sources(const std::vector<std::vector<int32_t>>& sources, size_t othe
   }
 }
 
-void check_layer(const Model& model, int64_t layer, bool needed) {
-  const int64_t layers = model.config().decoder_layers;
-  if (needed && (layer < 0 || layer >= layers)) {
-    throw std::invalid_argument("attention_layer: got " + std::to_string(layer) +
-                                ", but the decoder has " + std::to_string(layers) + " layers");
-  }
-}
-
 }  // namespace
 
 std::vector<SearchResult> Engine::search(const std::vector<std::vector<int32_t>>& sources,
                                          const std::vector<Request>& requests,
-                                         const SearchOptions& options) {
+                                         const SearchOptions& options, const Ensemble& ensemble) {
   check_sources(sources, requests.size(), "requests");
-  check_layer(model_, options.attention_layer,
-              options.return_attention || options.coverage_penalty > 0.0);
+  if ((options.return_attention || options.coverage_penalty > 0.0) &&
+      ensemble.attention_layers.empty()) {
+    throw std::invalid_argument("attention_layers: got none, but the options need attention");
+  }
   const size_t longest = std::min(options.ended_penalty.size(), options.cut_penalty.size());
   for (const Request& request : requests) {
     if (request.limit < 1 || static_cast<size_t>(request.limit) >= longest) {
@@ -84,18 +119,16 @@ std::vector<SearchResult> Engine::search(const std::vector<std::vector<int32_t>>
           std::to_string(request.limit) + ", its end of sentence counted)");
     }
   }
-  Lease lease(*this);
-  return engine::search(model_, sources, requests, options, lease.workspace(), pool_);
+  const Leases leases(*this, ensemble);
+  return engine::search(leases.members(), sources, requests, options, pool_);
 }
 
 std::vector<TargetScores> Engine::score(const std::vector<std::vector<int32_t>>& sources,
                                         const std::vector<std::vector<int32_t>>& targets,
-                                        int32_t start_id, int64_t attention_layer) {
+                                        int32_t start_id, const Ensemble& ensemble) {
   check_sources(sources, targets.size(), "targets");
-  check_layer(model_, attention_layer, attention_layer >= 0);
-  Lease lease(*this);
-  return engine::score(model_, sources, targets, start_id, attention_layer, lease.workspace(),
-                       pool_);
+  const Leases leases(*this, ensemble);
+  return engine::score(leases.members(), sources, targets, start_id, pool_);
 }
 
 }  // namespace transformer_ext::engine

@@ -12,6 +12,14 @@
 
 namespace transformer_ext::engine {
 
+class Engine;
+
+// What a call asks of an engine beside itself.
+struct Ensemble {
+  std::vector<Engine*> others;            // that have a say in each token
+  std::vector<int64_t> attention_layers;  // of this engine and of each other one; empty: none
+};
+
 // Any number of threads may call one engine at once: the weights are only read, each call has a
 // workspace of its own, and the pool's threads go to the call that comes first.
 class Engine {
@@ -25,13 +33,14 @@ class Engine {
   // See search() and score() in search.h.
   std::vector<SearchResult> search(const std::vector<std::vector<int32_t>>& sources,
                                    const std::vector<Request>& requests,
-                                   const SearchOptions& options);
+                                   const SearchOptions& options, const Ensemble& ensemble = {});
   std::vector<TargetScores> score(const std::vector<std::vector<int32_t>>& sources,
                                   const std::vector<std::vector<int32_t>>& targets,
-                                  int32_t start_id, int64_t attention_layer);
+                                  int32_t start_id, const Ensemble& ensemble = {});
 
  private:
   class Lease;
+  class Leases;
 
   ThreadPool pool_;
   Model model_;

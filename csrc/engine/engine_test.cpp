@@ -7,6 +7,7 @@
 #include <random>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "engine/cached_attention.h"
@@ -204,6 +205,15 @@ std::vector<Request> requests() {
   return all;
 }
 
+// With the attention of the last layer, where the options need one.
+Ensemble ensemble(const SearchOptions& options, std::vector<Engine*> others) {
+  Ensemble ensemble{std::move(others), {}};
+  if (options.return_attention || options.coverage_penalty > 0.0) {
+    ensemble.attention_layers.assign(ensemble.others.size() + 1, 1);
+  }
+  return ensemble;
+}
+
 TEST(Engine, GivesEachSentenceTheSameInAnyBatchForAnyThreads) {
   const TestModel model;
   Engine one(model.config, model.weights, 1);
@@ -213,7 +223,6 @@ TEST(Engine, GivesEachSentenceTheSameInAnyBatchForAnyThreads) {
   rules.tokens.repetition_penalty = 1.3;
   rules.coverage_penalty = 0.2;
   rules.return_attention = true;
-  rules.attention_layer = 1;
   SearchOptions sampling = options(16);
   sampling.sampling = true;
   sampling.seed = 3;
@@ -221,13 +230,47 @@ TEST(Engine, GivesEachSentenceTheSameInAnyBatchForAnyThreads) {
   nucleus.tokens.top_k = 300;
   nucleus.tokens.top_p = 0.9;
   for (const SearchOptions& each : {options(16), rules, sampling, nucleus}) {
-    const auto together = four.search(kSources, requests(), each);
+    const auto together = four.search(kSources, requests(), each, ensemble(each, {}));
     for (size_t i = 0; i < kSources.size(); ++i) {
-      const auto alone = one.search({kSources[i]}, {request(kLimits[i], i)}, each);
+      const auto alone =
+          one.search({kSources[i]}, {request(kLimits[i], i)}, each, ensemble(each, {}));
       expect_equal(alone[0], together[i]);
       ASSERT_EQ(alone[0].hypotheses.size(), 3u);
       EXPECT_LE(alone[0].steps, kLimits[i]);
     }
+  }
+}
+
+TEST(Engine, EnsembleIsTheMeanOfTheProbabilities) {
+  const TestModel model;
+  TestModel other;
+  for (float& value : other.memory[1]) value *= 0.7f;
+  Engine first(model.config, model.weights, 2);
+  Engine second(other.config, other.weights, 1);
+  const std::vector<std::vector<int32_t>> target = {{40, 7, 599, 3}};
+  const auto mine = first.score({kSources[0]}, target, 2)[0].log_probs;
+  const auto theirs = second.score({kSources[0]}, target, 2)[0].log_probs;
+  const auto mean = first.score({kSources[0]}, target, 2, {{&second}, {}})[0].log_probs;
+  for (size_t i = 0; i < mean.size(); ++i) {
+    EXPECT_NEAR(mean[i], std::log((std::exp(mine[i]) + std::exp(theirs[i])) / 2.0), 1e-5);
+  }
+  // Alone and in a batch.
+  SearchOptions attending = options(16);
+  attending.return_attention = true;
+  for (const SearchOptions& each : {options(16), attending}) {
+    const Ensemble both = ensemble(each, {&second});
+    const auto together = first.search(kSources, requests(), each, both);
+    for (size_t i = 0; i < kSources.size(); ++i) {
+      expect_equal(first.search({kSources[i]}, {request(kLimits[i], i)}, each, both)[0],
+                   together[i]);
+    }
+  }
+  // Twice the same model is that model.
+  const auto alone = first.search(kSources, requests(), options(16));
+  const auto twice = first.search(kSources, requests(), options(16), {{&first}, {}});
+  for (size_t i = 0; i < alone.size(); ++i) {
+    EXPECT_EQ(alone[i].hypotheses[0].tokens, twice[i].hypotheses[0].tokens);
+    EXPECT_NEAR(alone[i].hypotheses[0].score, twice[i].hypotheses[0].score, 1e-4);
   }
 }
 
@@ -276,7 +319,7 @@ TEST(Engine, ScoresAreThoseOfTheSearch) {
     for (const Hypothesis& hypothesis : results[i].hypotheses) {
       std::vector<int32_t> target = hypothesis.tokens;
       if (hypothesis.end == End::eos) target.push_back(3);
-      EXPECT_EQ(engine.score({kSources[i]}, {target}, 2, -1)[0].log_probs, hypothesis.token_scores);
+      EXPECT_EQ(engine.score({kSources[i]}, {target}, 2)[0].log_probs, hypothesis.token_scores);
     }
   }
 }
@@ -309,9 +352,11 @@ TEST(Engine, RefusesWhatDoesNotFit) {
   EXPECT_THROW(engine.search({{5}}, {{{6, 6}, 2, 0, 0}}, options(16)), std::invalid_argument);
   SearchOptions attending = options(16);
   attending.return_attention = true;
-  attending.attention_layer = 2;
   EXPECT_THROW(engine.search({{5}}, {request(5)}, attending), std::invalid_argument);
-  EXPECT_THROW(engine.score({{5}}, {{600}}, 2, -1), std::invalid_argument);
+  EXPECT_THROW(engine.search({{5}}, {request(5)}, attending, {{}, {2}}), std::invalid_argument);
+  EXPECT_THROW(engine.search({{5}}, {request(5)}, attending, {{&engine}, {1}}),
+               std::invalid_argument);
+  EXPECT_THROW(engine.score({{5}}, {{600}}, 2), std::invalid_argument);
   EXPECT_EQ(engine.search({{5, 3}}, {request(4)}, options(16)).size(), 1u);
   model.weights.erase("decoder.layers.1.cross_attention_norm.bias");
   EXPECT_THROW(Engine(model.config, model.weights, 1), std::invalid_argument);

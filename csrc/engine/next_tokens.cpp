@@ -133,6 +133,7 @@ void NextTokens::find(const Model& model, const float* states, int64_t rows, int
   vocabulary_ = model.config().target_vocabulary;
   count_ = std::min(count, vocabulary_);
   kept_ = keep;
+  mean_ = false;
   scan(model, states, rows, tokens, parallel);
   ids_.reserve(rows * count_);
   log_probs_.reserve(rows * count_);
@@ -143,6 +144,42 @@ void NextTokens::find(const Model& model, const float* states, int64_t rows, int
       log_sums_.data()[r] = merged_log_sum(r);
       merge_tops(r);
     }
+  });
+}
+
+void NextTokens::find_mean(const std::vector<const NextTokens*>& members, int64_t count,
+                           const int32_t* tokens, bool keep, Parallel& parallel) {
+  vocabulary_ = members[0]->vocabulary_;
+  rows_ = members[0]->rows_;
+  count_ = std::min(count, vocabulary_);
+  kept_ = keep;
+  mean_ = true;
+  float* const scores = scores_.reserve(rows_ * vocabulary_);
+  float* const wanted = wanted_.reserve(rows_);
+  float* const top_scores = top_scores_.reserve(rows_ * count_);
+  int32_t* const ids = ids_.reserve(rows_ * count_);
+  double* const log_probs = log_probs_.reserve(rows_ * count_);
+  const float weight = 1.0f / static_cast<float>(members.size());
+  parallel.for_each(rows_, [&](int64_t r) {
+    float* const row = scores + r * vocabulary_;
+    std::fill_n(row, vocabulary_, 0.0f);
+    for (const NextTokens* const member : members) {
+      top_scores_kernels().add_probabilities(member->scores_.data() + r * vocabulary_, vocabulary_,
+                                             static_cast<float>(member->log_sums_.data()[r]),
+                                             weight, row);
+    }
+    TopScores top{-std::numeric_limits<float>::infinity(),
+                  0.0f,
+                  0,
+                  static_cast<int32_t>(count_),
+                  top_scores + r * count_,
+                  ids + r * count_};
+    top_scores_kernels().scan(row, vocabulary_, 0, &top);
+    for (int64_t i = 0; i < count_; ++i) {
+      log_probs[r * count_ + i] =
+          i < top.count ? std::log(static_cast<double>(top.scores[i])) : kImpossible;
+    }
+    if (tokens != nullptr && tokens[r] >= 0) wanted[r] = row[tokens[r]];
   });
 }
 

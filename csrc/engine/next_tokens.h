@@ -1,7 +1,9 @@
 // From the decoder's states to the scores of next tokens: what a search is given to choose from.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
+#include <vector>
 
 #include "common/parallel.h"
 #include "engine/buffer.h"
@@ -22,30 +24,39 @@ class NextTokens {
   void find(const Model& model, const float* states, int64_t rows, int64_t count,
             const int32_t* tokens, bool keep, Parallel& parallel);
 
+  // The same of the mean probability that several models give: `members` are the results of find()
+  // of each, all kept.
+  void find_mean(const std::vector<const NextTokens*>& members, int64_t count,
+                 const int32_t* tokens, bool keep, Parallel& parallel);
+
   int64_t count() const { return count_; }
   // Of the i-th most probable token of a row, i < count(); equal ones by ascending id. Minus
   // infinity from where there are no more.
   int32_t id(int64_t row, int64_t i) const { return ids_.data()[row * count_ + i]; }
   double log_prob(int64_t row, int64_t i) const { return log_probs_.data()[row * count_ + i]; }
   // Of the token asked for.
-  double wanted_log_prob(int64_t row) const {
-    return static_cast<double>(wanted_.data()[row]) - log_sums_.data()[row];
+  double wanted_log_prob(int64_t row) const { return log_prob_of(row, wanted_.data()[row]); }
+  // Of any token, where all are kept.
+  bool kept() const { return kept_; }
+  double kept_log_prob(int64_t row, int64_t token) const {
+    return log_prob_of(row, scores_.data()[row * vocabulary_ + token]);
   }
-  // Where all are kept: [vocabulary] of a row; a log-probability is a score minus log_sum(row).
-  const float* scores(int64_t row) const {
-    return kept_ ? scores_.data() + row * vocabulary_ : nullptr;
-  }
-  double log_sum(int64_t row) const { return log_sums_.data()[row]; }
   int64_t vocabulary() const { return vocabulary_; }
   int64_t bytes() const;
 
  private:
   void scan(const Model& model, const float* states, int64_t rows, const int32_t* tokens,
             Parallel& parallel);
+  // Scores are logits, or, of a mean, probabilities.
+  double log_prob_of(int64_t row, float score) const {
+    return mean_ ? std::log(static_cast<double>(score))
+                 : static_cast<double>(score) - log_sums_.data()[row];
+  }
   double merged_log_sum(int64_t row) const;
   void merge_tops(int64_t row);
 
   bool kept_ = false;
+  bool mean_ = false;
   int64_t vocabulary_ = 0;
   int64_t count_ = 0;
   int64_t rows_ = 0;
@@ -57,7 +68,7 @@ class NextTokens {
   Buffer<int32_t> ids_;
   Buffer<double> log_probs_;
   Buffer<double> log_sums_;
-  Buffer<float> scores_;  // [rows][vocabulary]
+  Buffer<float> scores_;  // [rows][vocabulary]: logits, or of a mean, probabilities
 };
 
 }  // namespace transformer_ext::engine

@@ -36,6 +36,70 @@ struct Live {
   std::vector<double> coverage;  // attention so far to each source token, if needed
 };
 
+// The members of an ensemble (or the only model), step by step.
+class Step {
+ public:
+  Step(const std::vector<Member>& members, const std::vector<std::vector<int32_t>>& sources,
+       Parallel& parallel)
+      : members_(members), parallel_(parallel) {
+    for (const std::vector<int32_t>& source : sources) {
+      longest_source_ = std::max(longest_source_, static_cast<int64_t>(source.size()));
+    }
+    for (const Member& member : members) {
+      Workspace& workspace = member.workspace;
+      workspace.sources.encode(member.model, sources, workspace.positions, parallel);
+      workspace.decoder.start(member.model, workspace.sources, member.attention_layer);
+    }
+  }
+
+  // See NextTokens::find.
+  const NextTokens& find(const std::vector<Row>& rows, int64_t count, const int32_t* tokens,
+                         bool keep) {
+    const int64_t n = static_cast<int64_t>(rows.size());
+    const bool alone = members_.size() == 1;
+    std::vector<const NextTokens*> found;
+    for (const Member& member : members_) {
+      Workspace& workspace = member.workspace;
+      const float* const states = workspace.decoder.step(rows, workspace.positions, parallel_);
+      workspace.next.find(member.model, states, n, alone ? count : 1, alone ? tokens : nullptr,
+                          !alone || keep, parallel_);
+      found.push_back(&workspace.next);
+    }
+    if (alone) return *found[0];
+    average_attention(rows, n);
+    NextTokens& mean = members_[0].workspace.mean;
+    mean.find_mean(found, count, tokens, keep, parallel_);
+    return mean;
+  }
+
+  // What a row attended to, over its source's tokens.
+  const float* attention(int64_t row) const {
+    return members_.size() == 1 ? members_[0].workspace.decoder.attention(row)
+                                : attention_.data() + row * longest_source_;
+  }
+
+ private:
+  void average_attention(const std::vector<Row>& rows, int64_t n) {
+    if (members_[0].attention_layer < 0) return;
+    attention_.assign(static_cast<size_t>(n * longest_source_), 0.0f);
+    for (int64_t r = 0; r < n; ++r) {
+      float* const sum = attention_.data() + r * longest_source_;
+      const int64_t length =
+          members_[0].workspace.sources.length(rows[static_cast<size_t>(r)].sentence);
+      for (const Member& member : members_) {
+        const float* const row = member.workspace.decoder.attention(r);
+        for (int64_t i = 0; i < length; ++i) sum[i] += row[i];
+      }
+      for (int64_t i = 0; i < length; ++i) sum[i] /= static_cast<float>(members_.size());
+    }
+  }
+
+  const std::vector<Member>& members_;
+  Parallel& parallel_;
+  int64_t longest_source_ = 0;
+  std::vector<float> attention_;  // of an ensemble, [rows][longest_source_]
+};
+
 class SentenceSearch {
  public:
   SentenceSearch(const Request& request, const SearchOptions& options, int64_t source_length)
@@ -63,17 +127,17 @@ class SentenceSearch {
 
   // One step; the live hypotheses are the decoder's rows first_row, first_row + 1, ..., and
   // candidates[row] may follow them (sampling: the one that was drawn, or none).
-  void advance(const std::vector<std::vector<Candidate>>& candidates, const Decoder& decoder,
+  void advance(const std::vector<std::vector<Candidate>>& candidates, const Step& step,
                int64_t first_row) {
     attention_begin_ = static_cast<int64_t>(attention_.size());
     attended_.clear();
     for (size_t i = 0; i < live_.size(); ++i) {
       live_[i].row = static_cast<int32_t>(first_row + static_cast<int64_t>(i));
       if (options_.return_attention) {
-        const float* const row = decoder.attention(live_[i].row);
+        const float* const row = step.attention(live_[i].row);
         attention_.insert(attention_.end(), row, row + source_length_);
       }
-      if (options_.coverage_penalty > 0.0) attended_.push_back(decoder.attention(live_[i].row));
+      if (options_.coverage_penalty > 0.0) attended_.push_back(step.attention(live_[i].row));
     }
     survivors_.clear();
     if (options_.sampling) {
@@ -333,16 +397,14 @@ void check_ids(const char* name, const std::vector<int32_t>& ids, int64_t vocabu
 
 }  // namespace
 
-std::vector<SearchResult> search(const Model& model,
+std::vector<SearchResult> search(const std::vector<Member>& members,
                                  const std::vector<std::vector<int32_t>>& sources,
                                  const std::vector<Request>& requests, const SearchOptions& options,
-                                 Workspace& workspace, Parallel& parallel) {
-  const int64_t vocabulary = model.config().target_vocabulary;
+                                 Parallel& parallel) {
+  const int64_t vocabulary = members[0].model.config().target_vocabulary;
   check_ids("suppressed_tokens", options.tokens.suppressed, vocabulary);
   for (const Request& request : requests) check_ids("prefix ids", request.prefix, vocabulary);
-  const bool attends = options.return_attention || options.coverage_penalty > 0.0;
-  workspace.sources.encode(model, sources, workspace.positions, parallel);
-  workspace.decoder.start(model, workspace.sources, attends ? options.attention_layer : -1);
+  Step step(members, sources, parallel);
   std::vector<SentenceSearch> searches;
   searches.reserve(sources.size());
   for (size_t i = 0; i < sources.size(); ++i) {
@@ -382,20 +444,19 @@ std::vector<SearchResult> search(const Model& model,
     if (rows.empty()) break;
     const int64_t count = static_cast<int64_t>(rows.size());
     const bool keep = needed > kLongestList;
-    const float* const states = workspace.decoder.step(rows, workspace.positions, parallel);
-    workspace.next.find(model, states, count, keep ? 1 : needed,
-                        any_forced ? forced.data() : nullptr, keep, parallel);
+    const NextTokens& next =
+        step.find(rows, keep ? 1 : needed, any_forced ? forced.data() : nullptr, keep);
 
     if (candidates.size() < rows.size()) candidates.resize(rows.size());
     const auto choose = [&](int64_t row) {
       const size_t r = static_cast<size_t>(row);
       if (options.sampling && forced[r] < 0) {
         const Candidate drawn =
-            draw(workspace.next, row, *rules[r], token_options, uniform[r], &candidates[r]);
+            draw(next, row, *rules[r], token_options, uniform[r], &candidates[r]);
         candidates[r].clear();
         if (drawn.token >= 0) candidates[r].push_back(drawn);
       } else {
-        find_candidates(workspace.next, row, *rules[r], token_options, wanted, &candidates[r]);
+        find_candidates(next, row, *rules[r], token_options, wanted, &candidates[r]);
       }
     };
     if (keep) {
@@ -407,7 +468,7 @@ std::vector<SearchResult> search(const Model& model,
       SentenceSearch& search =
           searches[static_cast<size_t>(rows[static_cast<size_t>(row)].sentence)];
       const int64_t live = static_cast<int64_t>(search.live().size());
-      search.advance(candidates, workspace.decoder, row);
+      search.advance(candidates, step, row);
       row += live;
     }
   }
@@ -417,15 +478,14 @@ std::vector<SearchResult> search(const Model& model,
   return results;
 }
 
-std::vector<TargetScores> score(const Model& model,
+std::vector<TargetScores> score(const std::vector<Member>& members,
                                 const std::vector<std::vector<int32_t>>& sources,
                                 const std::vector<std::vector<int32_t>>& targets, int32_t start_id,
-                                int64_t attention_layer, Workspace& workspace, Parallel& parallel) {
+                                Parallel& parallel) {
   for (const std::vector<int32_t>& target : targets) {
-    check_ids("target ids", target, model.config().target_vocabulary);
+    check_ids("target ids", target, members[0].model.config().target_vocabulary);
   }
-  workspace.sources.encode(model, sources, workspace.positions, parallel);
-  workspace.decoder.start(model, workspace.sources, attention_layer);
+  Step step(members, sources, parallel);
   std::vector<TargetScores> scores(targets.size());
   std::vector<int32_t> row_of(targets.size(), 0);
   std::vector<Row> rows;
@@ -443,13 +503,12 @@ std::vector<TargetScores> score(const Model& model,
     }
     if (rows.empty()) return scores;
     const int64_t count = static_cast<int64_t>(rows.size());
-    const float* const states = workspace.decoder.step(rows, workspace.positions, parallel);
-    workspace.next.find(model, states, count, 1, wanted.data(), false, parallel);
+    const NextTokens& next = step.find(rows, 1, wanted.data(), false);
     for (int64_t r = 0; r < count; ++r) {
       const size_t sentence = static_cast<size_t>(rows[static_cast<size_t>(r)].sentence);
-      scores[sentence].log_probs.push_back(workspace.next.wanted_log_prob(r));
-      if (attention_layer >= 0) {
-        const float* const row = workspace.decoder.attention(r);
+      scores[sentence].log_probs.push_back(next.wanted_log_prob(r));
+      if (members[0].attention_layer >= 0) {
+        const float* const row = step.attention(r);
         scores[sentence].attention.insert(scores[sentence].attention.end(), row,
                                           row + sources[sentence].size());
       }

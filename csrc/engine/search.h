@@ -27,7 +27,6 @@ struct SearchOptions {
   bool rank_unfinished = false;
   double coverage_penalty = 0.0;
   bool return_attention = false;
-  int64_t attention_layer = 0;
   bool sampling = false;
   uint64_t seed = 0;
   TokenOptions tokens;
@@ -71,17 +70,26 @@ struct Workspace {
   EncodedSources sources;
   Decoder decoder;
   NextTokens next;
+  NextTokens mean;  // of an ensemble, in the workspace of its first member
 
-  int64_t bytes() const { return sources.bytes() + decoder.bytes() + next.bytes(); }
+  int64_t bytes() const { return sources.bytes() + decoder.bytes() + next.bytes() + mean.bytes(); }
+};
+
+// One model of an ensemble, or the only one. All of an ensemble have the same vocabularies; the
+// probability of a token is the mean of theirs, and so is the attention.
+struct Member {
+  const Model& model;
+  Workspace& workspace;
+  int64_t attention_layer;  // -1: none
 };
 
 // A result for each source (at least one token each). Limits are at least 1 and within the
 // penalties. Throws std::invalid_argument for ids out of range and sequences longer than the
 // model's positions.
-std::vector<SearchResult> search(const Model& model,
+std::vector<SearchResult> search(const std::vector<Member>& members,
                                  const std::vector<std::vector<int32_t>>& sources,
                                  const std::vector<Request>& requests, const SearchOptions& options,
-                                 Workspace& workspace, Parallel& parallel);
+                                 Parallel& parallel);
 
 // What the model thinks of given targets.
 struct TargetScores {
@@ -90,10 +98,10 @@ struct TargetScores {
 };
 
 // targets[i] is what the model is to say, its end of sentence included if that is to count, and is
-// fed after start_id. attention_layer: -1 for none.
-std::vector<TargetScores> score(const Model& model,
+// fed after start_id.
+std::vector<TargetScores> score(const std::vector<Member>& members,
                                 const std::vector<std::vector<int32_t>>& sources,
                                 const std::vector<std::vector<int32_t>>& targets, int32_t start_id,
-                                int64_t attention_layer, Workspace& workspace, Parallel& parallel);
+                                Parallel& parallel);
 
 }  // namespace transformer_ext::engine

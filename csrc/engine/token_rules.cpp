@@ -71,8 +71,7 @@ void find_candidates(const NextTokens& next, int64_t row, const TokenRules& rule
     candidates->push_back(
         {token, log_prob, repeated ? log_prob * options.repetition_penalty : log_prob});
   };
-  const float* const scores = next.scores(row);
-  if (scores == nullptr) {
+  if (!next.kept()) {
     for (int64_t rank = 0; rank < next.count(); ++rank) {
       const double log_prob = next.log_prob(row, rank);
       if (log_prob == kImpossible) break;
@@ -80,9 +79,8 @@ void find_candidates(const NextTokens& next, int64_t row, const TokenRules& rule
     }
     return;
   }
-  const double log_sum = next.log_sum(row);
   for (int64_t token = 0; token < next.vocabulary(); ++token) {
-    const double log_prob = static_cast<double>(scores[token]) - log_sum;
+    const double log_prob = next.kept_log_prob(row, token);
     if (log_prob != kImpossible) consider(static_cast<int32_t>(token), log_prob);
   }
   if (static_cast<int64_t>(candidates->size()) > count) {

@@ -22,6 +22,10 @@ struct TopScoresKernels {
   // The columns first_id .. first_id + n of one row; calls come in ascending order of columns. A
   // NaN makes the sum NaN; -inf is never among the highest.
   void (*scan)(const float* scores, int64_t n, int32_t first_id, TopScores* top);
+  // sum[i] += weight * exp(scores[i] - log_sum): a model's part in the probabilities of an
+  // ensemble.
+  void (*add_probabilities)(const float* scores, int64_t n, float log_sum, float weight,
+                            float* sum);
 };
 
 TRANSFORMER_EXT_KERNELS(TopScoresKernels, top_scores_kernels)

@@ -68,8 +68,21 @@ void scan(const float* scores, int64_t n, int32_t first_id, TopScores* top) {
   top->maximum = maximum;
 }
 
+void add_probabilities(const float* scores, int64_t n, float log_sum, float weight, float* sum) {
+  const VecF shift = broadcast(log_sum);
+  const VecF factor = broadcast(weight);
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) {
+    store(sum + i, exp(load(scores + i) - shift) * factor + load(sum + i));
+  }
+  if (i < n) {
+    const VecF part = exp(load_partial(scores + i, n - i) - shift) * factor;
+    store_partial(sum + i, part + load_partial(sum + i, n - i), n - i);
+  }
+}
+
 }  // namespace
 
-extern const TopScoresKernels top_scores_kernels = {&scan};
+extern const TopScoresKernels top_scores_kernels = {&scan, &add_probabilities};
 
 }  // namespace transformer_ext::TRANSFORMER_EXT_ISA

@@ -84,6 +84,42 @@ class Engine:
             self._engine: Any = compiled.Engine(config.to_dict(), arrays, threads)
         except compiled.UnsupportedModel as error:
             raise UnsupportedModelError(str(error)) from None
+        self._others: list[Engine] = []
+
+    @classmethod
+    def ensemble(cls, engines: Sequence[Engine]) -> Engine:
+        """Several models as one: a token has the mean of the probabilities that they give to it.
+
+        Its attention is their mean too, each of the layer asked for.
+
+        Args:
+            engines: with equal vocabularies and special tokens; depth and width may differ. The
+                threads of the first are at work.
+
+        Raises:
+            ValueError: no engine, or one that does not fit the first.
+        """
+        if not engines:
+            raise ValueError("engines: got none, expected at least one")
+        first, *others = engines
+        names = ("src_vocab_size", "tgt_vocab_size", "pad_id", "bos_id", "eos_id")
+        for number, other in enumerate(others, 1):
+            for name in (*names, "decoder_start_id"):
+                got, expected = getattr(other.config, name), getattr(first.config, name)
+                if got != expected:
+                    raise ValueError(
+                        f"engines: number {number} (from 0) has {name} {got}, expected the "
+                        f"{expected} of the first"
+                    )
+        together = cls.__new__(cls)
+        together.config = first.config
+        together._engine = first._open()
+        together._others = [*first._others, *others]
+        return together
+
+    @property
+    def _configs(self) -> list[TransformerConfig]:
+        return [self.config, *(other.config for other in self._others)]
 
     @property
     def threads(self) -> int:
@@ -93,12 +129,14 @@ class Engine:
     @property
     def positions(self) -> int | None:
         """Longest sequence that the model has positions for; None: any."""
-        return self.config.max_positions if self.config.positions == "learned" else None
+        learned = [c.max_positions for c in self._configs if c.positions == "learned"]
+        return min(learned, default=None)
 
     def close(self) -> None:
         """Give the memory back; the engine cannot be used afterwards."""
         if self._engine is not None:
             self._engine = None
+            self._others = []
             native().release_memory()
 
     def _open(self) -> Any:
@@ -144,7 +182,7 @@ class Engine:
                     f"{name}: got {len(values)}, expected one for each of the "
                     f"{len(sources)} sources"
                 )
-        layer = attention_layer(options, self.config)
+        layers = self._attention_layers(options)
         check_source_lengths(sources, options.max_source_length)
         results = [empty_result(options) for _ in sources]
         for batch in _batches(sources, batch_size, batch_tokens):
@@ -156,7 +194,9 @@ class Engine:
                 limits=limits,
                 minima=[options.length_minimum(length) for length in lengths],
                 numbers=[i if numbers is None else numbers[i] for i in batch],
-                options=self._native_options(options, layer, max(limits)),
+                options=self._native_options(options, max(limits)),
+                others=[other._open() for other in self._others],
+                attention_layers=layers,
             )
             for i, result in zip(batch, found, strict=True):
                 hypotheses = [
@@ -168,9 +208,12 @@ class Engine:
                 results[i] = SearchResult(hypotheses, result.stop, result.steps)
         return results
 
-    def _native_options(
-        self, options: SearchOptions, layer: int | None, limit: int
-    ) -> dict[str, Any]:
+    def _attention_layers(self, options: SearchOptions) -> list[int]:
+        """Of each model; empty where the options need no attention."""
+        layers = [attention_layer(options, config) for config in self._configs]
+        return [layer for layer in layers if layer is not None]
+
+    def _native_options(self, options: SearchOptions, limit: int) -> dict[str, Any]:
         """The fields of SearchOptions in csrc/engine/search.h."""
         ended, cut = _penalties(options, limit)
         return {
@@ -181,7 +224,6 @@ class Engine:
             "rank_unfinished": options.rank_unfinished,
             "coverage_penalty": options.coverage_penalty,
             "return_attention": options.return_attention or options.return_alignment,
-            "attention_layer": 0 if layer is None else layer,
             "sampling": options.sampling,
             "seed": options.seed,
             "suppressed": sorted({*never_proposed(self.config), *options.suppressed_tokens}),
@@ -220,7 +262,7 @@ class Engine:
         """
         return [
             log_probs
-            for log_probs, _ in self._score(sources, targets, -1, batch_size, batch_tokens)
+            for log_probs, _ in self._score(sources, targets, [], batch_size, batch_tokens)
         ]
 
     def align(
@@ -249,9 +291,8 @@ class Engine:
             ValueError: as :meth:`score`, and for a layer that the model does not have.
         """
         asked = SearchOptions(return_attention=True, attention_layer=layer)
-        found_layer = attention_layer(asked, self.config)
-        assert found_layer is not None
-        found = self._score(sources, targets, found_layer, batch_size, batch_tokens)
+        layers = self._attention_layers(asked)
+        found = self._score(sources, targets, layers, batch_size, batch_tokens)
         return [
             (log_probs, np.zeros((0, len(source)), np.float32) if attention is None else attention)
             for source, (log_probs, attention) in zip(sources, found, strict=True)
@@ -261,7 +302,7 @@ class Engine:
         self,
         sources: Sequence[Sequence[int]],
         targets: Sequence[Sequence[int]],
-        layer: int,
+        attention_layers: list[int],
         batch_size: int,
         batch_tokens: int,
     ) -> list[tuple[list[float], NDArray[np.float32] | None]]:
@@ -276,7 +317,8 @@ class Engine:
                 sources=[list(sources[i]) for i in batch],
                 targets=[list(targets[i]) for i in batch],
                 start_id=self.config.decoder_start_id,
-                attention_layer=layer,
+                others=[other._open() for other in self._others],
+                attention_layers=attention_layers,
             )
             for i, row in zip(batch, found, strict=True):
                 scores[i] = row.log_probs, row.attention

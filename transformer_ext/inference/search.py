@@ -427,6 +427,14 @@ def attention_layer(options: SearchOptions, config: TransformerConfig) -> int | 
     return layer
 
 
+def mean_log_probs(log_probs: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Logarithms of the mean of the probabilities that several models give, for an ensemble."""
+    if len(log_probs) == 1:
+        return log_probs[0]
+    sums: NDArray[Any] = np.logaddexp.reduce([row.astype(np.float64) for row in log_probs])
+    return sums - np.log(len(log_probs))
+
+
 def check_source_lengths(sources: Sequence[Sequence[int]], longest: int | None) -> None:
     """Raise a ValueError for a source longer than ``max_source_length``."""
     for number, source in enumerate(sources):
@@ -445,7 +453,7 @@ def check_ids(name: str, ids: Sequence[int], vocabulary: int) -> None:
 
 
 def beam_search(
-    model: Transformer,
+    model: Transformer | Sequence[Transformer],
     sources: Sequence[Sequence[int]],
     options: SearchOptions | None = None,
     *,
@@ -456,7 +464,8 @@ def beam_search(
 
     Args:
         model: a ``Transformer``, or any module with its ``config``, ``encode_padded`` and
-            ``next_log_probs``; put it in evaluation mode before.
+            ``next_log_probs``; put it in evaluation mode before. Several are an ensemble: of each
+            token counts the mean of the probabilities that they give to it.
         sources: token ids of each sentence, end of sentence included.
         options: how to search; the defaults if None.
         prefixes: for each sentence, tokens that its output begins with.
@@ -472,10 +481,12 @@ def beam_search(
     import torch
 
     options = options or SearchOptions()
-    config = model.config
-    layer = attention_layer(options, config)
+    models: list[Any] = list(model) if isinstance(model, Sequence) else [model]
+    config = models[0].config
+    layers = [attention_layer(options, each.config) for each in models]
     check_source_lengths(sources, options.max_source_length)
-    positions = config.max_positions if config.positions == "learned" else None
+    learned = [m.config.max_positions for m in models if m.config.positions == "learned"]
+    positions = min(learned, default=None)
     found_numbers = [index for index, source in enumerate(sources) if len(source)]
     results = [empty_result(options) for _ in sources]
     if not found_numbers:
@@ -483,7 +494,7 @@ def beam_search(
     check_ids("suppressed_tokens", options.suppressed_tokens, config.tgt_vocab_size)
     for prefix in prefixes or []:
         check_ids("prefix ids", prefix, config.tgt_vocab_size)
-    device = next(model.parameters()).device
+    device = next(models[0].parameters()).device
     source_lengths = [len(sources[index]) for index in found_numbers]
     lengths = torch.tensor(source_lengths, device=device)
     padded = torch.full((len(found_numbers), int(lengths.max())), config.pad_id, device=device)
@@ -491,16 +502,22 @@ def beam_search(
         padded[row, : len(sources[index])] = torch.tensor(list(sources[index]), device=device)
 
     with torch.inference_mode():
-        memory = model.encode_padded(padded)
+        memories = [each.encode_padded(padded) for each in models]
 
         def step(rows: list[int], prefix_rows: NDArray[np.int64]) -> Any:
             chosen = torch.tensor(rows, device=device)
             ids = torch.from_numpy(prefix_rows).to(device)
-            inputs = ids, memory[chosen], lengths[chosen]
-            if layer is None:
-                return model.next_log_probs(*inputs).cpu().numpy()
-            log_probs, attention = model.next_log_probs(*inputs, attention_layer=layer)
-            return log_probs.cpu().numpy(), attention.cpu().numpy()
+            log_probs, attentions = [], []
+            for each, memory, layer in zip(models, memories, layers, strict=True):
+                inputs = ids, memory[chosen], lengths[chosen]
+                if layer is None:
+                    log_probs.append(each.next_log_probs(*inputs).cpu().numpy())
+                else:
+                    row, attention = each.next_log_probs(*inputs, attention_layer=layer)
+                    log_probs.append(row.cpu().numpy())
+                    attentions.append(attention.cpu().numpy())
+            mean = mean_log_probs(log_probs)
+            return (mean, np.mean(attentions, axis=0)) if attentions else mean
 
         found = search(
             step,

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transformer_ext.data.tokenizer import Tokenizer
-from transformer_ext.files import load_model_dir
+from transformer_ext.files import FileError, load_model_dir
 from transformer_ext.inference.engine import BATCH_SIZE, BATCH_TOKENS, Engine
 from transformer_ext.inference.options import Hypothesis, SearchOptions, SearchResult
 from transformer_ext.model.config import TransformerConfig
@@ -61,7 +61,8 @@ class Translator:
     One translator may be used by any number of threads at once.
 
     Args:
-        model_dir: folder with ``config.json``, ``model.safetensors`` and the tokenizer.
+        model_dir: folder with ``config.json``, ``model.safetensors`` and the tokenizer; or several,
+            as an ensemble: of each token counts the mean of the probabilities that they give to it.
         threads: threads at work on one call; None takes as many as there are physical cores that
             this process may use.
         options: how to search where a call does not say otherwise; the defaults if None.
@@ -74,25 +75,38 @@ class Translator:
         max_train_length: longest sentence trained on, in tokens, where the model says so.
 
     Raises:
-        FileError: something in the folder is missing, broken, or does not fit the rest.
+        FileError: something in the folder is missing, broken, or does not fit the rest; the models
+            of an ensemble have different tokenizers.
         UnsupportedModelError: the model has a part that the engine does not know.
         ValueError: ``threads`` is below 1.
     """
 
     def __init__(
         self,
-        model_dir: str | Path,
+        model_dir: str | Path | Sequence[str | Path],
         threads: int | None = None,
         *,
         options: SearchOptions | None = None,
     ) -> None:
-        model = load_model_dir(model_dir)
-        longest = model.training.get("max_train_length")
+        folders = [model_dir] if isinstance(model_dir, (str, Path)) else list(model_dir)
+        if not folders:
+            raise ValueError("model_dir: got no folder, expected at least one")
+        models = [load_model_dir(folder) for folder in folders]
+        model = models[0]
+        for other in models[1:]:
+            for side in ("source_tokenizer", "target_tokenizer"):
+                if getattr(other, side).sha256 != getattr(model, side).sha256:
+                    raise FileError(
+                        f"{other.path}: its {side.replace('_', ' ')} is not that of {model.path}, "
+                        "which the models of an ensemble must share"
+                    )
+        engines = [Engine(each.config, each.weights, threads=threads) for each in models]
+        longest = [each.training.get("max_train_length") for each in models]
         self._set_up(
-            Engine(model.config, model.weights, threads=threads),
+            engines[0] if len(engines) == 1 else Engine.ensemble(engines),
             model.source_tokenizer,
             model.target_tokenizer,
-            longest if isinstance(longest, int) else None,
+            min((length for length in longest if isinstance(length, int)), default=None),
             options,
         )
 
