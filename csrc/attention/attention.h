@@ -51,8 +51,8 @@ struct AttentionArgs {
   Dropout dropout;  // row = query token * heads + head, column = key in its sequence
 
   AttentionTensor query, key, value, out;
-  // For backward; forward takes null where there will be none. Maximum and inverse sum, both 0
-  // where a query may attend to nothing: [2, heads, rows] (packed) or [2, batch, heads,
+  // For backward; forward takes null where there will be none. Maximum, times log2(e), and inverse
+  // sum, both 0 where a query may attend to nothing: [2, heads, rows] (packed) or [2, batch, heads,
   // query_length] (padded). Slack rows are left undefined.
   float* statistics = nullptr;
 };
