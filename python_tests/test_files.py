@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from itertools import product
 from pathlib import Path
 
@@ -148,17 +149,33 @@ def test_tensors_are_lazy_and_typed(tmp_path) -> None:
         "numbers": np.array([1, 2], np.int64),
         "none": np.empty((0, 3), np.float32),
         "single": np.array(3, np.float32),
+        "odd": np.array([True, False, True]),
+        "ä half": np.array([1.5, -2], np.float16),
+        "wide": np.array([np.pi]),
+        "bytes": np.array([255], np.uint8),
+        "big endian": np.array([1, 258], ">i4"),
     }
     save_tensors(path, values, {"note": "x"})
     tensors = Tensors(path)
     assert tensors.metadata == {"note": "x"}
-    assert set(tensors) == set(values) and len(tensors) == 4
+    assert set(tensors) == set(values) and len(tensors) == 9
     for name, value in values.items():
         assert tensors.shapes[name] == value.shape
-        assert tensors[name].dtype == value.dtype
+        assert tensors[name].dtype == value.dtype.newbyteorder("=")
         np.testing.assert_array_equal(tensors[name], value)
+    with pytest.raises(TypeError, match="c: got complex64, expected floats"):
+        save_tensors(path, {"c": np.zeros(1, np.complex64)})
     with pytest.raises(KeyError):
         tensors["other"]
+
+
+def test_tensors_are_written_without_another_copy_in_memory(tmp_path) -> None:
+    values = {f"w{index}": np.zeros(1 << 18) for index in range(8)}
+    tracemalloc.start()
+    save_tensors(tmp_path / "t.safetensors", values)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < values["w0"].nbytes
 
 
 def test_tensors_of_torch(tmp_path) -> None:
