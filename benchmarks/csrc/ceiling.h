@@ -89,16 +89,23 @@ class Arithmetic {
 // The empty assembly keeps the chains apart, alive and in registers.
 #define TRANSFORMER_EXT_CHAIN(c)     \
   x##c = TRANSFORMER_EXT_STEP(x##c); \
-  asm volatile("" : TRANSFORMER_EXT_REGISTER(x##c));
-#define TRANSFORMER_EXT_CHAINS(Vector, start)                                          \
-  Vector x0 = start, x1 = x0, x2 = x0, x3 = x0, x4 = x0, x5 = x0;                      \
-  Vector x6 = x0, x7 = x0, x8 = x0, x9 = x0, x10 = x0, x11 = x0;                       \
-  for (int64_t i = 0; i < kRounds; ++i) {                                              \
-    TRANSFORMER_EXT_CHAIN(0)                                                           \
-    TRANSFORMER_EXT_CHAIN(1) TRANSFORMER_EXT_CHAIN(2) TRANSFORMER_EXT_CHAIN(3)         \
-        TRANSFORMER_EXT_CHAIN(4) TRANSFORMER_EXT_CHAIN(5) TRANSFORMER_EXT_CHAIN(6)     \
-            TRANSFORMER_EXT_CHAIN(7) TRANSFORMER_EXT_CHAIN(8) TRANSFORMER_EXT_CHAIN(9) \
-                TRANSFORMER_EXT_CHAIN(10) TRANSFORMER_EXT_CHAIN(11)                    \
+  asm volatile("" : TRANSFORMER_EXT_REGISTER(x##c))
+#define TRANSFORMER_EXT_CHAINS(Vector, start)                     \
+  Vector x0 = start, x1 = x0, x2 = x0, x3 = x0, x4 = x0, x5 = x0; \
+  Vector x6 = x0, x7 = x0, x8 = x0, x9 = x0, x10 = x0, x11 = x0;  \
+  for (int64_t i = 0; i < kRounds; ++i) {                         \
+    TRANSFORMER_EXT_CHAIN(0);                                     \
+    TRANSFORMER_EXT_CHAIN(1);                                     \
+    TRANSFORMER_EXT_CHAIN(2);                                     \
+    TRANSFORMER_EXT_CHAIN(3);                                     \
+    TRANSFORMER_EXT_CHAIN(4);                                     \
+    TRANSFORMER_EXT_CHAIN(5);                                     \
+    TRANSFORMER_EXT_CHAIN(6);                                     \
+    TRANSFORMER_EXT_CHAIN(7);                                     \
+    TRANSFORMER_EXT_CHAIN(8);                                     \
+    TRANSFORMER_EXT_CHAIN(9);                                     \
+    TRANSFORMER_EXT_CHAIN(10);                                    \
+    TRANSFORMER_EXT_CHAIN(11);                                    \
   }
 
 #if defined(__x86_64__)
