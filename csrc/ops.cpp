@@ -15,9 +15,11 @@ std::string isa() { return isa_name(active_isa()); }
 STABLE_TORCH_LIBRARY(transformer_ext, m) {
   m.def("isa() -> str");
 
-  // The float32 product of csrc/gemm, with weights in the order of its kernel or as they lie.
-  m.def("gemm_pack(Tensor weight) -> Tensor");
-  m.def("gemm_panel_columns() -> int");
+  // The product of csrc/gemm, with weights in the order of its kernel or as they lie. A weight [n,
+  // k] is packed for x W^T; transposed, for dy W. The type of the packed tensor decides that of the
+  // factors.
+  m.def("gemm_packed_elements(int n, int k, bool bfloat16) -> int");
+  m.def("gemm_pack_(Tensor(a!) out, Tensor weight, bool transposed) -> ()");
   m.def(
       "gemm_linear_(Tensor(a!) out, Tensor x, Tensor packed, Tensor? bias, bool accumulate) -> ()");
   m.def("gemm_matmul_(Tensor(a!) out, Tensor a, Tensor b, bool accumulate) -> ()");
@@ -53,7 +55,6 @@ STABLE_TORCH_LIBRARY(transformer_ext, m) {
   m.def(
       "cross_entropy(Tensor logits, Tensor targets, Tensor? scale, float label_smoothing, "
       "int ignore_index, bool write_grad) -> (Tensor, Tensor)");
-  m.def("add_bfloat16_(Tensor(a!) sum, Tensor x) -> ()");
   m.def("column_sum_(Tensor(a!) out, Tensor x, bool accumulate) -> ()");
 
   // A result that would be a copy of an argument, or that has nothing to hold, comes back empty.

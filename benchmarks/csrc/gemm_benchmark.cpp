@@ -110,7 +110,8 @@ void gemm_weight_gradient(benchmark::State& state) {
   std::vector<float> y(static_cast<size_t>(m * n));
   const double begin = seconds();
   for (auto _ : state) {
-    gemm_matmul(a.data(), m, 1, m, b.data(), n, k, n, y.data(), n, {}, pool);
+    gemm_matmul(GemmInput{a.data(), GemmType::float32, 1, m}, m, b.data(), n, k, n, y.data(), n, {},
+                pool);
     benchmark::ClobberMemory();
   }
   report(state, pool, seconds() - begin, 2.0 * static_cast<double>(m * n * k),

@@ -47,9 +47,6 @@ struct CrossEntropyKernels {
                              bool accumulate, float* out, Parallel&);
   void (*column_sum_bfloat16)(const bfloat16* x, int64_t stride, int64_t rows, int64_t columns,
                               bool accumulate, float* out, Parallel&);
-
-  // sum[i] += x[i] for i in [0, n).
-  void (*add_bfloat16)(const bfloat16* x, int64_t n, float* sum, Parallel&);
 };
 
 TRANSFORMER_EXT_KERNELS(CrossEntropyKernels, cross_entropy_kernels)

@@ -205,23 +205,9 @@ void column_sum(const T* x, int64_t stride, int64_t rows, int64_t columns, bool 
   });
 }
 
-void add_bfloat16(const bfloat16* x, int64_t n, float* sum, Parallel& parallel) {
-  const int64_t tasks = (n + kTaskElements - 1) / kTaskElements;
-  parallel.for_each(tasks, [&](int64_t task) {
-    const int64_t end = (task + 1) * kTaskElements < n ? (task + 1) * kTaskElements : n;
-    int64_t i = task * kTaskElements;
-    for (; i + kWidth <= end; i += kWidth) store(sum + i, load(sum + i) + load(x + i));
-    if (i < end) {
-      store_partial(sum + i, load_partial(sum + i, end - i) + load_partial(x + i, end - i),
-                    end - i);
-    }
-  });
-}
-
 }  // namespace
 
 extern const CrossEntropyKernels cross_entropy_kernels = {
-    cross_entropy<float>, cross_entropy<bfloat16>, column_sum<float>, column_sum<bfloat16>,
-    add_bfloat16};
+    cross_entropy<float>, cross_entropy<bfloat16>, column_sum<float>, column_sum<bfloat16>};
 
 }  // namespace transformer_ext::TRANSFORMER_EXT_ISA

@@ -90,16 +90,6 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& tar
   });
 }
 
-void add_bfloat16_(const Tensor& sum, const Tensor& x) {
-  check_contiguous(sum, "sum");
-  check_contiguous(x, "x");
-  STD_TORCH_CHECK(x.numel() == sum.numel(), "x: got shape ", shape_string(sizes_of(x)),
-                  ", expected that of sum, ", shape_string(sizes_of(sum)));
-  TorchParallel parallel;
-  cross_entropy_kernels().add_bfloat16(data<bfloat16>(x, "x"), x.numel(),
-                                       mutable_data<float>(sum, "sum"), parallel);
-}
-
 void column_sum_(const Tensor& out, const Tensor& x, bool accumulate) {
   dispatch_float(x, "x", [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -124,6 +114,5 @@ void column_sum_(const Tensor& out, const Tensor& x, bool accumulate) {
 STABLE_TORCH_LIBRARY_IMPL(transformer_ext, CPU, m) {
   m.impl("cross_entropy_", TORCH_BOX(&transformer_ext::cross_entropy_));
   m.impl("cross_entropy", TORCH_BOX(&transformer_ext::cross_entropy));
-  m.impl("add_bfloat16_", TORCH_BOX(&transformer_ext::add_bfloat16_));
   m.impl("column_sum_", TORCH_BOX(&transformer_ext::column_sum_));
 }

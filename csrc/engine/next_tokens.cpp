@@ -64,7 +64,7 @@ void NextTokens::scan(const Model& model, const float* states, int64_t rows, con
     Serial serial;
     for (int64_t column = part * part_columns; column < end; column += chunk) {
       const int64_t columns = std::min(chunk, end - column);
-      const PackedView view{weight.data + column * width, columns, width};
+      const PackedView view = weight.columns(column, columns);
       const float* const bias = generator.bias.empty() ? nullptr : generator.bias.data() + column;
       for (int64_t first = 0; first < rows; first += kChunkRows) {
         const int64_t block = std::min(kChunkRows, rows - first);

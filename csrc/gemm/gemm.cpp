@@ -10,20 +10,32 @@
 
 namespace transformer_ext {
 
-int64_t gemm_panel_columns() { return gemm_kernels().panel_columns; }
+namespace {
 
-int64_t gemm_packed_size(int64_t n, int64_t k) {
-  const int64_t columns = gemm_panel_columns();
-  return (n + columns - 1) / columns * columns * k;
+int64_t inputs_per_word(GemmType type) { return type == GemmType::float32 ? 1 : 2; }
+
+}  // namespace
+
+PackedView PackedView::columns(int64_t begin, int64_t count) const {
+  return {static_cast<const char*>(data) + gemm_packed_bytes(begin, k, type), count, k, type};
 }
 
-void gemm_pack(const float* w, int64_t n, int64_t k, int64_t n_stride, int64_t k_stride, float* out,
-               Parallel& parallel) {
-  gemm_kernels().pack(w, n, k, n_stride, k_stride, out, parallel);
+int64_t gemm_panel_columns() { return gemm_kernels().panel_columns; }
+
+bool gemm_has(GemmType type) { return gemm_kernels().gemm[static_cast<int>(type)] != nullptr; }
+
+size_t gemm_packed_bytes(int64_t n, int64_t k, GemmType type) {
+  const int64_t columns = gemm_panel_columns(), word = inputs_per_word(type);
+  return static_cast<size_t>((n + columns - 1) / columns * columns * ((k + word - 1) / word)) * 4;
+}
+
+void gemm_pack(const float* w, int64_t n, int64_t k, int64_t n_stride, int64_t k_stride,
+               GemmType type, void* out, Parallel& parallel) {
+  gemm_kernels().pack[static_cast<int>(type)](w, n, k, n_stride, k_stride, out, parallel);
 }
 
 void gemm(const GemmArguments& arguments, Parallel& parallel) {
-  gemm_kernels().gemm(arguments, parallel);
+  gemm_kernels().gemm[static_cast<int>(arguments.weight.type)](arguments, parallel);
 }
 
 PackedMatrix::~PackedMatrix() { release(); }
@@ -47,13 +59,12 @@ void PackedMatrix::release() {
   view_ = PackedView();
 }
 
-size_t PackedMatrix::bytes() const {
-  return static_cast<size_t>(gemm_packed_size(view_.n, view_.k)) * sizeof(float);
-}
+size_t PackedMatrix::bytes() const { return gemm_packed_bytes(view_.n, view_.k, view_.type); }
 
-void PackedMatrix::pack(const float* w, int64_t n, int64_t k, int64_t ldw, Parallel& parallel) {
+void PackedMatrix::pack(const float* w, int64_t n, int64_t k, int64_t ldw, Parallel& parallel,
+                        GemmType type) {
   constexpr size_t kHugePage = size_t{2} << 20;
-  const size_t size = static_cast<size_t>(gemm_packed_size(n, k)) * sizeof(float);
+  const size_t size = gemm_packed_bytes(n, k, type);
   const size_t alignment = size >= kHugePage ? kHugePage : 64;
   const size_t rounded = (size + alignment - 1) / alignment * alignment;
   void* const memory = std::aligned_alloc(alignment, rounded == 0 ? alignment : rounded);
@@ -62,10 +73,10 @@ void PackedMatrix::pack(const float* w, int64_t n, int64_t k, int64_t ldw, Paral
   // Best effort: without huge pages, the walk over the weights misses the TLB.
   if (alignment == kHugePage) madvise(memory, rounded, MADV_HUGEPAGE);
 #endif
-  gemm_pack(w, n, k, ldw, 1, static_cast<float*>(memory), parallel);
+  gemm_pack(w, n, k, ldw, 1, type, memory, parallel);
   release();
-  memory_ = static_cast<float*>(memory);
-  view_ = PackedView{memory_, n, k};
+  memory_ = memory;
+  view_ = PackedView{memory_, n, k, type};
 }
 
 }  // namespace transformer_ext

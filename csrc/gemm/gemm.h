@@ -1,5 +1,5 @@
-// float32 matrix product with prepacked weights: y[m, n] = activation(y0 + x[m, k] W[n, k]^T +
-// bias).
+// Matrix product with prepacked weights: y[m, n] = activation(y0 + x[m, k] W[n, k]^T + bias), on
+// float32 or bfloat16 factors, summed in float32.
 //
 // Every output is a sum over slices of k, each a chain of fused multiply-adds in ascending k on one
 // vector lane. Nothing in that order depends on the number of rows, on the row's position, on the
@@ -10,34 +10,44 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "common/bfloat16.h"
 #include "common/isa.h"
 #include "common/parallel.h"
 
 namespace transformer_ext {
 
+// bfloat16 factors need the dot-product instruction: only where gemm_has(GemmType::bfloat16).
+enum class GemmType : int { float32 = 0, bfloat16 = 1 };
+
 enum class GemmActivation : int { none = 0, relu = 1 };
 
 struct Epilogue {
   GemmActivation activation = GemmActivation::none;
-  bool accumulate = false;  // y0 = y instead of 0
+  bool accumulate = false;  // y0 = y instead of 0; only where y is float32
 };
 
 // Weights in the order in which the kernel of the active instruction set reads them: panels of
-// `gemm_panel_columns()` output columns, each [k][columns], the last one padded with zeros. Packed
-// data is private to the process that packed it: never store it in a file.
+// `gemm_panel_columns()` output columns, the last one padded with zeros; each holds, for every word
+// of inputs (one float32, two bfloat16), the columns side by side. Packed data is private to the
+// process that packed it: never store it in a file.
 struct PackedView {
-  const float* data = nullptr;  // 64-byte aligned
-  int64_t n = 0;                // output columns
-  int64_t k = 0;                // inputs
+  const void* data = nullptr;  // 64-byte aligned
+  int64_t n = 0;               // output columns
+  int64_t k = 0;               // inputs
+  GemmType type = GemmType::float32;
+
+  // `count` columns from `begin` on, a multiple of gemm_panel_columns().
+  PackedView columns(int64_t begin, int64_t count) const;
 };
 
 int64_t gemm_panel_columns();
-int64_t gemm_packed_size(int64_t n, int64_t k);  // in floats
+bool gemm_has(GemmType type);
+size_t gemm_packed_bytes(int64_t n, int64_t k, GemmType type);
 
-// out[gemm_packed_size(n, k)] from the weight at w[column * n_stride + input * k_stride]: strides
-// (ld, 1) for a weight [n, k], (1, ld) for one stored as [k, n].
-void gemm_pack(const float* w, int64_t n, int64_t k, int64_t n_stride, int64_t k_stride, float* out,
-               Parallel& parallel);
+// To out[gemm_packed_bytes(n, k, type)] from the weight at w[column * n_stride + input * k_stride]:
+// strides (ld, 1) for a weight [n, k], (1, ld) for one stored as [k, n].
+void gemm_pack(const float* w, int64_t n, int64_t k, int64_t n_stride, int64_t k_stride,
+               GemmType type, void* out, Parallel& parallel);
 
 // Owns packed weights, on huge pages where the system grants them.
 class PackedMatrix {
@@ -50,7 +60,8 @@ class PackedMatrix {
   PackedMatrix& operator=(const PackedMatrix&) = delete;
 
   // From w[n, k] with rows ldw >= k floats apart. Throws std::bad_alloc.
-  void pack(const float* w, int64_t n, int64_t k, int64_t ldw, Parallel& parallel);
+  void pack(const float* w, int64_t n, int64_t k, int64_t ldw, Parallel& parallel,
+            GemmType type = GemmType::float32);
 
   int64_t n() const { return view_.n; }
   int64_t k() const { return view_.k; }
@@ -60,47 +71,59 @@ class PackedMatrix {
  private:
   void release();
   PackedView view_;
-  float* memory_ = nullptr;
+  void* memory_ = nullptr;
+};
+
+// A matrix of the caller's: element (row, input) or (input, column) at
+// data[row * row_stride + input * k_stride].
+struct GemmInput {
+  const void* data;
+  GemmType type;
+  int64_t row_stride;
+  int64_t k_stride;
 };
 
 struct GemmArguments {
-  const float* x;  // x[row * x_row_stride + input * x_k_stride]
-  int64_t m;       // rows
-  int64_t x_row_stride;
-  int64_t x_k_stride;  // 1, or the leading dimension of a transposed x
-  // Where weight.data is null: weights that are used once (in a gradient), read as they lie,
-  // rows[input * rows_stride + column].
+  int64_t m;    // rows
+  GemmInput x;  // of weight.type, or float32, rounded on the way
+  // Where weight.data is null, weights that are used once (in a gradient) are read as they lie:
+  // element (input, column) at rows[input * rows_stride + column], of weight.type.
   PackedView weight;
-  const float* rows;
+  const void* rows;
   int64_t rows_stride;
   const float* bias;  // [n] or null
-  float* y;           // y[row * ldy + column], columns side by side; no overlap with the others
+  // y[row * ldy + column], columns side by side; no overlap with the others. bfloat16 only where
+  // the weights are bfloat16 and packed.
+  void* y;
+  GemmType y_type;
   int64_t ldy;
   Epilogue epilogue;
 };
 
 void gemm(const GemmArguments& arguments, Parallel& parallel);
 
-// Rows of x side by side: x[m, k] with leading dimension ldx, y[m, n] with ldy. m may be 0.
+// Rows of float32 x side by side: x[m, k] with leading dimension ldx, y[m, n] with ldy. m may be 0.
 inline void gemm(const float* x, int64_t m, int64_t ldx, const PackedView& weight,
                  const float* bias, float* y, int64_t ldy, Epilogue epilogue, Parallel& parallel) {
-  gemm(GemmArguments{x, m, ldx, 1, weight, nullptr, 0, bias, y, ldy, epilogue}, parallel);
+  gemm(GemmArguments{m, GemmInput{x, GemmType::float32, ldx, 1}, weight, nullptr, 0, bias, y,
+                     GemmType::float32, ldy, epilogue},
+       parallel);
 }
 
-// y[m, n] = a[m, k] b[k, n]; a with any strides, the rows of b and y side by side.
-inline void gemm_matmul(const float* a, int64_t m, int64_t a_row_stride, int64_t a_k_stride,
-                        const float* b, int64_t n, int64_t k, int64_t ldb, float* y, int64_t ldy,
-                        Epilogue epilogue, Parallel& parallel) {
-  gemm(GemmArguments{a, m, a_row_stride, a_k_stride, PackedView{nullptr, n, k}, b, ldb, nullptr, y,
+// y[m, n] = a[m, k] b[k, n]; a with any strides, the rows of b and y side by side, b of a's type.
+inline void gemm_matmul(const GemmInput& a, int64_t m, const void* b, int64_t n, int64_t k,
+                        int64_t ldb, float* y, int64_t ldy, Epilogue epilogue, Parallel& parallel) {
+  gemm(GemmArguments{m, a, PackedView{nullptr, n, k, a.type}, b, ldb, nullptr, y, GemmType::float32,
                      ldy, epilogue},
        parallel);
 }
 
 struct GemmKernels {
   int64_t panel_columns;
-  void (*pack)(const float* w, int64_t n, int64_t k, int64_t n_stride, int64_t k_stride, float* out,
-               Parallel& parallel);
-  void (*gemm)(const GemmArguments& arguments, Parallel& parallel);
+  // By GemmType; null where the instruction set lacks what the type needs.
+  void (*pack[2])(const float* w, int64_t n, int64_t k, int64_t n_stride, int64_t k_stride,
+                  void* out, Parallel& parallel);
+  void (*gemm[2])(const GemmArguments& arguments, Parallel& parallel);
 };
 
 TRANSFORMER_EXT_KERNELS(GemmKernels, gemm_kernels)

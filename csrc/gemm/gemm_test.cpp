@@ -141,11 +141,73 @@ TEST(Gemm, MatmulTakesATransposedAndGivesWhatPackedWeightsGive) {
     }
     const size_t size = static_cast<size_t>(s.m * s.n);
     std::vector<float> y(size, kNaN), expected(size, kNaN);
-    gemm_matmul(a.data(), s.m, 1, lda, b.data(), s.n, s.k, ldb, y.data(), s.n, {}, serial);
+    gemm_matmul(GemmInput{a.data(), GemmType::float32, 1, lda}, s.m, b.data(), s.n, s.k, ldb,
+                y.data(), s.n, {}, serial);
     PackedMatrix packed;
     packed.pack(p.w.data(), s.n, s.k, s.k, serial);
     gemm(p.x.data(), s.m, s.k, packed, nullptr, expected.data(), s.n, {}, serial);
     EXPECT_EQ(std::memcmp(y.data(), expected.data(), size * sizeof(float)), 0)
+        << s.m << " " << s.n << " " << s.k;
+  }
+}
+
+std::vector<bfloat16> rounded(const std::vector<float>& x) {
+  std::vector<bfloat16> out;
+  for (const float v : x) out.push_back(to_bfloat16(v));
+  return out;
+}
+
+// With factors that bfloat16 holds exactly, it must give what float32 gives but for the order of
+// the sum.
+TEST(Gemm, Bfloat16) {
+  if (!gemm_has(GemmType::bfloat16)) GTEST_SKIP() << "no bfloat16 dot products";
+  ThreadPool pool(2);
+  std::vector<Shape> shapes(std::begin(kShapes), std::end(kShapes));
+  shapes.push_back({300, 200, 1100});
+  for (const Shape s : shapes) {
+    Problem p(s);
+    const std::vector<bfloat16> x = rounded(p.x), w = rounded(p.w);
+    for (size_t i = 0; i < x.size(); ++i) p.x[i] = to_float(x[i]);
+    for (size_t i = 0; i < w.size(); ++i) p.w[i] = to_float(w[i]);
+    PackedMatrix packed;
+    packed.pack(p.w.data(), s.n, s.k, s.k, pool, GemmType::bfloat16);
+    EXPECT_EQ(packed.bytes(), gemm_packed_bytes(s.n, s.k, GemmType::bfloat16));
+    const size_t size = static_cast<size_t>(s.m * s.n);
+    std::vector<float> y(size, kNaN), from_float(size, kNaN);
+    std::vector<bfloat16> low(size);
+    GemmArguments a{s.m,      GemmInput{x.data(), GemmType::bfloat16, s.k, 1},
+                    packed,   nullptr,
+                    0,        p.bias.data(),
+                    y.data(), GemmType::float32,
+                    s.n,      {}};
+    gemm(a, pool);
+    for (int64_t r = 0; r < s.m; ++r) {
+      for (int64_t c = 0; c < s.n; ++c) {
+        ASSERT_NEAR(y[static_cast<size_t>(r * s.n + c)], p.exact(r, c), p.tolerance())
+            << s.m << " " << s.n << " " << s.k << " at " << r << ", " << c;
+      }
+    }
+    gemm(p.x.data(), s.m, s.k, packed, p.bias.data(), from_float.data(), s.n, {}, pool);
+    EXPECT_EQ(std::memcmp(from_float.data(), y.data(), size * sizeof(float)), 0);
+    a.y = low.data();
+    a.y_type = GemmType::bfloat16;
+    gemm(a, pool);
+    for (size_t i = 0; i < size; ++i) ASSERT_EQ(low[i].bits, to_bfloat16(y[i]).bits);
+
+    // The same product from factors as they lie, both turned.
+    std::vector<bfloat16> xt(x.size()), wt(w.size());
+    for (int64_t i = 0; i < s.k; ++i) {
+      for (int64_t r = 0; r < s.m; ++r) {
+        xt[static_cast<size_t>(i * s.m + r)] = x[static_cast<size_t>(r * s.k + i)];
+      }
+      for (int64_t c = 0; c < s.n; ++c) {
+        wt[static_cast<size_t>(i * s.n + c)] = w[static_cast<size_t>(c * s.k + i)];
+      }
+    }
+    gemm(p.x.data(), s.m, s.k, packed, nullptr, y.data(), s.n, {}, pool);
+    gemm_matmul(GemmInput{xt.data(), GemmType::bfloat16, 1, s.m}, s.m, wt.data(), s.n, s.k, s.n,
+                from_float.data(), s.n, {}, pool);
+    EXPECT_EQ(std::memcmp(from_float.data(), y.data(), size * sizeof(float)), 0)
         << s.m << " " << s.n << " " << s.k;
   }
 }
@@ -187,7 +249,7 @@ TEST(Gemm, PackedMatrixMovesAndRepacks) {
   EXPECT_EQ(PackedView(b).data, data);
   b.pack(w.data(), 9, 70, 70, serial);
   EXPECT_EQ(b.n(), 9);
-  EXPECT_EQ(b.bytes(), static_cast<size_t>(gemm_packed_size(9, 70)) * sizeof(float));
+  EXPECT_EQ(b.bytes(), gemm_packed_bytes(9, 70, GemmType::float32));
   a = std::move(b);
   EXPECT_EQ(a.k(), 70);
   EXPECT_EQ(reinterpret_cast<uintptr_t>(PackedView(a).data) % 64, 0u);

@@ -303,16 +303,7 @@ def _linear_cross_entropy_cpu(
             want_grad,
         )
         if want_weight:
-            if x.dtype == weight.dtype:
-                product_weight(logits, part, out=grad_weight, accumulate=begin > 0)
-            else:
-                term = _workspace("weight", vocabulary * features, x.dtype, x.device)
-                term = term.view(vocabulary, features)
-                product_weight(logits, part, dtype=x.dtype, out=term)
-                if begin == 0:
-                    grad_weight.copy_(term)
-                else:
-                    ops.add_bfloat16_(grad_weight, term)
+            product_weight(logits, part, out=grad_weight, accumulate=begin > 0)
         if want_x:
             product_input(logits, weight, out=rows_grad[begin:end])
         if want_bias:
@@ -465,10 +456,6 @@ if load_ops():
             logits.new_empty(3, dtype=torch.float64),
             logits.new_empty(rows if write_grad else 0, columns),
         )
-
-    @torch.library.register_fake("transformer_ext::add_bfloat16_")
-    def _add_bfloat16_fake(sum: Tensor, x: Tensor) -> None:
-        return None
 
     @torch.library.register_fake("transformer_ext::column_sum_")
     def _column_sum_fake(out: Tensor, x: Tensor, accumulate: bool) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from transformer_ext._native import load_ops
+from transformer_ext._native import load_ops, native
 from transformer_ext.ops._backend import has_kernel, use_compiled
 
 __all__ = [
@@ -35,36 +35,71 @@ __all__ = [
 @dataclass(frozen=True)
 class _Choice:
     product: str  # forward: x W^T; input: dy W; weight: dy^T x
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the activations
     isas: tuple[str, ...]
+    unless: str  # a feature of the CPU (info names them) with which torch is faster, or ""
     library: str  # "transformer_ext": csrc/gemm; "torch": whatever torch's dispatcher takes
+    packing: str
     reason: str
 
 
 # Which library multiplies on a CPU, the first that fits. Everything else, and every other device,
-# is torch's. Measured by benchmarks/linear.py; the figures are of 2 cores of a Zen 5.
+# is torch's. Measured by benchmarks/linear.py; the figures are of 2 cores of a Zen 5. All cut rows
+# and columns over torch's threads, never the inputs.
 _VECTORS = ("avx2", "avx512", "avx512_bf16")
+_DOTS = ("avx512_bf16",)
+_ONCE = "weight packed once after each change"
+_EACH = "both factors packed in each call, in slabs of 8 MiB"
+_F32 = ("", "transformer_ext")
+_BF16 = ("amx_bf16", "transformer_ext")
 _CHOICES = (
     _Choice(
         "forward",
         torch.float32,
         _VECTORS,
-        "transformer_ext",
-        "2.1 to 2.9 times MKL; the same bits for a row in any batch",
+        *_F32,
+        _ONCE,
+        "2.0 to 2.9 times MKL; the same bits for a row in any batch",
     ),
     _Choice(
         "input",
         torch.float32,
         _VECTORS,
-        "transformer_ext",
+        *_F32,
+        _ONCE,
         "2 times MKL; the same bits for any number of threads",
     ),
     _Choice(
         "weight",
         torch.float32,
         _VECTORS,
-        "transformer_ext",
-        "2 times MKL; the same bits for any number of threads",
+        *_F32,
+        _EACH,
+        "1.6 to 2.1 times MKL; the same bits for any number of threads",
+    ),
+    _Choice(
+        "forward",
+        torch.bfloat16,
+        _DOTS,
+        *_BF16,
+        _ONCE,
+        "1.0 to 2.3 times oneDNN; bias added in float32",
+    ),
+    _Choice(
+        "input",
+        torch.bfloat16,
+        _DOTS,
+        *_BF16,
+        _ONCE,
+        "1.0 to 1.1 times oneDNN; the same bits for any number of threads",
+    ),
+    _Choice(
+        "weight",
+        torch.bfloat16,
+        _DOTS,
+        *_BF16,
+        _EACH,
+        "1.0 to 1.4 times oneDNN, whose result is rounded to bfloat16",
     ),
 )
 
@@ -72,8 +107,8 @@ _CHOICES = (
 def gemm_choices() -> list[dict[str, str]]:
     """Which library does each matrix product on this machine's CPU, and why.
 
-    One row for each product (``forward``: x W^T, ``input``: dy W, ``weight``: dy^T x) and dtype:
-    keys ``product``, ``dtype``, ``library``, ``reason``.
+    One row for each product (``forward``: x W^T, ``input``: dy W, ``weight``: dy^T x) and dtype of
+    the activations: keys ``product``, ``dtype``, ``library``, ``packing``, ``reason``.
     """
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -84,6 +119,7 @@ def gemm_choices() -> list[dict[str, str]]:
                     "product": name,
                     "dtype": str(dtype).removeprefix("torch."),
                     "library": "torch" if choice is None else choice.library,
+                    "packing": "none" if choice is None else choice.packing,
                     "reason": "the choice of torch's dispatcher"
                     if choice is None
                     else choice.reason,
@@ -99,7 +135,12 @@ def _choice(name: str, dtype: torch.dtype) -> _Choice | None:
     key = (name, dtype)
     if key not in _chosen:
         isa = torch.ops.transformer_ext.isa() if has_kernel("gemm_matmul_", "cpu") else ""
-        fits = (c for c in _CHOICES if (c.product, c.dtype) == key and isa in c.isas)
+        features = native().cpu_features() if isa else {}
+        fits = (
+            c
+            for c in _CHOICES
+            if (c.product, c.dtype) == key and isa in c.isas and not features.get(c.unless)
+        )
         _chosen[key] = next(fits, None)
     return _chosen[key]
 
@@ -108,11 +149,14 @@ def _recording(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _ours(name: str, op: str, x: Tensor, *others: Tensor | None) -> bool:
+def _ours(name: str, op: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     return (
         x.device.type == "cpu"
         and _choice(name, x.dtype) is not None
-        and not _recording(x, *others)
+        and weight.dtype == torch.float32
+        and not weight.is_inference()
+        and (bias is None or bias.dtype == torch.float32)
+        and not _recording(x, weight, bias)
         and use_compiled(op, x)
     )
 
@@ -188,8 +232,19 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     return functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def _pack(weight: Tensor, stale: Tensor | None) -> Tensor:
-    return torch.ops.transformer_ext.gemm_pack(weight)
+def _packed(weight: Tensor, dtype: torch.dtype, *, transposed: bool) -> Tensor:
+    """``weight`` as csrc/gemm reads it, for activations in ``dtype``; cached."""
+
+    def pack(weight: Tensor, stale: Tensor | None) -> Tensor:
+        if stale is None:
+            n, k = reversed(weight.shape) if transposed else weight.shape
+            size = torch.ops.transformer_ext.gemm_packed_elements(n, k, dtype == torch.bfloat16)
+            stale = weight.new_empty(size, dtype=dtype)
+        # In place: no graph holds a packed copy.
+        torch.ops.transformer_ext.gemm_pack_(stale, weight, transposed)
+        return stale
+
+    return _copies.get(weight, (dtype, transposed), pack)
 
 
 def product(
@@ -203,16 +258,12 @@ def product(
 
     Differentiable only while autograd records (then torch multiplies, and ``out`` is not allowed).
     """
-    if (
-        weight.dtype == x.dtype
-        and not weight.is_inference()
-        and _ours("forward", "gemm_linear_", x, weight, bias)
-    ):
+    if _ours("forward", "gemm_linear_", x, weight, bias):
         if out is None:
             out = x.new_empty(x.shape[0], weight.shape[0])
-        packed = _copies.get(weight, "packed", _pack)
         if bias is not None:
             bias = bias.contiguous()
+        packed = _packed(weight, x.dtype, transposed=False)
         torch.ops.transformer_ext.gemm_linear_(out, x, packed, bias, False)
         return out
     columns = weight_for(weight, x.dtype).t()
@@ -228,10 +279,11 @@ def product_input(grad: Tensor, weight: Tensor, *, out: Tensor | None = None) ->
         grad: ``[rows, out]``. weight: ``[out, in]``, float32.
         out: ``[rows, in]`` in ``grad.dtype``, overwritten.
     """
-    if weight.dtype == grad.dtype and _ours("input", "gemm_matmul_", grad, weight):
+    if _ours("input", "gemm_linear_", grad, weight):
         if out is None:
             out = grad.new_empty(grad.shape[0], weight.shape[1])
-        torch.ops.transformer_ext.gemm_matmul_(out, grad, _rows(weight), False)
+        packed = _packed(weight, grad.dtype, transposed=True)
+        torch.ops.transformer_ext.gemm_linear_(out, grad, packed, None, False)
         return out
     return torch.mm(grad, weight_for(weight, grad.dtype), out=out)
 
@@ -251,7 +303,13 @@ def product_weight(
         dtype: of the result.
         out: ``[out, in]`` in ``dtype``; overwritten, or added to with ``accumulate``.
     """
-    if dtype == torch.float32 and _ours("weight", "gemm_matmul_", x, grad):
+    if (
+        dtype == torch.float32
+        and x.device.type == "cpu"
+        and _choice("weight", x.dtype) is not None
+        and not _recording(x, grad)
+        and use_compiled("gemm_matmul_", x)
+    ):
         if out is None:
             out = x.new_empty(grad.shape[1], x.shape[1], dtype=dtype)
         torch.ops.transformer_ext.gemm_matmul_(out, grad.t(), _rows(x), accumulate)
@@ -347,11 +405,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 if load_ops():
 
-    @torch.library.register_fake("transformer_ext::gemm_pack")
-    def _pack_fake(weight: Tensor) -> Tensor:
-        columns = torch.ops.transformer_ext.gemm_panel_columns()
-        panels = (weight.shape[0] + columns - 1) // columns
-        return weight.new_empty(panels * columns * weight.shape[1])
+    @torch.library.register_fake("transformer_ext::gemm_pack_")
+    def _pack_fake(out: Tensor, weight: Tensor, transposed: bool) -> None:
+        return None
 
     @torch.library.register_fake("transformer_ext::gemm_linear_")
     def _linear_fake(
