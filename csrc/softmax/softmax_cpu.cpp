@@ -41,9 +41,16 @@ template <class Body>
 inline void for_each_vector(int64_t n, Body body) {
   int64_t i = 0;
   for (; i + kChains * kWidth <= n; i += kChains * kWidth) {
+#pragma GCC unroll 4
     for (int k = 0; k < kChains; ++k) body(i + k * kWidth, kWidth, k);
   }
-  for (int k = 0; i + kWidth <= n; i += kWidth, ++k) body(i, kWidth, k);
+  // Unrolled, so that the accumulators of a short row are registers and not memory.
+#pragma GCC unroll 4
+  for (int k = 0; k < kChains - 1; ++k) {
+    if (i + kWidth > n) break;
+    body(i, kWidth, k);
+    i += kWidth;
+  }
   if (i < n) body(i, n - i, kChains - 1);
 }
 
