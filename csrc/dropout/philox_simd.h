@@ -6,6 +6,11 @@
 // The counters of 8 columns each sit in the low halves of 64-bit lanes: the widening multiply
 // reads only these, so the low half of a product needs no instruction of its own, and what is
 // left in the high halves does no harm until the last round.
+//
+// 64 columns are about 46 vector instructions and 22 cycles (Zen 5, 512 bits). Four groups side by
+// side take 17 each in a loop of nothing else, but inside the kernels, whose other work fills the
+// gaps, that gained 0 to 5 % and lost 12 % in the gradient of a norm. Shuffles for the shifts: no
+// difference.
 #pragma once
 
 #include "common/simd.h"
