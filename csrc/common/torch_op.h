@@ -9,7 +9,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <atomic>
 #include <cstdint>
 #include <exception>
 #include <initializer_list>
@@ -21,6 +20,7 @@
 
 #include "common/bfloat16.h"
 #include "common/parallel.h"
+#include "common/task_ranges.h"
 
 namespace transformer_ext {
 
@@ -28,8 +28,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Kernels on torch's own threads (as many as torch.get_num_threads() says), so that the process
-// has one set of threads. Tasks are handed out one by one, not cut into equal ranges beforehand:
-// a thread that a busy neighbour holds up takes fewer.
+// has one set of threads.
 class TorchParallel final : public Parallel {
  public:
   int threads() const override {
@@ -43,8 +42,8 @@ class TorchParallel final : public Parallel {
       if (count == 1) task(0);
       return;
     }
-    Job job{task, count};
     const int64_t workers = threads() < count ? threads() : count;
+    Job job{task, TaskRanges(count, workers)};
     TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, workers, 1, &Job::work, &job));
     if (job.error) std::rethrow_exception(job.error);
   }
@@ -52,21 +51,21 @@ class TorchParallel final : public Parallel {
  private:
   struct Job {
     FunctionRef<void(int64_t)> task;
-    const int64_t count;
-    std::atomic<int64_t> next{0};
+    TaskRanges ranges;
     std::mutex error_mutex{};
     std::exception_ptr error{};
 
-    // The range given is of workers, not of tasks; torch may give several workers' share to one.
-    static void work(int64_t, int64_t, void* context) {
+    // The range given is of workers, not of tasks; torch may give several workers' share to one,
+    // who then helps with the tasks of those that do not come.
+    static void work(int64_t worker, int64_t, void* context) {
       Job& job = *static_cast<Job*>(context);
-      for (int64_t i; (i = job.next.fetch_add(1, std::memory_order_relaxed)) < job.count;) {
+      for (int64_t i; (i = job.ranges.next(worker)) >= 0;) {
         try {
           job.task(i);
         } catch (...) {
           const std::lock_guard<std::mutex> lock(job.error_mutex);
           if (!job.error) job.error = std::current_exception();
-          job.next.store(job.count, std::memory_order_relaxed);
+          job.ranges.stop();
         }
       }
     }
