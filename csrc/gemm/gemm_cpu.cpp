@@ -37,6 +37,10 @@ constexpr int64_t kSlice<bfloat16> = 256;
 constexpr int64_t kBlockRows = 16 * kRows;
 // Blocks are made smaller, down to a quarter, where there would be fewer tasks than this.
 constexpr int64_t kTasks = 16;
+// Blocks of rows that go through one group of panels, which stays in the second-level cache, before
+// they go through the next. Not all: a thread shall have the rows that it had in the operation
+// before.
+constexpr int64_t kTogether = 8;
 constexpr int64_t kGroupPanels = 512 / kColumns;
 // Below this many multiply-adds a task would be dominated by being handed to a thread.
 constexpr int64_t kTaskWork = 1 << 16;
@@ -463,9 +467,12 @@ class Product {
       const int64_t count = row_blocks_ - begin < blocks ? row_blocks_ - begin : blocks;
       const T* const turned = turned_ ? turn_rows(slab, begin, count) : nullptr;
       parallel_.for_each(count * groups(), [&](int64_t task) {
-        const int64_t first_panel = task / count * group_;
+        const int64_t several = task / (kTogether * groups()) * kTogether;
+        const int64_t rows = count - several < kTogether ? count - several : kTogether;
+        const int64_t within = task - several * groups();
+        const int64_t first_panel = within / rows * group_;
         const int64_t end = first_panel + group_ < panels_ ? first_panel + group_ : panels_;
-        const int64_t row_block = task % count;
+        const int64_t row_block = several + within % rows;
         block(slab, (begin + row_block) * block_rows_,
               turned_ ? turned + row_block * block_rows_ * slab.words * kWord<T> : nullptr,
               first_panel, end);
