@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_testing import needs_compiled, threads
 from torch import nn
 
 from transformer_ext import ops
 from transformer_ext.model import Transformer, TransformerConfig, make_model, preset
 from transformer_ext.model.attention import DenseAttention, PackedAttention
 from transformer_ext.model.interop import copy_nn_transformer
+from transformer_ext.ops.linear import gemm_choices
 from transformer_ext.packed import Packed
 
 SMALL = {
@@ -205,6 +207,27 @@ def test_bfloat16_is_close_and_gradients_are_float32(name):
     assert out.dtype == torch.bfloat16
     error = (outputs["bfloat16"] - outputs["float32"]).norm() / outputs["float32"].norm()
     assert 0 < error < 0.03
+
+
+@needs_compiled
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_loss_and_gradients_are_the_same_bits_for_any_number_of_threads(precision):
+    libraries = {c["library"] for c in gemm_choices() if c["dtype"] == precision}
+    if libraries != {"transformer_ext"}:
+        pytest.skip(f"on this machine torch multiplies {precision}")
+    src, tgt = sentences([60, 20, 95] * 4, 370), sentences([33, 80, 54] * 4, 370, seed=1)
+    sizes = {"src_vocab_size": 370, "tgt_vocab_size": 370, "d_model": 96, "dim_feedforward": 200}
+    results = []
+    for count in (1, 2, 4):
+        with threads(count):
+            model = build(**sizes, dropout=0.1).set_precision(precision)
+            model.seed_dropout(5)
+            hidden = model(src, tgt).flatten(0, 1)
+            loss = ops.linear_cross_entropy(hidden, model.generator.weight, tgt.flatten()).loss
+            loss.backward()
+            results.append([loss, *(p.grad for p in model.parameters())])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def test_dropout_draws_anew_each_forward_and_repeats_by_seed():

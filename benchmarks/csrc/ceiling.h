@@ -196,12 +196,14 @@ void against_copy(benchmark::State& state, int64_t bytes, Parallel& parallel, Ke
   state.counters["of_copy"] = median(copy_seconds) / seconds;
 }
 
-// Times a kernel of `flop` operations on one thread, in turns with independent multiply-adds;
+// Times a kernel of `flop` operations, in turns with independent multiply-adds on the same threads;
 // reports the kernel's operations a second and the share that this is of the arithmetic's.
 template <class Kernel>
-void against_arithmetic(benchmark::State& state, double flop, bool bfloat16, Kernel&& kernel) {
+void against_arithmetic(benchmark::State& state, double flop, bool bfloat16, Parallel& parallel,
+                        Kernel&& kernel) {
   const Arithmetic ceiling(bfloat16);
-  const auto arithmetic = [&] { ceiling.run(); };
+  const int threads = parallel.threads();
+  const auto arithmetic = [&] { parallel.for_each(threads, [&](int64_t) { ceiling.run(); }); };
   const int64_t kernel_calls = calls_in_a_turn(kernel);
   const int64_t arithmetic_calls = calls_in_a_turn(arithmetic);
   std::vector<double> kernel_seconds, arithmetic_seconds;
@@ -211,11 +213,17 @@ void against_arithmetic(benchmark::State& state, double flop, bool bfloat16, Ker
     arithmetic_seconds.push_back(turn(arithmetic, arithmetic_calls));
   }
   const double seconds = median(kernel_seconds);
-  const double peak = ceiling.flop() / median(arithmetic_seconds);
+  const double peak = threads * ceiling.flop() / median(arithmetic_seconds);
   state.counters["us"] = seconds * 1e6;
   state.counters["GFLOP/s"] = flop / seconds * 1e-9;
   state.counters["peak_GFLOP/s"] = peak * 1e-9;
   state.counters["of_peak"] = flop / seconds / peak;
+}
+
+template <class Kernel>
+void against_arithmetic(benchmark::State& state, double flop, bool bfloat16, Kernel&& kernel) {
+  Serial serial;
+  against_arithmetic(state, flop, bfloat16, serial, kernel);
 }
 
 inline void in_turns(benchmark::internal::Benchmark* benchmark) {

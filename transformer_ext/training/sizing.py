@@ -73,7 +73,7 @@ def _shipped_small(device_type: str) -> Recipe:
             schedule="linear",
             warmup_steps=300,
             max_tokens=1024,
-            max_steps=5500,
+            max_steps=7000,
             validate_every=1000,
             early_stop_patience=None,
         )
