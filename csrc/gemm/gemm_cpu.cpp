@@ -62,7 +62,8 @@ constexpr int kSumsSlot = 0;
 
 template <class T>
 T* scratch(int64_t count, int slot) {
-  return static_cast<T*>(thread_scratch(static_cast<size_t>(count) * sizeof(T), slot));
+  // Never null, so that an offset within no elements is one too.
+  return static_cast<T*>(thread_scratch(static_cast<size_t>(count + 1) * sizeof(T), slot));
 }
 
 inline int64_t round_up(int64_t n, int64_t multiple) {

@@ -19,9 +19,9 @@ struct Shape {
   int64_t m, n, k;
 };
 
-const Shape kShapes[] = {{1, 1, 1},  {1, 200, 513},  {2, 3, 5},    {3, 65, 257},
-                         {4, 7, 0},  {5, 64, 128},   {6, 130, 31}, {7, 129, 300},
-                         {8, 1, 64}, {97, 129, 300}, {193, 70, 9}, {250, 600, 129}};
+const Shape kShapes[] = {{1, 1, 1},    {1, 200, 513},   {2, 3, 5},     {3, 65, 257}, {4, 7, 0},
+                         {5, 64, 128}, {6, 130, 31},    {7, 129, 300}, {8, 1, 64},   {97, 129, 300},
+                         {193, 70, 9}, {250, 600, 129}, {13, 70, 0}};
 
 std::vector<float> random(int64_t n, unsigned seed) {
   std::mt19937 generator(seed);
@@ -244,7 +244,7 @@ TEST(Gemm, PackedMatrixMovesAndRepacks) {
   const std::vector<float> w = random(70 * 9, 1);
   PackedMatrix a;
   a.pack(w.data(), 70, 9, 9, serial);
-  const float* const data = PackedView(a).data;
+  const void* const data = PackedView(a).data;
   PackedMatrix b = std::move(a);
   EXPECT_EQ(PackedView(b).data, data);
   b.pack(w.data(), 9, 70, 70, serial);

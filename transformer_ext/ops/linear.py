@@ -1,8 +1,9 @@
 """Affine maps: the one op behind every matrix product of the model.
 
 ``linear(x, weight, bias) = x @ weight.T + bias`` (the projections of "Attention Is All You Need",
-sections 3.2.2, 3.3 and 3.4). Parameters stay float32; with bfloat16 activations the products run
-on a bfloat16 copy of the weight that is made once after each change of the weight.
+sections 3.2.2, 3.3 and 3.4). Parameters stay float32; the products run on packed copies of the
+weight in the type of the activations (where torch multiplies bfloat16: on a plain copy), made once
+after each change of the weight.
 """
 
 from __future__ import annotations
@@ -38,26 +39,24 @@ class _Choice:
     dtype: torch.dtype  # of the activations
     isas: tuple[str, ...]
     unless: str  # a feature of the CPU (info names them) with which torch is faster, or ""
-    library: str  # "transformer_ext": csrc/gemm; "torch": whatever torch's dispatcher takes
     packing: str
     reason: str
 
 
-# Which library multiplies on a CPU, the first that fits. Everything else, and every other device,
-# is torch's. Measured by benchmarks/linear.py; the figures are of 2 cores of a Zen 5. All cut rows
-# and columns over torch's threads, never the inputs.
+# Where csrc/gemm multiplies on a CPU. Everything else, and every other device, is torch's, which
+# takes whatever its dispatcher takes. Measured by benchmarks/linear.py; the figures are of 2 cores
+# of a Zen 5. Rows and columns are cut over torch's threads, never the inputs.
 _VECTORS = ("avx2", "avx512", "avx512_bf16")
 _DOTS = ("avx512_bf16",)
 _ONCE = "weight packed once after each change"
 _EACH = "both factors packed in each call, in slabs of 8 MiB"
-_F32 = ("", "transformer_ext")
-_BF16 = ("amx_bf16", "transformer_ext")
+_NEVER, _AMX = "", "amx_bf16"
 _CHOICES = (
     _Choice(
         "forward",
         torch.float32,
         _VECTORS,
-        *_F32,
+        _NEVER,
         _ONCE,
         "2.0 to 2.9 times MKL; the same bits for a row in any batch",
     ),
@@ -65,7 +64,7 @@ _CHOICES = (
         "input",
         torch.float32,
         _VECTORS,
-        *_F32,
+        _NEVER,
         _ONCE,
         "2 times MKL; the same bits for any number of threads",
     ),
@@ -73,7 +72,7 @@ _CHOICES = (
         "weight",
         torch.float32,
         _VECTORS,
-        *_F32,
+        _NEVER,
         _EACH,
         "1.6 to 2.1 times MKL; the same bits for any number of threads",
     ),
@@ -81,7 +80,7 @@ _CHOICES = (
         "forward",
         torch.bfloat16,
         _DOTS,
-        *_BF16,
+        _AMX,
         _ONCE,
         "1.0 to 2.3 times oneDNN; bias added in float32",
     ),
@@ -89,7 +88,7 @@ _CHOICES = (
         "input",
         torch.bfloat16,
         _DOTS,
-        *_BF16,
+        _AMX,
         _ONCE,
         "1.0 to 1.1 times oneDNN; the same bits for any number of threads",
     ),
@@ -97,7 +96,7 @@ _CHOICES = (
         "weight",
         torch.bfloat16,
         _DOTS,
-        *_BF16,
+        _AMX,
         _EACH,
         "1.0 to 1.4 times oneDNN, whose result is rounded to bfloat16",
     ),
@@ -118,7 +117,7 @@ def gemm_choices() -> list[dict[str, str]]:
                 {
                     "product": name,
                     "dtype": str(dtype).removeprefix("torch."),
-                    "library": "torch" if choice is None else choice.library,
+                    "library": "torch" if choice is None else "transformer_ext",
                     "packing": "none" if choice is None else choice.packing,
                     "reason": "the choice of torch's dispatcher"
                     if choice is None
@@ -149,15 +148,21 @@ def _recording(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _ours(name: str, op: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+def _ours(name: str, op: str, x: Tensor, *others: Tensor | None) -> bool:
     return (
         x.device.type == "cpu"
         and _choice(name, x.dtype) is not None
-        and weight.dtype == torch.float32
+        and not _recording(x, *others)
+        and use_compiled(op, x)
+    )
+
+
+def _packable(weight: Tensor, bias: Tensor | None = None) -> bool:
+    # The version of an inference tensor, by which copies are kept, is not counted.
+    return (
+        weight.dtype == torch.float32
         and not weight.is_inference()
         and (bias is None or bias.dtype == torch.float32)
-        and not _recording(x, weight, bias)
-        and use_compiled(op, x)
     )
 
 
@@ -172,8 +177,8 @@ class _Copies:
     def _count_step(self, *_: Any) -> None:
         self._optimizer_steps += 1
 
-    def get(self, tensor: Tensor, kind: Any, make: Callable[[Tensor, Any], Any]) -> Any:
-        """The copy of that kind; ``make(tensor, stale copy or None)`` makes or refreshes it."""
+    def get(self, tensor: Tensor, kind: Any, make: Callable[[Tensor], Any]) -> Any:
+        """The copy of that kind; ``make(tensor)`` makes it."""
         if not self._hooked:
             # Optimizers that write through `parameter.data` leave `_version` as it was.
             register_optimizer_step_post_hook(self._count_step)
@@ -185,10 +190,12 @@ class _Copies:
             entries = self._entries
             entry = (weakref.ref(tensor, lambda _: entries.pop(key, None)), {})
             self._entries[key] = entry
-        stale = entry[1].get(kind)
-        if stale is not None and stale[0] == stamp:
-            return stale[1]
-        copy = make(tensor, None if stale is None else stale[1])
+        known = entry[1].get(kind)
+        if known is not None and known[0] == stamp:
+            return known[1]
+        # A new one each time: a graph may still hold the old one for its backward pass, and another
+        # thread may be multiplying by it.
+        copy = make(tensor)
         entry[1][kind] = (stamp, copy)
         return copy
 
@@ -208,11 +215,6 @@ def forget_copies() -> None:
     _copies.clear()
 
 
-def _convert(tensor: Tensor, stale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    # A new tensor each time: a graph may still hold the old one for its backward pass.
-    return tensor.detach().to(dtype)
-
-
 def weight_for(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """``weight`` in ``dtype``, of the same shape.
 
@@ -224,7 +226,7 @@ def weight_for(weight: Tensor, dtype: torch.dtype) -> Tensor:
         return weight
     if torch.compiler.is_compiling() or weight.is_inference() or _recording(weight):
         return weight.to(dtype)
-    return _copies.get(weight, dtype, lambda w, stale: _convert(w, stale, dtype))
+    return _copies.get(weight, dtype, lambda w: w.detach().to(dtype))
 
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -235,14 +237,12 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 def _packed(weight: Tensor, dtype: torch.dtype, *, transposed: bool) -> Tensor:
     """``weight`` as csrc/gemm reads it, for activations in ``dtype``; cached."""
 
-    def pack(weight: Tensor, stale: Tensor | None) -> Tensor:
-        if stale is None:
-            n, k = reversed(weight.shape) if transposed else weight.shape
-            size = torch.ops.transformer_ext.gemm_packed_elements(n, k, dtype == torch.bfloat16)
-            stale = weight.new_empty(size, dtype=dtype)
-        # In place: no graph holds a packed copy.
-        torch.ops.transformer_ext.gemm_pack_(stale, weight, transposed)
-        return stale
+    def pack(weight: Tensor) -> Tensor:
+        n, k = reversed(weight.shape) if transposed else weight.shape
+        size = torch.ops.transformer_ext.gemm_packed_elements(n, k, dtype == torch.bfloat16)
+        packed = weight.new_empty(size, dtype=dtype)
+        torch.ops.transformer_ext.gemm_pack_(packed, weight, transposed)
+        return packed
 
     return _copies.get(weight, (dtype, transposed), pack)
 
@@ -258,7 +258,7 @@ def product(
 
     Differentiable only while autograd records (then torch multiplies, and ``out`` is not allowed).
     """
-    if _ours("forward", "gemm_linear_", x, weight, bias):
+    if _packable(weight, bias) and _ours("forward", "gemm_linear_", x, weight, bias):
         if out is None:
             out = x.new_empty(x.shape[0], weight.shape[0])
         if bias is not None:
@@ -279,7 +279,7 @@ def product_input(grad: Tensor, weight: Tensor, *, out: Tensor | None = None) ->
         grad: ``[rows, out]``. weight: ``[out, in]``, float32.
         out: ``[rows, in]`` in ``grad.dtype``, overwritten.
     """
-    if _ours("input", "gemm_linear_", grad, weight):
+    if _packable(weight) and _ours("input", "gemm_linear_", grad, weight):
         if out is None:
             out = grad.new_empty(grad.shape[0], weight.shape[1])
         packed = _packed(weight, grad.dtype, transposed=True)
@@ -303,13 +303,8 @@ def product_weight(
         dtype: of the result.
         out: ``[out, in]`` in ``dtype``; overwritten, or added to with ``accumulate``.
     """
-    if (
-        dtype == torch.float32
-        and x.device.type == "cpu"
-        and _choice("weight", x.dtype) is not None
-        and not _recording(x, grad)
-        and use_compiled("gemm_matmul_", x)
-    ):
+    same = grad.dtype == x.dtype
+    if dtype == torch.float32 and same and _ours("weight", "gemm_matmul_", x, grad):
         if out is None:
             out = x.new_empty(grad.shape[1], x.shape[1], dtype=dtype)
         torch.ops.transformer_ext.gemm_matmul_(out, grad.t(), _rows(x), accumulate)
