@@ -19,7 +19,7 @@ import numpy as np
 
 from transformer_ext.files import parameter_shapes
 from transformer_ext.inference.engine import Engine
-from transformer_ext.inference.options import SearchOptions
+from transformer_ext.inference.options import COMPUTE_TYPES, SearchOptions
 from transformer_ext.model.config import PRESETS, TransformerConfig, preset
 
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>"]
@@ -119,6 +119,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=27, help="tokens of every output")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--our-type", choices=COMPUTE_TYPES, default="float32")
     parser.add_argument(
         "--compute-type", default="float32", help="of CTranslate2 (float32, int8, ...)"
     )
@@ -126,7 +127,7 @@ def main() -> None:
 
     config = preset(arguments.preset, arguments.vocab_size, arguments.vocab_size)
     weights = random_weights(config)
-    engine = Engine(config, weights, threads=arguments.threads)
+    engine = Engine(config, weights, threads=arguments.threads, compute_type=arguments.our_type)
     generator = np.random.default_rng(2)
     sources = [
         [*generator.integers(len(SPECIAL), config.src_vocab_size, size=n).tolist(), config.eos_id]
@@ -139,7 +140,7 @@ def main() -> None:
     )
     output_tokens = arguments.batch_size * arguments.length
     runs: dict[str, Callable[[], object]] = {
-        "transformer_ext float32": lambda: engine.search(
+        f"transformer_ext {arguments.our_type}": lambda: engine.search(
             sources, options, batch_size=arguments.batch_size
         )
     }

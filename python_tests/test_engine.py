@@ -10,6 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from transformer_ext._native import native  # noqa: E402
 from transformer_ext.files import parameter_shapes  # noqa: E402
 from transformer_ext.inference.engine import Engine, UnsupportedModelError  # noqa: E402
 from transformer_ext.inference.options import SearchOptions  # noqa: E402
@@ -411,3 +412,34 @@ def test_nan_weights_are_an_error():
     engine = Engine(model.config, {**weights, name: np.full_like(weights[name], np.nan)}, threads=2)
     with pytest.raises(ValueError, match="not finite numbers"):
         engine.search([[5, 3]])
+
+
+def test_bfloat16_scores_are_close_and_the_same_in_any_batch():
+    model = make_model(d_model=64, dim_feedforward=96)
+    weights = weights_of(model)
+    if not native().has_bfloat16():
+        with pytest.raises(ValueError, match="compute_type: got 'bfloat16', which needs"):
+            Engine(model.config, weights, compute_type="bfloat16")
+        return
+    exact = Engine(model.config, weights, threads=1)
+    low = Engine(model.config, weights, threads=1, compute_type="bfloat16")
+    sources = random_sources(model, count=12)
+    targets = random_sources(model, count=12, seed=1)
+    expected = exact.score(sources, targets)
+    got = low.score(sources, targets)
+    differences = np.concatenate([np.subtract(a, b) for a, b in zip(got, expected, strict=True)])
+    # bfloat16 has 8 bits: what two layers make of them, and not nothing.
+    assert 0 < np.abs(differences).max() < 0.5
+    assert np.abs(differences).mean() < 0.05
+    options = SearchOptions(beam_size=3)
+    together = low.search(sources, options)
+    for source, result in zip(sources, together, strict=True):
+        assert low.search([source], options)[0].hypotheses == result.hypotheses
+    two = Engine(model.config, weights, threads=2, compute_type="bfloat16")
+    assert two.search(sources, options) == together
+
+
+def test_an_unknown_compute_type_is_named():
+    model = make_model()
+    with pytest.raises(ValueError, match="compute_type: got 'int3', expected one of float32"):
+        Engine(model.config, weights_of(model), compute_type="int3")

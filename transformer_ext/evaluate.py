@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 
 from transformer_ext.config import ArgumentParser, ConfigError, add_arguments, from_dict, given
-from transformer_ext.inference.options import SearchOptions
+from transformer_ext.inference.options import COMPUTE_TYPES, SearchOptions
 
 
 def _parser() -> ArgumentParser:
@@ -30,6 +30,12 @@ def _parser() -> ArgumentParser:
         type=int,
         metavar="N",
         help="CPU threads (default: the physical cores that the process may use)",
+    )
+    parser.add_argument(
+        "--compute-type",
+        choices=COMPUTE_TYPES,
+        default="float32",
+        help="of the matrix products; bfloat16 takes AVX512_BF16 (default: %(default)s)",
     )
     parser.add_argument(
         "--ensemble",
@@ -94,7 +100,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             from transformer_ext.inference.translator import Translator
 
             folders = [arguments.model, *arguments.ensemble]
-            with Translator(folders, arguments.threads, options=options) as translator:
+            with Translator(
+                folders, arguments.threads, compute_type=arguments.compute_type, options=options
+            ) as translator:
                 start = time.perf_counter()
                 found = translator.translate(lines, batch_size=arguments.batch_size)
                 seconds = time.perf_counter() - start

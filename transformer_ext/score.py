@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from transformer_ext.config import ArgumentParser
+from transformer_ext.inference.options import COMPUTE_TYPES
 
 
 def _parser() -> ArgumentParser:
@@ -31,6 +32,12 @@ def _parser() -> ArgumentParser:
         "each token (default: %(default)s)",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads")
+    parser.add_argument(
+        "--compute-type",
+        choices=COMPUTE_TYPES,
+        default="float32",
+        help="of the matrix products; bfloat16 takes AVX512_BF16 (default: %(default)s)",
+    )
     parser.add_argument(
         "--ensemble",
         metavar="MODEL_DIR",
@@ -94,7 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "expected as many"
             )
         folders = [arguments.model, *arguments.ensemble]
-        with Translator(folders, arguments.threads) as translator:
+        with Translator(
+            folders, arguments.threads, compute_type=arguments.compute_type
+        ) as translator:
             batches = dict(batch_size=arguments.batch_size, batch_tokens=arguments.batch_tokens)
             attentions: list[Any] = [None] * len(sources)
             if attends:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from transformer_ext.config import ArgumentParser, ConfigError, add_arguments, given
-from transformer_ext.inference.options import PRESETS, SearchOptions
+from transformer_ext.inference.options import COMPUTE_TYPES, PRESETS, SearchOptions
 
 if TYPE_CHECKING:
     from transformer_ext.inference.lines import TextLines
@@ -51,6 +51,12 @@ def _parser() -> ArgumentParser:
         type=int,
         metavar="N",
         help="CPU threads (default: the physical cores that the process may use)",
+    )
+    parser.add_argument(
+        "--compute-type",
+        choices=COMPUTE_TYPES,
+        default="float32",
+        help="of the matrix products; bfloat16 takes AVX512_BF16 (default: %(default)s)",
     )
     parser.add_argument(
         "--ensemble",
@@ -266,7 +272,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         from transformer_ext.inference.translator import Translator
 
         folders = [arguments.model, *arguments.ensemble]
-        with Translator(folders, arguments.threads, options=options) as translator:
+        with Translator(
+            folders, arguments.threads, compute_type=arguments.compute_type, options=options
+        ) as translator:
             _translate(
                 translator,
                 TextLines(),

@@ -83,7 +83,8 @@ ModelConfig model_config(const py::dict& fields) {
   return config;
 }
 
-std::unique_ptr<Engine> make_engine(const py::dict& config, const py::dict& weights, int threads) {
+std::unique_ptr<Engine> make_engine(const py::dict& config, const py::dict& weights, int threads,
+                                    bool bfloat16) {
   Weights views;
   for (const auto& [name, value] : weights) {
     // Not converted: a copy of every weight would go unnoticed.
@@ -95,7 +96,8 @@ std::unique_ptr<Engine> make_engine(const py::dict& config, const py::dict& weig
     views[name.cast<std::string>()] = {
         array.data(), std::vector<int64_t>(array.shape(), array.shape() + array.ndim())};
   }
-  const ModelConfig parsed = model_config(config);
+  ModelConfig parsed = model_config(config);
+  if (bfloat16) parsed.compute = GemmType::bfloat16;
   const py::gil_scoped_release release;
   return std::make_unique<Engine>(parsed, views, threads);
 }
@@ -196,6 +198,7 @@ void bind_engine(py::module_& m) {
 
   py::class_<Engine>(m, "Engine", "An encoder-decoder Transformer with its weights, for decoding.")
       .def(py::init(&make_engine), py::arg("config"), py::arg("weights"), py::arg("threads"),
+           py::arg("bfloat16"),
            "From the fields of TransformerConfig and float32 arrays by parameter name (copied).")
       .def_property_readonly("threads", &Engine::threads)
       .def(

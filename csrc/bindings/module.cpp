@@ -4,6 +4,7 @@
 #include "common/isa.h"
 #include "common/thread_pool.h"
 #include "engine_binding.h"
+#include "gemm/gemm.h"
 
 namespace py = pybind11;
 
@@ -29,6 +30,9 @@ PYBIND11_MODULE(_C, m) {
         return features;
       },
       "Instruction sets found by CPUID, as a dict of name to bool.");
+  m.def(
+      "has_bfloat16", [] { return tx::gemm_has(tx::GemmType::bfloat16); },
+      "Whether the instruction set in use multiplies bfloat16.");
   m.def("default_threads", &tx::default_thread_count,
         "min(physical cores, cores this process may run on, cgroup CPU quota), at least 1.");
   tx::bind_engine(m);

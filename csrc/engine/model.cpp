@@ -37,7 +37,8 @@ class Reader {
   Linear linear_of(const std::string& weight, const std::string& bias, int64_t rows,
                    int64_t columns) {
     Linear linear;
-    linear.weight.pack(find(weight, {rows, columns}), rows, columns, columns, parallel_);
+    linear.weight.pack(find(weight, {rows, columns}), rows, columns, columns, parallel_,
+                       config_.compute);
     if (!bias.empty()) linear.bias = copy(bias, {rows});
     return linear;
   }

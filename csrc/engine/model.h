@@ -38,6 +38,7 @@ struct ModelConfig {
   bool embedding_norm = false;
   bool final_norm = false;
   bool bias = true;
+  GemmType compute = GemmType::float32;  // of the factors of matrix products; all else is float32
   bool output_bias = false;
 
   int64_t query_width() const { return heads * head_dim; }

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from transformer_ext._native import native
 from transformer_ext.files import parameter_shapes
-from transformer_ext.inference.options import SearchOptions, SearchResult
+from transformer_ext.inference.options import COMPUTE_TYPES, SearchOptions, SearchResult
 from transformer_ext.inference.search import (
     attention_layer,
     check_source_lengths,
@@ -36,7 +36,7 @@ class UnsupportedModelError(ValueError):
 
 
 class Engine:
-    """A model ready to decode on the CPU, in float32, without torch.
+    """A model ready to decode on the CPU, without torch.
 
     Any number of threads may call one engine at once; the interpreter's lock is not held meanwhile.
     A sentence's result is the same, bit for bit, in any batch and for any number of threads.
@@ -47,10 +47,13 @@ class Engine:
             happens to them afterwards has no effect.
         threads: threads at work on one call; None takes as many as there are physical cores that
             this process may use.
+        compute_type: of the factors of the matrix products, one of :data:`transformer_ext.inference.options.COMPUTE_TYPES`; sums and
+            all else are float32. ``bfloat16`` halves the memory of the weights and takes AVX512_BF16.
 
     Raises:
         UnsupportedModelError: the model has a part that the engine does not know.
-        ValueError: a weight is missing or has a wrong shape or type; ``threads`` is below 1.
+        ValueError: a weight is missing or has a wrong shape or type; ``threads`` is below 1;
+            ``compute_type`` is unknown, or nothing that this machine can do.
         NativeError: the compiled part of the package is missing.
     """
 
@@ -60,9 +63,20 @@ class Engine:
         weights: Mapping[str, np.ndarray],
         *,
         threads: int | None = None,
+        compute_type: str = "float32",
     ) -> None:
         self.config = config
         compiled = native()
+        if compute_type not in COMPUTE_TYPES:
+            raise ValueError(
+                f"compute_type: got {compute_type!r}, expected one of {', '.join(COMPUTE_TYPES)}"
+            )
+        if compute_type == "bfloat16" and not compiled.has_bfloat16():
+            raise ValueError(
+                "compute_type: got 'bfloat16', which needs AVX512_BF16; the instruction set in use "
+                f"is {compiled.isa()}: take 'float32'"
+            )
+        self.compute_type = compute_type
         expected = parameter_shapes(config)
         unknown = [name for name in weights if name not in expected]
         if unknown:
@@ -81,7 +95,9 @@ class Engine:
         if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
             raise ValueError(f"threads: got {threads!r}, expected an integer of at least 1")
         try:
-            self._engine: Any = compiled.Engine(config.to_dict(), arrays, threads)
+            self._engine: Any = compiled.Engine(
+                config.to_dict(), arrays, threads, compute_type == "bfloat16"
+            )
         except compiled.UnsupportedModel as error:
             raise UnsupportedModelError(str(error)) from None
         self._others: list[Engine] = []

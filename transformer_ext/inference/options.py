@@ -17,6 +17,9 @@ StopReason = Literal["exact", "first", "heuristic", "sampled", "max_length", "no
 #: Why a hypothesis ends where it does, see :class:`Hypothesis`.
 HypothesisStop = Literal["eos", "max_length", "no_token"]
 
+#: What an engine may multiply in, see :class:`transformer_ext.inference.engine.Engine`.
+COMPUTE_TYPES = ("float32", "bfloat16")
+
 #: The least attention to a source token that the coverage penalty sees.
 LEAST_COVERAGE = 1e-10
 

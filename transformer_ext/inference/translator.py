@@ -65,6 +65,8 @@ class Translator:
             as an ensemble: of each token counts the mean of the probabilities that they give to it.
         threads: threads at work on one call; None takes as many as there are physical cores that
             this process may use.
+        compute_type: ``float32`` or ``bfloat16``; see
+            :class:`transformer_ext.inference.engine.Engine`.
         options: how to search where a call does not say otherwise; the defaults if None.
 
     Attributes:
@@ -78,7 +80,7 @@ class Translator:
         FileError: something in the folder is missing, broken, or does not fit the rest; the models
             of an ensemble have different tokenizers.
         UnsupportedModelError: the model has a part that the engine does not know.
-        ValueError: ``threads`` is below 1.
+        ValueError: ``threads`` is below 1; ``compute_type`` is unknown or not to be had here.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Translator:
         model_dir: str | Path | Sequence[str | Path],
         threads: int | None = None,
         *,
+        compute_type: str = "float32",
         options: SearchOptions | None = None,
     ) -> None:
         folders = [model_dir] if isinstance(model_dir, (str, Path)) else list(model_dir)
@@ -100,7 +103,10 @@ class Translator:
                         f"{other.path}: its {side.replace('_', ' ')} is not that of {model.path}, "
                         "which the models of an ensemble must share"
                     )
-        engines = [Engine(each.config, each.weights, threads=threads) for each in models]
+        engines = [
+            Engine(each.config, each.weights, threads=threads, compute_type=compute_type)
+            for each in models
+        ]
         longest = [each.training.get("max_train_length") for each in models]
         self._set_up(
             engines[0] if len(engines) == 1 else Engine.ensemble(engines),
@@ -119,6 +125,7 @@ class Translator:
         target_tokenizer: Tokenizer | None = None,
         *,
         threads: int | None = None,
+        compute_type: str = "float32",
         options: SearchOptions | None = None,
     ) -> Translator:
         """A translator of weights in memory, as of a model in training.
@@ -128,15 +135,14 @@ class Translator:
             weights: float32 arrays by parameter name, as in ``model.safetensors``; copied.
             source_tokenizer: of the source language.
             target_tokenizer: of the target language; None: the same.
-            threads: see the class.
-            options: see the class.
+            threads, compute_type, options: see the class.
 
         Raises:
             UnsupportedModelError, ValueError: see :class:`transformer_ext.inference.engine.Engine`.
         """
         translator = cls.__new__(cls)
         translator._set_up(
-            Engine(config, weights, threads=threads),
+            Engine(config, weights, threads=threads, compute_type=compute_type),
             source_tokenizer,
             target_tokenizer or source_tokenizer,
             None,
