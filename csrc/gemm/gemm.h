@@ -2,9 +2,10 @@
 // float32 or bfloat16 factors, summed in float32.
 //
 // Every output is a sum over slices of k, each a chain of fused multiply-adds in ascending k on one
-// vector lane (bfloat16: of dot products of pairs, whose subnormal factors and sums count as 0). Nothing in that order depends on the number of rows, on the row's position, on the
-// threads or on the blocking, so a row's result is the same bit for bit alone and in any batch. (It
-// does depend on the instruction set: without FMA every product is rounded.)
+// vector lane (bfloat16: of dot products of pairs, whose subnormal factors and sums count as 0).
+// Nothing in that order depends on the number of rows, on the row's position, on the threads or on
+// the blocking, so a row's result is the same bit for bit alone and in any batch. (It does depend
+// on the instruction set: without FMA every product is rounded.)
 #pragma once
 
 #include <cstddef>
