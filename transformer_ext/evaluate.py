@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 
 from transformer_ext.config import ArgumentParser, ConfigError, add_arguments, from_dict, given
-from transformer_ext.inference.options import COMPUTE_TYPES, SearchOptions
+from transformer_ext.inference.options import SearchOptions, add_engine_arguments
 
 
 def _parser() -> ArgumentParser:
@@ -25,26 +25,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--hyp", metavar="FILE", help="translations to judge, instead of a model's")
     parser.add_argument("--output", metavar="FILE", help="write the model's translations here")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument(
-        "--threads",
-        type=int,
-        metavar="N",
-        help="CPU threads (default: the physical cores that the process may use)",
-    )
-    parser.add_argument(
-        "--compute-type",
-        choices=COMPUTE_TYPES,
-        default="float32",
-        help="of the matrix products; bfloat16 takes AVX512_BF16 (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--ensemble",
-        metavar="MODEL_DIR",
-        action="append",
-        default=[],
-        help="another model, with the same tokenizer, that has an equal say in each token; may be "
-        "given again",
-    )
+    add_engine_arguments(parser)
     parser.add_argument(
         "--batch-size",
         type=int,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from transformer_ext.config import ArgumentParser
-from transformer_ext.inference.options import COMPUTE_TYPES
+from transformer_ext.inference.options import add_engine_arguments
 
 
 def _parser() -> ArgumentParser:
@@ -31,21 +31,7 @@ def _parser() -> ArgumentParser:
         help="text: one number a line; jsonl: a JSON object a line, with the log-probability of "
         "each token (default: %(default)s)",
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads")
-    parser.add_argument(
-        "--compute-type",
-        choices=COMPUTE_TYPES,
-        default="float32",
-        help="of the matrix products; bfloat16 takes AVX512_BF16 (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--ensemble",
-        metavar="MODEL_DIR",
-        action="append",
-        default=[],
-        help="another model, with the same tokenizer, that has an equal say in each token; may be "
-        "given again",
-    )
+    add_engine_arguments(parser)
     parser.add_argument(
         "--batch-size",
         type=int,

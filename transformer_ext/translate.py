@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from transformer_ext.config import ArgumentParser, ConfigError, add_arguments, given
-from transformer_ext.inference.options import COMPUTE_TYPES, PRESETS, SearchOptions
+from transformer_ext.inference.options import PRESETS, SearchOptions, add_engine_arguments
 
 if TYPE_CHECKING:
     from transformer_ext.inference.lines import TextLines
@@ -46,26 +46,7 @@ def _parser() -> ArgumentParser:
         help="text: the translation; jsonl: a JSON object a line with scores and all hypotheses; "
         "nbest: a line for each hypothesis, 'number ||| text ||| score' (default: %(default)s)",
     )
-    parser.add_argument(
-        "--threads",
-        type=int,
-        metavar="N",
-        help="CPU threads (default: the physical cores that the process may use)",
-    )
-    parser.add_argument(
-        "--compute-type",
-        choices=COMPUTE_TYPES,
-        default="float32",
-        help="of the matrix products; bfloat16 takes AVX512_BF16 (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--ensemble",
-        metavar="MODEL_DIR",
-        action="append",
-        default=[],
-        help="another model, with the same tokenizer, that has an equal say in each token; may be "
-        "given again",
-    )
+    add_engine_arguments(parser)
     parser.add_argument(
         "--batch-size",
         type=int,

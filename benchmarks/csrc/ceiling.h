@@ -175,25 +175,36 @@ int64_t calls_in_a_turn(Function&& function) {
   return std::max<int64_t>(1, static_cast<int64_t>(0.2e-3 / std::max(turn(function, 3), 1e-7)));
 }
 
+struct Seconds {
+  double kernel;
+  double ceiling;
+};
+
+// A kernel in turns with what bounds it; medians of a call.
+template <class Kernel, class Ceiling>
+Seconds in_turns_with(benchmark::State& state, Kernel&& kernel, Ceiling&& ceiling) {
+  const int64_t kernel_calls = calls_in_a_turn(kernel);
+  const int64_t ceiling_calls = calls_in_a_turn(ceiling);
+  std::vector<double> kernel_seconds, ceiling_seconds;
+  for (auto _ : state) {
+    kernel_seconds.push_back(turn(kernel, kernel_calls));
+    state.SetIterationTime(kernel_seconds.back());
+    ceiling_seconds.push_back(turn(ceiling, ceiling_calls));
+  }
+  const Seconds seconds{median(kernel_seconds), median(ceiling_seconds)};
+  state.counters["us"] = seconds.kernel * 1e6;
+  return seconds;
+}
+
 // Times a kernel that reads and writes `bytes` bytes, in turns with a copy of as many bytes;
 // reports the kernel's bytes a second and the share that this is of the copy's, by medians.
 template <class Kernel>
 void against_copy(benchmark::State& state, int64_t bytes, Parallel& parallel, Kernel&& kernel) {
   Copy ceiling(bytes);
-  const auto copy = [&] { ceiling.run(parallel); };
-  const int64_t kernel_calls = calls_in_a_turn(kernel);
-  const int64_t copy_calls = calls_in_a_turn(copy);
-  std::vector<double> kernel_seconds, copy_seconds;
-  for (auto _ : state) {
-    kernel_seconds.push_back(turn(kernel, kernel_calls));
-    state.SetIterationTime(kernel_seconds.back());
-    copy_seconds.push_back(turn(copy, copy_calls));
-  }
-  const double seconds = median(kernel_seconds);
-  state.counters["us"] = seconds * 1e6;
-  state.counters["GB/s"] = static_cast<double>(bytes) / seconds * 1e-9;
-  state.counters["copy_GB/s"] = static_cast<double>(bytes) / median(copy_seconds) * 1e-9;
-  state.counters["of_copy"] = median(copy_seconds) / seconds;
+  const Seconds seconds = in_turns_with(state, kernel, [&] { ceiling.run(parallel); });
+  state.counters["GB/s"] = static_cast<double>(bytes) / seconds.kernel * 1e-9;
+  state.counters["copy_GB/s"] = static_cast<double>(bytes) / seconds.ceiling * 1e-9;
+  state.counters["of_copy"] = seconds.ceiling / seconds.kernel;
 }
 
 // Times a kernel of `flop` operations, in turns with independent multiply-adds on the same threads;
@@ -203,21 +214,17 @@ void against_arithmetic(benchmark::State& state, double flop, bool bfloat16, Par
                         Kernel&& kernel) {
   const Arithmetic ceiling(bfloat16);
   const int threads = parallel.threads();
-  const auto arithmetic = [&] { parallel.for_each(threads, [&](int64_t) { ceiling.run(); }); };
-  const int64_t kernel_calls = calls_in_a_turn(kernel);
-  const int64_t arithmetic_calls = calls_in_a_turn(arithmetic);
-  std::vector<double> kernel_seconds, arithmetic_seconds;
-  for (auto _ : state) {
-    kernel_seconds.push_back(turn(kernel, kernel_calls));
-    state.SetIterationTime(kernel_seconds.back());
-    arithmetic_seconds.push_back(turn(arithmetic, arithmetic_calls));
-  }
-  const double seconds = median(kernel_seconds);
-  const double peak = threads * ceiling.flop() / median(arithmetic_seconds);
-  state.counters["us"] = seconds * 1e6;
-  state.counters["GFLOP/s"] = flop / seconds * 1e-9;
+  // Long beside the time that it takes to wake another thread.
+  constexpr int kRuns = 64;
+  const Seconds seconds = in_turns_with(state, kernel, [&] {
+    parallel.for_each(threads, [&](int64_t) {
+      for (int i = 0; i < kRuns; ++i) ceiling.run();
+    });
+  });
+  const double peak = threads * kRuns * ceiling.flop() / seconds.ceiling;
+  state.counters["GFLOP/s"] = flop / seconds.kernel * 1e-9;
   state.counters["peak_GFLOP/s"] = peak * 1e-9;
-  state.counters["of_peak"] = flop / seconds / peak;
+  state.counters["of_peak"] = flop / seconds.kernel / peak;
 }
 
 template <class Kernel>

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -345,3 +346,27 @@ class SearchResult:
     hypotheses: list[Hypothesis]
     stop: StopReason
     steps: int
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every command that decodes says of its engine: ``threads``, ``compute_type``, ``ensemble``."""
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="CPU threads (default: the physical cores that the process may use)",
+    )
+    parser.add_argument(
+        "--compute-type",
+        choices=COMPUTE_TYPES,
+        default="float32",
+        help="of the matrix products; bfloat16 takes AVX512_BF16 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--ensemble",
+        metavar="MODEL_DIR",
+        action="append",
+        default=[],
+        help="another model, with the same tokenizer, that has an equal say in each token; may be "
+        "given again",
+    )

@@ -46,7 +46,7 @@ class Recipe:
 
 
 def shipped_recipe(device_type: str, preset: str | None = None) -> Recipe:
-    """The recipe of the shipped corpus: under 15 minutes on two CPU cores.
+    """The recipe of the shipped corpus: about 10 minutes on two CPU cores.
 
     Args:
         device_type: "cpu", or a GPU's.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import signal
 import time
@@ -73,7 +74,12 @@ def _compiles_shapes(device_type: str, dtype: torch.dtype) -> bool:
     """Whether oneDNN multiplies, which makes a program for each shape: torch's bfloat16."""
     if device_type != "cpu" or dtype != torch.bfloat16:
         return False
-    return ops.backend() == "reference" or any(
+    return ops.backend() == "reference" or _torch_multiplies_bfloat16()
+
+
+@functools.cache
+def _torch_multiplies_bfloat16() -> bool:
+    return any(
         choice["dtype"] == "bfloat16" and choice["library"] == "torch" for choice in gemm_choices()
     )
 
