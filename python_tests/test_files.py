@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from transformer_ext.data import Tokenizer, train_tokenizer
 from transformer_ext.files import (
@@ -163,10 +164,45 @@ def test_tensors_are_lazy_and_typed(tmp_path) -> None:
         assert tensors.shapes[name] == value.shape
         assert tensors[name].dtype == value.dtype.newbyteorder("=")
         np.testing.assert_array_equal(tensors[name], value)
+        view = tensors.mapped(name)
+        assert not view.flags.writeable or view.size == 0
+        np.testing.assert_array_equal(view, value)
+    copy = tensors["matrix"]
+    copy[:] = 7
+    np.testing.assert_array_equal(tensors["matrix"], values["matrix"])
+    with safe_open(path, framework="numpy") as reference:
+        assert reference.metadata() == tensors.metadata
+        assert set(reference.keys()) == set(values)
+        for name in values:
+            np.testing.assert_array_equal(reference.get_tensor(name), tensors[name])
     with pytest.raises(TypeError, match="c: got complex64, expected floats"):
         save_tensors(path, {"c": np.zeros(1, np.complex64)})
     with pytest.raises(KeyError):
         tensors["other"]
+
+
+def test_files_of_other_writers(tmp_path) -> None:
+    from safetensors.numpy import save_file
+
+    path = tmp_path / "t.safetensors"
+    values = {"a": np.arange(5, dtype=np.float32), "b": np.array([True]), "c": np.zeros((2, 0))}
+    save_file(values, path)
+    tensors = Tensors(path)
+    assert tensors.metadata == {} and set(tensors) == set(values)
+    for name, value in values.items():
+        np.testing.assert_array_equal(tensors[name], value)
+    # A header of odd length, so that nothing is aligned, and a type that numpy does not have.
+    header = (
+        b'{"w":{"dtype":"BF16","shape":[2],"data_offsets":[4,8]}, "v":{"dtype":"F32","shape":[1],'
+    )
+    header += b'"data_offsets":[0,4]}}'
+    header += b" " * (1 - len(header) % 2)
+    one = np.array([3.5], "<f4").tobytes()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + one + b"abcd")
+    tensors = Tensors(path)
+    assert tensors["v"] == [3.5] and tensors.shapes["w"] == (2,)
+    with pytest.raises(FileError, match="t.safetensors: w: got BF16, which numpy has not"):
+        tensors["w"]
 
 
 def test_tensors_are_written_without_another_copy_in_memory(tmp_path) -> None:

@@ -17,13 +17,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
+import mmap
 import os
 import secrets
 import shutil
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 import numpy as np
 
@@ -166,6 +169,28 @@ def write_json(path: str | Path, values: Mapping[str, Any]) -> None:
     atomic_write(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
+#: The elements that a safetensors file may hold: their bytes, and numpy's type where it has one.
+_ELEMENTS: dict[str, tuple[int, str | None]] = {
+    "BOOL": (1, "?"),
+    "U8": (1, "u1"),
+    "I8": (1, "i1"),
+    "F8_E4M3": (1, None),
+    "F8_E5M2": (1, None),
+    "U16": (2, "<u2"),
+    "I16": (2, "<i2"),
+    "F16": (2, "<f2"),
+    "BF16": (2, None),
+    "U32": (4, "<u4"),
+    "I32": (4, "<i4"),
+    "F32": (4, "<f4"),
+    "U64": (8, "<u8"),
+    "I64": (8, "<i8"),
+    "F64": (8, "<f8"),
+}
+# The reference implementation's limit.
+_LONGEST_HEADER = 100_000_000
+
+
 class Tensors(Mapping[str, np.ndarray]):
     """The tensors of a safetensors file by name, each read from the mapped file when asked for.
 
@@ -173,35 +198,122 @@ class Tensors(Mapping[str, np.ndarray]):
         path: the file.
         metadata: the texts in its header.
         shapes: shape of each tensor by name, known without reading it.
+        types: type of each tensor's elements by name, as the format calls it: ``F32``.
 
     Raises:
-        FileError: missing, truncated or otherwise broken.
+        FileError: missing, truncated or otherwise broken; or, of one tensor, of a type that numpy
+            does not have.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        from safetensors import SafetensorError, safe_open
+    # Not by safetensors' own reader: it copies every tensor, and the pages of the file that it has
+    # mapped stay in memory besides, so that loading takes twice what the file holds.
 
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.is_file():
             raise FileError(f"{path}: no such file")
         try:
-            self._file = safe_open(str(path), framework="numpy")
-        except SafetensorError as error:
-            raise FileError(
-                f"{path}: broken or cut off ({self.path.stat().st_size:,} bytes): {error}"
-            ) from None
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                length = int.from_bytes(file.read(8), "little")
+                if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+                    self._fail(size, f"a header of {length:,} bytes does not fit")
+                header = file.read(length)
+                self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
         except OSError as error:
             raise FileError(f"{path}: cannot be read: {error}") from None
-        self.metadata: dict[str, str] = self._file.metadata() or {}
-        self.shapes: dict[str, tuple[int, ...]] = {
-            name: tuple(self._file.get_slice(name).get_shape()) for name in self._file.keys()
-        }
+        self._begin = 8 + length
+        self.metadata, entries = self._read_header(size, header)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.types: dict[str, str] = {}
+        self._offsets: dict[str, tuple[int, int]] = {}
+        for name, entry in entries.items():
+            self._read_entry(size, name, entry)
+        end = 0
+        for begin, after, name in sorted((*place, name) for name, place in self._offsets.items()):
+            if begin != end:
+                self._fail(size, f"{name} begins at {begin:,}, expected {end:,}")
+            end = after
+        if end != size - self._begin:
+            self._fail(
+                size, f"the tensors end at {end:,}, expected {size - self._begin:,}, the data's end"
+            )
+
+    def _fail(self, size: int, reason: str) -> NoReturn:
+        raise FileError(f"{self.path}: broken or cut off ({size:,} bytes): {reason}")
+
+    def _read_header(self, size: int, header: bytes) -> tuple[dict[str, str], dict[str, Any]]:
+        def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            values = dict(pairs)
+            if len(values) != len(pairs):
+                raise ValueError("a name stands twice")
+            return values
+
+        try:
+            entries = json.loads(header.decode(), object_pairs_hook=unique)
+        except (ValueError, RecursionError) as error:
+            self._fail(size, f"its header is no JSON: {error}")
+        if not isinstance(entries, dict):
+            self._fail(size, "its header is no JSON object")
+        metadata = entries.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(
+            isinstance(text, str) for text in metadata.values()
+        ):
+            self._fail(size, "__metadata__ in its header: expected texts")
+        return metadata, entries
+
+    def _read_entry(self, size: int, name: str, entry: Any) -> None:
+        if not isinstance(entry, dict):
+            self._fail(size, f"{name}: expected type, shape and offsets")
+        kind: Any = entry.get("dtype")
+        shape: Any = entry.get("shape")
+        place: Any = entry.get("data_offsets")
+        if not isinstance(kind, str) or kind not in _ELEMENTS:
+            self._fail(size, f"{name}: unknown dtype {kind!r:.40}")
+        for key, values in (("shape", shape), ("data_offsets", place)):
+            if not isinstance(values, list) or not all(
+                type(value) is int and 0 <= value < 2**63 for value in values
+            ):
+                self._fail(size, f"{name}: {key}: expected a list of integers, not negative")
+        if len(place) != 2 or not place[0] <= place[1] <= size - self._begin:
+            self._fail(size, f"{name}: its data_offsets {place!r:.60} are not within the data")
+        if len(shape) > 32:
+            self._fail(size, f"{name}: {len(shape):,} dimensions, expected at most 32")
+        expected = math.prod(shape) * _ELEMENTS[kind][0]
+        if place[1] - place[0] != expected:
+            self._fail(
+                size,
+                f"{name}: {place[1] - place[0]:,} bytes, expected {expected:,} for {kind} of the "
+                f"shape {shape!r:.60}",
+            )
+        self.shapes[name] = tuple(shape)
+        self.types[name] = kind
+        self._offsets[name] = (place[0], place[1])
 
     def __getitem__(self, name: str) -> np.ndarray:
-        if name not in self.shapes:
-            raise KeyError(name)
-        tensor: np.ndarray = self._file.get_tensor(name)
-        return tensor
+        view = self.mapped(name)
+        return view.astype(view.dtype.newbyteorder("="))
+
+    def mapped(self, name: str) -> np.ndarray:
+        """A tensor as it lies in the mapped file: read-only, and neither copied nor aligned.
+
+        When the array is gone, what was read of the file leaves the memory of the process.
+        """
+        begin, end = (self._begin + offset for offset in self._offsets[name])
+        kind = _ELEMENTS[self.types[name]][1]
+        if kind is None:
+            raise FileError(f"{self.path}: {name}: got {self.types[name]}, which numpy has not")
+        if begin == end:
+            return np.empty(self.shapes[name], kind)
+        shape = self.shapes[name]
+        array = np.frombuffer(self._map, kind, math.prod(shape), begin).reshape(shape)
+        if hasattr(mmap, "MADV_DONTNEED"):
+            # Harmless where a page is used after all: it is read again.
+            begin -= begin % mmap.PAGESIZE
+            weakref.finalize(
+                array, self._map.madvise, mmap.MADV_DONTNEED, begin, end - begin
+            ).atexit = False
+        return array
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)

@@ -83,23 +83,25 @@ ModelConfig model_config(const py::dict& fields) {
   return config;
 }
 
-std::unique_ptr<Engine> make_engine(const py::dict& config, const py::dict& weights, int threads,
-                                    bool bfloat16) {
-  Weights views;
-  for (const auto& [name, value] : weights) {
-    // Not converted: a copy of every weight would go unnoticed.
-    if (!py::isinstance<FloatArray>(value)) {
-      throw py::type_error("weight " + name.cast<std::string>() +
-                           ": expected a contiguous float32 array");
-    }
-    const FloatArray array = py::reinterpret_borrow<FloatArray>(value);
-    views[name.cast<std::string>()] = {
-        array.data(), std::vector<int64_t>(array.shape(), array.shape() + array.ndim())};
-  }
+std::unique_ptr<Engine> make_engine(const py::dict& config, const py::function& weights,
+                                    int threads, bool bfloat16) {
   ModelConfig parsed = model_config(config);
   if (bfloat16) parsed.compute = GemmType::bfloat16;
+  py::object held;
+  const auto find = [&](const std::string& name) -> Array {
+    const py::gil_scoped_acquire acquire;
+    held = py::none();  // before the next is read
+    held = weights(name);
+    if (held.is_none()) return {};
+    // Not converted: a copy of every weight would go unnoticed.
+    if (!py::isinstance<FloatArray>(held)) {
+      throw py::type_error("weight " + name + ": expected a contiguous float32 array");
+    }
+    const FloatArray array = py::reinterpret_borrow<FloatArray>(held);
+    return {array.data(), std::vector<int64_t>(array.shape(), array.shape() + array.ndim())};
+  };
   const py::gil_scoped_release release;
-  return std::make_unique<Engine>(parsed, views, threads);
+  return std::make_unique<Engine>(parsed, find, threads);
 }
 
 SearchOptions search_options(const py::dict& fields) {
@@ -199,7 +201,8 @@ void bind_engine(py::module_& m) {
   py::class_<Engine>(m, "Engine", "An encoder-decoder Transformer with its weights, for decoding.")
       .def(py::init(&make_engine), py::arg("config"), py::arg("weights"), py::arg("threads"),
            py::arg("bfloat16"),
-           "From the fields of TransformerConfig and float32 arrays by parameter name (copied).")
+           "From the fields of TransformerConfig and a function that gives the float32 array of a "
+           "parameter's name, or None; it is copied before the next is asked for.")
       .def_property_readonly("threads", &Engine::threads)
       .def(
           "search",

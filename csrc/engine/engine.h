@@ -24,7 +24,7 @@ struct Ensemble {
 // workspace of its own, and the pool's threads go to the call that comes first.
 class Engine {
  public:
-  Engine(const ModelConfig& config, const Weights& weights, int threads)
+  Engine(const ModelConfig& config, Weights weights, int threads)
       : pool_(threads), model_(config, weights, pool_) {}
 
   const ModelConfig& config() const { return model_.config(); }

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 #include <random>
 #include <string>
 #include <thread>
@@ -121,13 +122,17 @@ TEST(TopScores, KeepsNaNInTheSumAndLeavesOutMinusInfinity) {
 struct TestModel {
   ModelConfig config;
   std::vector<std::vector<float>> memory;
-  Weights weights;
+  std::map<std::string, Array> arrays;
 
+  Array operator()(const std::string& name) const {
+    const auto found = arrays.find(name);
+    return found == arrays.end() ? Array() : found->second;
+  }
   void add(const std::string& name, const std::vector<int64_t>& shape, float scale) {
     size_t size = 1;
     for (const int64_t n : shape) size *= static_cast<size_t>(n);
     memory.push_back(random(size, static_cast<uint32_t>(memory.size()), scale));
-    weights[name] = {memory.back().data(), shape};
+    arrays[name] = {memory.back().data(), shape};
   }
   void linear(const std::string& name, int64_t rows, int64_t columns) {
     add(name + ".weight", {rows, columns}, 1.0f / std::sqrt(static_cast<float>(columns)));
@@ -216,8 +221,8 @@ Ensemble ensemble(const SearchOptions& options, std::vector<Engine*> others) {
 
 TEST(Engine, GivesEachSentenceTheSameInAnyBatchForAnyThreads) {
   const TestModel model;
-  Engine one(model.config, model.weights, 1);
-  Engine four(model.config, model.weights, 4);
+  Engine one(model.config, model, 1);
+  Engine four(model.config, model, 4);
   SearchOptions rules = options(16);
   rules.tokens.no_repeat_ngram_size = 2;
   rules.tokens.repetition_penalty = 1.3;
@@ -245,8 +250,8 @@ TEST(Engine, EnsembleIsTheMeanOfTheProbabilities) {
   const TestModel model;
   TestModel other;
   for (float& value : other.memory[1]) value *= 0.7f;
-  Engine first(model.config, model.weights, 2);
-  Engine second(other.config, other.weights, 1);
+  Engine first(model.config, model, 2);
+  Engine second(other.config, other, 1);
   const std::vector<std::vector<int32_t>> target = {{40, 7, 599, 3}};
   const auto mine = first.score({kSources[0]}, target, 2)[0].log_probs;
   const auto theirs = second.score({kSources[0]}, target, 2)[0].log_probs;
@@ -276,7 +281,7 @@ TEST(Engine, EnsembleIsTheMeanOfTheProbabilities) {
 
 TEST(Engine, TakesAPrefixAsItIs) {
   const TestModel model;
-  Engine engine(model.config, model.weights, 1);
+  Engine engine(model.config, model, 1);
   const Request wanted{{7, 2, 7}, 9, 0, 0};
   const auto results = engine.search({kSources[0], kSources[1]}, {wanted, request(5)}, options(16));
   for (const Hypothesis& hypothesis : results[0].hypotheses) {
@@ -313,7 +318,7 @@ TEST(UniformNumber, IsThatOfPython) {
 
 TEST(Engine, ScoresAreThoseOfTheSearch) {
   const TestModel model;
-  Engine engine(model.config, model.weights, 2);
+  Engine engine(model.config, model, 2);
   const auto results = engine.search(kSources, requests(), options(16));
   for (size_t i = 0; i < kSources.size(); ++i) {
     for (const Hypothesis& hypothesis : results[i].hypotheses) {
@@ -326,7 +331,7 @@ TEST(Engine, ScoresAreThoseOfTheSearch) {
 
 TEST(Engine, ServesSeveralThreads) {
   const TestModel model;
-  Engine engine(model.config, model.weights, 2);
+  Engine engine(model.config, model, 2);
   const auto expected = engine.search(kSources, requests(), options(16));
   std::vector<std::thread> threads;
   for (int t = 0; t < 4; ++t) {
@@ -342,7 +347,7 @@ TEST(Engine, ServesSeveralThreads) {
 
 TEST(Engine, RefusesWhatDoesNotFit) {
   TestModel model;
-  Engine engine(model.config, model.weights, 1);
+  Engine engine(model.config, model, 1);
   EXPECT_THROW(engine.search({{}}, {request(5)}, options(16)), std::invalid_argument);
   EXPECT_THROW(engine.search({{50}}, {request(5)}, options(16)), std::invalid_argument);
   EXPECT_THROW(engine.search({{5}}, {request(0)}, options(16)), std::invalid_argument);
@@ -358,8 +363,8 @@ TEST(Engine, RefusesWhatDoesNotFit) {
                std::invalid_argument);
   EXPECT_THROW(engine.score({{5}}, {{600}}, 2), std::invalid_argument);
   EXPECT_EQ(engine.search({{5, 3}}, {request(4)}, options(16)).size(), 1u);
-  model.weights.erase("decoder.layers.1.cross_attention_norm.bias");
-  EXPECT_THROW(Engine(model.config, model.weights, 1), std::invalid_argument);
+  model.arrays.erase("decoder.layers.1.cross_attention_norm.bias");
+  EXPECT_THROW(Engine(model.config, model, 1), std::invalid_argument);
 }
 
 }  // namespace

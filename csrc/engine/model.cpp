@@ -1,5 +1,6 @@
 #include "engine/model.h"
 
+#include <algorithm>
 #include <cmath>
 #include <stdexcept>
 #include <utility>
@@ -20,7 +21,7 @@ std::string shape_text(const std::vector<int64_t>& shape) {
 // Takes weights by name and says what is wrong with them.
 class Reader {
  public:
-  Reader(const ModelConfig& config, const Weights& weights, Parallel& parallel)
+  Reader(const ModelConfig& config, Weights weights, Parallel& parallel)
       : config_(config), weights_(weights), parallel_(parallel) {}
 
   std::vector<float> copy(const std::string& name, const std::vector<int64_t>& shape) {
@@ -30,16 +31,29 @@ class Reader {
     return {data, data + size};
   }
 
-  Linear linear(const std::string& name, int64_t rows, int64_t columns) {
-    return linear_of(name + ".weight", config_.bias ? name + ".bias" : "", rows, columns);
+  // A table of embeddings: to each place given, and packed, where those are not null.
+  void table(const std::string& name, int64_t rows, Buffer<float>* copy, PackedMatrix* packed) {
+    const int64_t width = config_.width;
+    const float* const data = find(name, {rows, width});
+    if (copy != nullptr) {
+      float* const to = copy->reserve(rows * width);
+      constexpr int64_t kTogether = 256;
+      parallel_.for_each((rows + kTogether - 1) / kTogether, [&](int64_t block) {
+        const int64_t begin = block * kTogether;
+        const int64_t end = std::min(rows, begin + kTogether);
+        std::copy(data + begin * width, data + end * width, to + begin * width);
+      });
+    }
+    if (packed != nullptr) {
+      packed->pack(data, rows, width, width, parallel_, config_.compute);
+    }
   }
 
-  Linear linear_of(const std::string& weight, const std::string& bias, int64_t rows,
-                   int64_t columns) {
+  Linear linear(const std::string& name, int64_t rows, int64_t columns) {
     Linear linear;
-    linear.weight.pack(find(weight, {rows, columns}), rows, columns, columns, parallel_,
+    linear.weight.pack(find(name + ".weight", {rows, columns}), rows, columns, columns, parallel_,
                        config_.compute);
-    if (!bias.empty()) linear.bias = copy(bias, {rows});
+    if (config_.bias) linear.bias = copy(name + ".bias", {rows});
     return linear;
   }
 
@@ -78,18 +92,17 @@ class Reader {
 
  private:
   const float* find(const std::string& name, const std::vector<int64_t>& shape) {
-    const auto found = weights_.find(name);
-    if (found == weights_.end()) throw std::invalid_argument("weight " + name + " is missing");
-    if (found->second.shape != shape) {
-      throw std::invalid_argument("weight " + name + ": got shape " +
-                                  shape_text(found->second.shape) + ", expected " +
-                                  shape_text(shape));
+    const Array found = weights_(name);
+    if (found.data == nullptr) throw std::invalid_argument("weight " + name + " is missing");
+    if (found.shape != shape) {
+      throw std::invalid_argument("weight " + name + ": got shape " + shape_text(found.shape) +
+                                  ", expected " + shape_text(shape));
     }
-    return found->second.data;
+    return found.data;
   }
 
   const ModelConfig& config_;
-  const Weights& weights_;
+  Weights weights_;
   Parallel& parallel_;
 };
 
@@ -119,13 +132,23 @@ void Norm::apply(const float* x, int64_t rows, float* out, Parallel& parallel) c
   residual_norm_kernels().forward_f32(arguments, parallel);
 }
 
-Model::Model(const ModelConfig& config, const Weights& weights, Parallel& parallel)
-    : config_(config) {
+Model::Model(const ModelConfig& config, Weights weights, Parallel& parallel) : config_(config) {
   Reader reader(config_, weights, parallel);
   const int64_t width = config_.width;
-  source_table_ = reader.copy("source_embedding.weight", {config_.source_vocabulary, width});
-  if (config_.tie != Tying::all) {
-    target_table_ = reader.copy("target_embedding.weight", {config_.target_vocabulary, width});
+  // The largest first: while they are copied from, the engine itself is still small.
+  const Tying tie = config_.tie;
+  PackedMatrix* const generator = &generator_.weight;
+  reader.table("source_embedding.weight", config_.source_vocabulary, &source_table_,
+               tie == Tying::all ? generator : nullptr);
+  if (tie != Tying::all) {
+    reader.table("target_embedding.weight", config_.target_vocabulary, &target_table_,
+                 tie == Tying::target ? generator : nullptr);
+  }
+  if (tie == Tying::none) {
+    reader.table("generator.weight", config_.target_vocabulary, nullptr, generator);
+  }
+  if (config_.output_bias) {
+    generator_.bias = reader.copy("generator.bias", {config_.target_vocabulary});
   }
   encoder_ = reader.stack("encoder", source_table_.data());
   decoder_ = reader.stack("decoder",
@@ -145,11 +168,6 @@ Model::Model(const ModelConfig& config, const Weights& weights, Parallel& parall
     layer.cross_out = reader.linear(cross + ".out_projection", width, config_.query_width());
     layer.cross_norm = reader.norm(name + ".cross_attention_norm");
   }
-  const char* const generator = config_.tie == Tying::all      ? "source_embedding.weight"
-                                : config_.tie == Tying::target ? "target_embedding.weight"
-                                                               : "generator.weight";
-  generator_ = reader.linear_of(generator, config_.output_bias ? "generator.bias" : "",
-                                config_.target_vocabulary, width);
 }
 
 void Model::embed(const Stack& stack, const int32_t* ids, const int32_t* positions,

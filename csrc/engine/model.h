@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <map>
 #include <string>
 #include <vector>
 
@@ -47,12 +46,13 @@ struct ModelConfig {
 
 // A float32 array of the caller's, contiguous.
 struct Array {
-  const float* data = nullptr;
+  const float* data = nullptr;  // null: there is none
   std::vector<int64_t> shape;
 };
 
-// By parameter name, as in model.safetensors; copied or packed, never kept.
-using Weights = std::map<std::string, Array>;
+// By parameter name, as in model.safetensors. An array is packed or copied before the next is asked
+// for, and never kept: the caller need not hold more than one of them in memory.
+using Weights = FunctionRef<Array(const std::string&)>;
 
 struct Linear {
   PackedMatrix weight;
@@ -105,7 +105,7 @@ class Model {
  public:
   // Packs and copies the weights. Throws std::invalid_argument, naming it, where one is missing or
   // has another shape than the configuration asks for.
-  Model(const ModelConfig& config, const Weights& weights, Parallel& parallel);
+  Model(const ModelConfig& config, Weights weights, Parallel& parallel);
 
   const ModelConfig& config() const { return config_; }
   const Stack& encoder() const { return encoder_; }
@@ -125,8 +125,8 @@ class Model {
 
  private:
   ModelConfig config_;
-  std::vector<float> source_table_;
-  std::vector<float> target_table_;  // empty where it is the source's
+  Buffer<float> source_table_;
+  Buffer<float> target_table_;  // empty where it is the source's
   Stack encoder_;
   Stack decoder_;
   std::vector<Layer> encoder_layers_;

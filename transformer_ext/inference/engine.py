@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transformer_ext._native import native
-from transformer_ext.files import parameter_shapes
+from transformer_ext.files import Tensors, parameter_shapes
 from transformer_ext.inference.options import COMPUTE_TYPES, SearchOptions, SearchResult
 from transformer_ext.inference.search import (
     attention_layer,
@@ -84,19 +84,24 @@ class Engine:
                 f"the model has a part that the engine does not know: {unknown[0]!r}"
                 + (f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else "")
             )
-        arrays: dict[str, np.ndarray] = {}
-        for name in weights:
-            array = weights[name]
+        # Weights in a file are packed as they lie there, one after the other.
+        read = weights.mapped if isinstance(weights, Tensors) else weights.__getitem__
+
+        def find(name: str) -> np.ndarray | None:
+            if name not in weights:
+                return None
+            array = read(name)
             if array.dtype != np.float32:
                 raise ValueError(f"weight {name}: got {array.dtype}, expected float32")
-            arrays[name] = np.ascontiguousarray(array)
+            return np.require(array, requirements=["C", "A"])
+
         if threads is None:
             threads = compiled.default_threads()
         if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
             raise ValueError(f"threads: got {threads!r}, expected an integer of at least 1")
         try:
             self._engine: Any = compiled.Engine(
-                config.to_dict(), arrays, threads, compute_type == "bfloat16"
+                config.to_dict(), find, threads, compute_type == "bfloat16"
             )
         except compiled.UnsupportedModel as error:
             raise UnsupportedModelError(str(error)) from None
