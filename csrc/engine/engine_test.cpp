@@ -332,13 +332,29 @@ TEST(Engine, ScoresAreThoseOfTheSearch) {
 TEST(Engine, ServesSeveralThreads) {
   const TestModel model;
   Engine engine(model.config, model, 2);
-  const auto expected = engine.search(kSources, requests(), options(16));
+  SearchOptions sampled = options(16);
+  sampled.sampling = true;
+  const std::vector<SearchOptions> asked = {options(16), sampled};
+  std::vector<std::vector<SearchResult>> expected;
+  for (const SearchOptions& each : asked) {
+    expected.push_back(engine.search(kSources, requests(), each));
+  }
+  const auto scores = engine.score(kSources, kSources, 2);
   std::vector<std::thread> threads;
-  for (int t = 0; t < 4; ++t) {
-    threads.emplace_back([&] {
-      for (int round = 0; round < 10; ++round) {
-        const auto results = engine.search(kSources, requests(), options(16));
-        for (size_t i = 0; i < results.size(); ++i) expect_equal(results[i], expected[i]);
+  for (size_t t = 0; t < 4; ++t) {
+    threads.emplace_back([&, t] {
+      for (size_t round = t; round < t + 9; ++round) {
+        if (round % 3 == 2) {
+          const auto found = engine.score(kSources, kSources, 2);
+          for (size_t i = 0; i < found.size(); ++i) {
+            EXPECT_EQ(found[i].log_probs, scores[i].log_probs);
+          }
+        } else {
+          const auto results = engine.search(kSources, requests(), asked[round % 3]);
+          for (size_t i = 0; i < results.size(); ++i) {
+            expect_equal(results[i], expected[round % 3][i]);
+          }
+        }
       }
     });
   }
