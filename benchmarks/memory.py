@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import sys
 from collections.abc import Callable
 from typing import Any
+
+from processes import Worker, memory_of_process
 
 
 def raised_peak(prepare: Callable[..., Callable[[], object]], *arguments: Any) -> float:
@@ -15,22 +15,24 @@ def raised_peak(prepare: Callable[..., Callable[[], object]], *arguments: Any) -
         prepare: a function of a module (it is looked up by name in the new process); what it makes
             itself, the inputs, is not counted.
 
-    NaN where the system does not tell (it does on Linux).
+    NaN where the system does not tell (Linux does).
     """
-    if not sys.platform.startswith("linux"):
-        return float("nan")
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_raised_peak, (prepare, arguments))
+    worker = Worker(_prepared, prepare, arguments)
+    try:
+        return float(worker.ask(None))
+    finally:
+        worker.close()
 
 
-def _raised_peak(prepare: Callable[..., Callable[[], object]], arguments: tuple[Any, ...]) -> float:
+def _prepared(
+    prepare: Callable[..., Callable[[], object]], arguments: tuple[Any, ...]
+) -> Callable[[None], float]:
     call = prepare(*arguments)
-    before = _peak()
-    call()
-    return _peak() - before
 
+    def answer(_: None) -> float:
+        before = memory_of_process("VmHWM")
+        call()
+        after = memory_of_process("VmHWM")
+        return (after - before) / 2**20 if after else float("nan")
 
-def _peak() -> float:
-    with open("/proc/self/status") as status:
-        line = next(line for line in status if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
+    return answer

@@ -29,18 +29,25 @@ that long comparisons can be made in several short runs.
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
-import platform
 import signal
 import statistics
-import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from processes import (
+    Worker,
+    WorkerError,
+    append_json,
+    free_memory,
+    machine,
+    memory_of_process,
+    read_json_lines,
+    say,
+    table,
+)
 from training_peers import COMPETITORS, Task
 
 from transformer_ext.config import DataConfig
@@ -54,24 +61,8 @@ ANCHOR = "ours-bfloat16"
 RESERVE = 1 << 30
 
 
-def memory_of_process(field: str) -> int:
-    """A line of /proc/self/status in bytes; 0 where there is none."""
-    try:
-        with open("/proc/self/status") as status:
-            return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
-    except (OSError, StopIteration):
-        return 0
-
-
-def free_memory() -> int:
-    """Bytes that new processes can have."""
-    with open("/proc/meminfo") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if "MemAvailable" in line)
-
-
-def serve(connection: Any, key: str, task: Task, threads: int, keep: bool) -> None:
-    """The competitor's process: trains on the batch whose number comes, answers with its figures."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def trainer(key: str, task: Task, threads: int, keep: bool) -> Callable[[int], Any]:
+    """In the competitor's process: trains on the batch of a number, gives the figures."""
     if keep:
         keep_freed_memory()
     torch.set_num_threads(threads)
@@ -79,39 +70,35 @@ def serve(connection: Any, key: str, task: Task, threads: int, keep: bool) -> No
     competitor.load()
     before = memory_of_process("VmRSS")
     step = competitor.make(task)
-    while (index := connection.recv()) is not None:
+
+    def train(index: int) -> tuple[float, float | None, int]:
         start = time.perf_counter()
         loss = step(index)
         seconds = time.perf_counter() - start
-        connection.send((seconds, loss, memory_of_process("VmHWM") - before))
+        return seconds, loss, memory_of_process("VmHWM") - before
+
+    return train
 
 
 class Runner:
     """A competitor in its process, and what was measured of it."""
 
     def __init__(self, key: str, task: Task, options: argparse.Namespace):
-        context = multiprocessing.get_context("spawn")
         self.key = key
-        self.connection, other = context.Pipe()
         keep = options.keep_freed_memory or COMPETITORS[key].group == "ours"
-        self.process = context.Process(
-            target=serve, args=(other, key, task, options.threads, keep), daemon=False
-        )
         self.seconds: dict[int, list[float]] = {}
         self.losses: dict[int, float] = {}
         self.memory = 0
         self.warm_up = 0.0
-        self._start = time.perf_counter()
-        self.process.start()
-        other.close()
+        start = time.perf_counter()
+        self._worker = Worker(trainer, key, task, options.threads, keep)
         for index in range(len(task.batches)):
             self.step(index, timed=False)
-        self.warm_up = time.perf_counter() - self._start
+        self.warm_up = time.perf_counter() - start
 
     def step(self, index: int, timed: bool = True) -> None:
         """Trains on a batch, and keeps time, loss and memory."""
-        self.connection.send(index)
-        seconds, loss, memory = self.connection.recv()
+        seconds, loss, memory = self._worker.ask(index)
         if timed:
             self.seconds.setdefault(index, []).append(seconds)
         if loss is not None:
@@ -119,9 +106,7 @@ class Runner:
         self.memory = max(self.memory, memory)
 
     def close(self) -> None:
-        self.process.kill()
-        self.process.join()
-        self.connection.close()
+        self._worker.close()
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -156,7 +141,6 @@ def measure(
     began = time.perf_counter()
     while waiting:
         runners: list[Runner] = []
-        failed: list[str] = []
         stopped = False
         try:
             runners.append(Runner(ANCHOR, task, options))
@@ -168,39 +152,27 @@ def measure(
                     if free_memory() < largest + RESERVE:
                         break
                 key = waiting.pop(0)
-                print(f"... {COMPETITORS[key].title}", file=sys.stderr, flush=True)
+                say(f"... {COMPETITORS[key].title}")
                 try:
                     runners.append(Runner(key, task, options))
-                except (EOFError, ConnectionError):
-                    failed.append(key)
+                except WorkerError as error:
+                    say(f"{COMPETITORS[key].title}: {error}")
             for index in range(len(task.batches)):
                 for runner in runners:
                     runner.step(index)
                 if options.max_seconds and time.perf_counter() - began > options.max_seconds:
                     stopped = True
                     break
-        except (KeyboardInterrupt, EOFError, ConnectionError):
+        except (KeyboardInterrupt, WorkerError) as error:
+            say(str(error))
             stopped = True
         finally:
             for runner in runners:
                 runner.close()
         done = {runner.key: runner.facts() for runner in runners if runner.seconds}
-        for key in failed:
-            print(f"{COMPETITORS[key].title}: ended without a result", file=sys.stderr)
         yield done
         if stopped:
             break
-
-
-def machine() -> str:
-    """What the figures belong to."""
-    name = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as file:
-            name = next(line.split(":")[1].strip() for line in file if "model name" in line)
-    except (OSError, StopIteration):
-        pass
-    return name
 
 
 def times_against(run: dict[str, Any], key: str, other: str) -> float | None:
@@ -214,7 +186,7 @@ def times_against(run: dict[str, Any], key: str, other: str) -> float | None:
     return statistics.median(common) if common else None
 
 
-def table(runs: list[dict[str, Any]], markdown: bool) -> list[str]:
+def rows_of(runs: list[dict[str, Any]], markdown: bool) -> list[str]:
     """The rows of all runs of one setting; each is compared with ours of its own run."""
     rows = []
     latest: dict[str, dict[str, Any]] = {}
@@ -253,17 +225,7 @@ def table(runs: list[dict[str, Any]], markdown: bool) -> list[str]:
         "warm-up",
         "loss",
     ]
-    if markdown:
-        lines = ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]
-    else:
-        widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if column == 0 else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in [head, *rows]
-        ]
+    lines = table(head, rows, markdown)
     for precision in ("bfloat16", "float32"):
         mine, bound = slower.get(f"ours-{precision}"), slower.get(f"gemm-{precision}")
         if mine and bound:
@@ -280,7 +242,7 @@ def show(runs: list[dict[str, Any]], markdown: bool) -> None:
     for run in runs:
         settings.setdefault(run["setting"], []).append(run)
     for setting, its_runs in settings.items():
-        print(f"\n{setting}\n", *table(its_runs, markdown), sep="\n", flush=True)
+        print(f"\n{setting}\n", *rows_of(its_runs, markdown), sep="\n", flush=True)
 
 
 def main() -> None:
@@ -318,7 +280,7 @@ def main() -> None:
             print(f"{key:26s} {competitor.group:8s} {competitor.title}{missing}")
         return
     if options.show:
-        show([json.loads(line) for line in options.show.read_text().splitlines()], options.markdown)
+        show(read_json_lines(options.show), options.markdown)
         return
 
     keys = options.only or [k for k, c in COMPETITORS.items() if c.group in options.peers]
@@ -338,7 +300,7 @@ def main() -> None:
     runs = []
     for results in measure(keys, task, options):
         if not results:
-            print("ended before a batch was timed", file=sys.stderr)
+            say("ended before a batch was timed")
             break
         runs.append(
             {
@@ -347,9 +309,7 @@ def main() -> None:
                 "results": results,
             }
         )
-        if options.save:
-            with open(options.save, "a") as file:
-                file.write(json.dumps(runs[-1]) + "\n")
+        append_json(options.save, runs[-1])
         show(runs, options.markdown)
 
 

@@ -8,6 +8,7 @@ the model is seen in test_engine.py, for which some options are repeated there.
 from __future__ import annotations
 
 import importlib.util
+import sys
 import threading
 from pathlib import Path
 
@@ -20,6 +21,7 @@ hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
+from transformer_ext.files import parameter_shapes  # noqa: E402
 from transformer_ext.inference.engine import Engine, _batches  # noqa: E402
 from transformer_ext.inference.options import SearchOptions  # noqa: E402
 from transformer_ext.inference.search import (  # noqa: E402
@@ -230,17 +232,26 @@ def test_sampling_from_a_large_vocabulary():
         assert len(set(drawn)) > 3
 
 
-def test_the_ctranslate2_preset_is_its_search(tmp_path):
+def benchmark(name):
+    file = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", file)
+    module = importlib.util.module_from_spec(spec)
+    # A dataclass looks its module up.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_the_ctranslate2_preset_is_its_search(tmp_path, norm_first):
     ctranslate2 = pytest.importorskip("ctranslate2")
-    file = Path(__file__).parents[1] / "benchmarks" / "decoding.py"
-    spec = importlib.util.spec_from_file_location("decoding_benchmark", file)
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
-    config = preset("tiny", 37, 37, d_model=32, nhead=4, dim_feedforward=48)
-    weights = benchmark.random_weights(config)
+    models = benchmark("decoding_models")
+    config = preset("tiny", 37, 37, d_model=32, nhead=4, dim_feedforward=48, norm_first=norm_first)
+    weights = models.random_weights(config)
     # Sure enough of its tokens that sentences end.
     weights["source_embedding.weight"] *= 2
-    tokens = benchmark.ctranslate2_model(config, weights, str(tmp_path))
+    tokens = [*models.SPECIAL, *(f"t{id}" for id in range(4, 37))]
+    models.ctranslate2_model(config, weights, tokens, tmp_path)
     theirs = ctranslate2.Translator(str(tmp_path), compute_type="float32", intra_threads=1)
     engine = Engine(config, weights, threads=1)
     sources = [[9, 20, 3], [5, 30, 31, 32, 7, 8, 3], [12] * 9 + [3]]
@@ -285,6 +296,29 @@ def test_the_ctranslate2_preset_is_its_search(tmp_path):
             np.testing.assert_allclose(
                 [h.score for h in result.hypotheses], other.scores, rtol=1e-4, atol=1e-5
             )
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 2, "activation": "swiglu"}])
+def test_the_bound_of_the_benchmark_counts_every_weight(changes):
+    ceilings = benchmark("ceilings")
+    config = preset("tiny", 41, 37, tie="target", **changes)
+    sizes = {name: np.prod(s) for name, s in parameter_shapes(config).items() if len(s) == 2}
+    encoder = sum(size for name, size in sizes.items() if name.startswith("encoder."))
+    of_source = sum(size for name, size in sizes.items() if "key_value_projection" in name)
+    decoder = sum(size for name, size in sizes.items() if name.startswith("decoder."))
+    step = decoder - of_source + sizes["target_embedding.weight"]
+    sources, steps, beam = [7, 3, 5], [4, 9, 2], 4
+    found = ceilings.work(config, sources, steps, beam, batch=2)
+    # The sentences of 9 and 4 steps are a batch, the one of 2 is another.
+    assert found.weights == 2 * (encoder + of_source) + (9 + 2) * step
+    rows = [1 + beam * (count - 1) for count in steps]
+    products = 2 * (sum(sources) * (encoder + of_source) + sum(rows) * step)
+    width = config.nhead * config.head_dim
+    # Of the layers of the encoder, then of the decoder: queries with keys, probabilities with values.
+    attention = 2 * sum(4 * width * length**2 for length in sources)
+    for length, count, row in zip(sources, steps, rows, strict=True):
+        attention += 2 * 4 * width * row * (length + (count + 1) / 2)
+    assert found.operations == pytest.approx(products + attention, rel=1e-12)
 
 
 def test_eight_threads_on_one_engine():

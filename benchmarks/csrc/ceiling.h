@@ -10,11 +10,7 @@
 #include <new>
 #include <vector>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#include "common/isa.h"
+#include "arithmetic.h"
 #include "common/parallel.h"
 
 namespace transformer_ext {
@@ -57,99 +53,6 @@ class Copy {
  private:
   Aligned<char> source_;
   Aligned<char> target_;
-};
-
-// Independent multiply-adds in registers, in the instruction set that the kernels use: float32, or
-// pairs of bfloat16 where the machine has these.
-class Arithmetic {
- public:
-  explicit Arithmetic(bool bfloat16) : level_(static_cast<int>(active_isa())) {
-    if (!bfloat16 && active_isa() == Isa::avx512_bf16) level_ = static_cast<int>(Isa::avx512);
-  }
-
-  // Of one call of run().
-  double flop() const {
-    constexpr int multiplications[] = {4, 8, 16, 32};
-    return 2.0 * kChains * static_cast<double>(kRounds) * multiplications[level_];
-  }
-
-  void run() const {
-#if defined(__x86_64__)
-    if (level_ == static_cast<int>(Isa::avx2)) return run_avx2();
-    if (level_ == static_cast<int>(Isa::avx512)) return run_avx512();
-    if (level_ == static_cast<int>(Isa::avx512_bf16)) return run_avx512_bf16();
-#endif
-    run_baseline();
-  }
-
- private:
-  static constexpr int kChains = 12;  // of the 16 registers, and more than hide the latency
-  static constexpr int64_t kRounds = 2000;
-
-// The empty assembly keeps the chains apart, alive and in registers.
-#define TRANSFORMER_EXT_CHAIN(c)     \
-  x##c = TRANSFORMER_EXT_STEP(x##c); \
-  asm volatile("" : TRANSFORMER_EXT_REGISTER(x##c))
-#define TRANSFORMER_EXT_CHAINS(Vector, start)                     \
-  Vector x0 = start, x1 = x0, x2 = x0, x3 = x0, x4 = x0, x5 = x0; \
-  Vector x6 = x0, x7 = x0, x8 = x0, x9 = x0, x10 = x0, x11 = x0;  \
-  for (int64_t i = 0; i < kRounds; ++i) {                         \
-    TRANSFORMER_EXT_CHAIN(0);                                     \
-    TRANSFORMER_EXT_CHAIN(1);                                     \
-    TRANSFORMER_EXT_CHAIN(2);                                     \
-    TRANSFORMER_EXT_CHAIN(3);                                     \
-    TRANSFORMER_EXT_CHAIN(4);                                     \
-    TRANSFORMER_EXT_CHAIN(5);                                     \
-    TRANSFORMER_EXT_CHAIN(6);                                     \
-    TRANSFORMER_EXT_CHAIN(7);                                     \
-    TRANSFORMER_EXT_CHAIN(8);                                     \
-    TRANSFORMER_EXT_CHAIN(9);                                     \
-    TRANSFORMER_EXT_CHAIN(10);                                    \
-    TRANSFORMER_EXT_CHAIN(11);                                    \
-  }
-
-#if defined(__x86_64__)
-  static void run_baseline() {
-    const __m128 one = _mm_set1_ps(1.0f);
-#define TRANSFORMER_EXT_STEP(x) _mm_add_ps(_mm_mul_ps(x, one), one)
-#define TRANSFORMER_EXT_REGISTER(x) "+x"(x)
-    TRANSFORMER_EXT_CHAINS(__m128, one)
-#undef TRANSFORMER_EXT_STEP
-  }
-  __attribute__((target("avx2,fma"))) static void run_avx2() {
-    const __m256 one = _mm256_set1_ps(1.0f);
-#define TRANSFORMER_EXT_STEP(x) _mm256_fmadd_ps(one, one, x)
-    TRANSFORMER_EXT_CHAINS(__m256, one)
-#undef TRANSFORMER_EXT_STEP
-#undef TRANSFORMER_EXT_REGISTER
-#define TRANSFORMER_EXT_REGISTER(x) "+v"(x)
-  }
-  __attribute__((target("avx512f"))) static void run_avx512() {
-    const __m512 one = _mm512_set1_ps(1.0f);
-#define TRANSFORMER_EXT_STEP(x) _mm512_fmadd_ps(one, one, x)
-    TRANSFORMER_EXT_CHAINS(__m512, one)
-#undef TRANSFORMER_EXT_STEP
-  }
-  __attribute__((target("avx512f,avx512bw,avx512bf16"))) static void run_avx512_bf16() {
-    const __m512bh one = (__m512bh)_mm512_set1_epi16(0x3f80);
-#define TRANSFORMER_EXT_STEP(x) _mm512_dpbf16_ps(x, one, one)
-    TRANSFORMER_EXT_CHAINS(__m512, _mm512_set1_ps(1.0f))
-  }
-#else
-  static void run_baseline() {
-    typedef float Vector __attribute__((vector_size(16)));
-    const Vector one = {1.0f, 1.0f, 1.0f, 1.0f};
-#define TRANSFORMER_EXT_STEP(x) x + one* one
-#define TRANSFORMER_EXT_REGISTER(x) "+w"(x)
-    TRANSFORMER_EXT_CHAINS(Vector, one)
-  }
-#endif
-#undef TRANSFORMER_EXT_STEP
-#undef TRANSFORMER_EXT_REGISTER
-#undef TRANSFORMER_EXT_CHAINS
-#undef TRANSFORMER_EXT_CHAIN
-
-  int level_;
 };
 
 constexpr int kTurns = 31;
@@ -212,7 +115,7 @@ void against_copy(benchmark::State& state, int64_t bytes, Parallel& parallel, Ke
 template <class Kernel>
 void against_arithmetic(benchmark::State& state, double flop, bool bfloat16, Parallel& parallel,
                         Kernel&& kernel) {
-  const Arithmetic ceiling(bfloat16);
+  const Arithmetic ceiling(bfloat16 ? Arithmetic::bfloat16 : Arithmetic::float32);
   const int threads = parallel.threads();
   // Long beside the time that it takes to wake another thread.
   constexpr int kRuns = 64;

@@ -1,0 +1,144 @@
+"""What bounds decoding: the arithmetic and the bytes of an output token, and what the machine does.
+
+The machine's side is a small C++ program, ``csrc/ceilings.cpp``, compiled where it runs: Python has
+no function that does bare multiply-adds, and a matrix product of a library is no ceiling (ours pass
+it). Without a compiler there are no ceilings.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformer_ext.model.config import TransformerConfig
+
+_ROOT = Path(__file__).resolve().parents[1]
+_SOURCES = [
+    _ROOT / "benchmarks/csrc/ceilings.cpp",
+    *(_ROOT / f"csrc/common/{name}.cpp" for name in ("isa", "thread_pool", "parallel")),
+]
+#: Bytes of a factor, by the type that it is multiplied in.
+BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What it can do at all, on the threads asked for.
+
+    Attributes:
+        operations: additions and multiplications a second by type: ``float32``, ``bfloat16``,
+            ``int8``; where it has no instructions for a type, those of float32.
+        read: bytes a second from memory.
+    """
+
+    operations: dict[str, float]
+    read: float
+
+
+def program(folder: Path) -> Path | None:
+    """The compiled ``ceilings``, made in the folder if it is not there; None without compiler."""
+    path = folder / "ceilings"
+    newest = max(
+        source.stat().st_mtime for source in (*_SOURCES, _ROOT / "benchmarks/csrc/arithmetic.h")
+    )
+    if path.exists() and path.stat().st_mtime > newest:
+        return path
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [compiler, "-std=c++20", "-O3", "-march=native", "-pthread", f"-I{_ROOT / 'csrc'}"]
+    subprocess.run([*command, "-o", str(path), *map(str, _SOURCES)], check=True)
+    return path
+
+
+def measure(path: Path, threads: int) -> Machine:
+    """Runs the program (half a second)."""
+    found = json.loads(subprocess.check_output([str(path), str(threads)], text=True))
+    read = found.pop("read")
+    return Machine(found, read)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a batch takes at the least.
+
+    Attributes:
+        operations: additions and multiplications of the matrix products and of attention.
+        weights: numbers in weight matrices that are read, counted again at each step.
+    """
+
+    operations: float
+    weights: float
+
+    def seconds(self, type: str, machine: Machine) -> float:
+        """The longer of the time of the arithmetic and that of reading the weights from memory.
+
+        It is no bound where weights stay in a cache that all threads share.
+        """
+        return max(
+            self.operations / machine.operations[type],
+            self.weights * BYTES[type] / machine.read,
+        )
+
+
+def work(
+    config: TransformerConfig,
+    sources: Sequence[int],
+    steps: Sequence[int],
+    beam: int,
+    batch: int,
+) -> Work:
+    """The work of decoding sentences.
+
+    Of a model with d = d_model, f = dim_feedforward (twice the inner projection if gated), V output
+    tokens, and attention q and k wide for queries and for keys (both d without grouped heads),
+    a sentence of S source tokens and T steps takes, a multiply-add as two operations,
+
+    - encoder, for each source token and layer: 2 d (q + 2 k) + 2 q d for the projections,
+      4 d f for the feed-forward network, 4 q S for attention;
+    - keys and values of the source, for each source token and decoder layer: 2 d 2 k;
+    - decoder, for each row and layer: 2 d (q + 2 k) + 2 q d for self-attention, 2 * 2 q d for
+      cross-attention's query and output, 4 d f, and 4 q (S + the row's position) for attention;
+    - vocabulary, for each row: 2 d V.
+
+    The first step has one row, all others one for each hypothesis of the beam: 1 + beam (T - 1).
+
+    Weights of the decoder and of the vocabulary are read at each step of a batch, those of the
+    encoder once a batch; with sentences of different length a batch takes as many steps as its
+    longest.
+
+    Args:
+        config: of the model.
+        sources: tokens of each source, its end counted.
+        steps: of each sentence: tokens of its output, its end counted where it has one.
+        beam: hypotheses of a sentence.
+        batch: sentences decoded together; those of similar length are taken together.
+    """
+    d, vocabulary = config.d_model, config.tgt_vocab_size
+    assert config.head_dim is not None and config.num_kv_heads is not None
+    q, k = config.nhead * config.head_dim, config.num_kv_heads * config.head_dim
+    self_attention = d * (q + 2 * k) + q * d
+    feed_forward = d * config.dim_feedforward * (3 if config.gated else 2)
+    encoder_layer = self_attention + feed_forward
+    decoder_layer = self_attention + 2 * q * d + feed_forward
+    encoder = config.num_encoder_layers * encoder_layer
+    source_keys = config.num_decoder_layers * d * 2 * k
+    row = config.num_decoder_layers * decoder_layer + d * vocabulary
+    operations = 0.0
+    for length, count in zip(sources, steps, strict=True):
+        rows = 1 + beam * (count - 1)
+        operations += 2 * length * (encoder + source_keys)
+        operations += 4 * q * config.num_encoder_layers * length**2
+        operations += 2 * rows * row
+        operations += 4 * q * config.num_decoder_layers * rows * (length + (count + 1) / 2)
+    weights = 0.0
+    order = sorted(steps, reverse=True)
+    for first in range(0, len(order), batch):
+        weights += encoder + source_keys + order[first] * row
+    return Work(operations, weights)

@@ -1,0 +1,142 @@
+"""What benchmarks of whole programs share: a process for each competitor, facts, tables, files."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import platform
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def memory_of_process(field: str, process: int | str = "self") -> int:
+    """A line of /proc/PROCESS/status in bytes; 0 where there is none."""
+    try:
+        with open(f"/proc/{process}/status") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
+    except (OSError, StopIteration):
+        return 0
+
+
+def free_memory() -> int:
+    """Bytes that new processes can have."""
+    with open("/proc/meminfo") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if "MemAvailable" in line)
+
+
+def machine() -> str:
+    """What the figures belong to."""
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as file:
+            name = next(line.split(":")[1].strip() for line in file if "model name" in line)
+    except (OSError, StopIteration):
+        pass
+    return name
+
+
+class WorkerError(RuntimeError):
+    """The process of a competitor refused, failed, or ended without a result."""
+
+
+class Worker:
+    """A process of its own that prepares once, and then answers each message.
+
+    Args:
+        prepare: a function of a module (it is looked up by name in the new process) that gives the
+            function which answers a message.
+        arguments: of ``prepare``.
+        environment: variables that the process has beside those of this one, from its start.
+
+    Raises:
+        WorkerError: as :meth:`ask`.
+    """
+
+    def __init__(
+        self,
+        prepare: Callable[..., Callable[[Any], Any]],
+        *arguments: Any,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, other = context.Pipe()
+        self._process = context.Process(target=_serve, args=(other, prepare, arguments))
+        before = dict(os.environ)
+        os.environ.update(environment or {})
+        try:
+            self._process.start()
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+        other.close()
+
+    def ask(self, message: Any) -> Any:
+        """The answer to a message.
+
+        Raises:
+            WorkerError: what the process raised, as a text, or that it has ended.
+        """
+        try:
+            self._connection.send(message)
+        except ConnectionError:
+            pass  # It has ended; why may be there to be read.
+        try:
+            good, value = self._connection.recv()
+        except (EOFError, ConnectionError):
+            raise WorkerError("ended without a result") from None
+        if not good:
+            raise WorkerError(value)
+        return value
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.join()
+        self._connection.close()
+
+
+def _serve(connection: Any, prepare: Callable[..., Any], arguments: Sequence[Any]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        answer = prepare(*arguments)
+        while True:
+            connection.send((True, answer(connection.recv())))
+    except EOFError:
+        pass
+    except Exception as error:
+        connection.send((False, f"{type(error).__name__}: {error}"))
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool) -> list[str]:
+    """The lines of a table, for a terminal or for a document."""
+    if markdown:
+        return ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    return [
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in [head, *rows]
+    ]
+
+
+def append_json(path: Path | None, value: Any) -> None:
+    """Adds a line to a file, where there is one."""
+    if path:
+        with open(path, "a") as file:
+            file.write(json.dumps(value) + "\n")
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """What :func:`append_json` wrote."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def say(text: str) -> None:
+    """Tells how far it is, beside the results."""
+    print(text, file=sys.stderr, flush=True)
