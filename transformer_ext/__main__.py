@@ -13,6 +13,7 @@ COMMANDS = {
     "score": "log-probabilities of given translations",
     "evaluate": "BLEU and chrF of a model on a test set",
     "average": "average checkpoints into one model",
+    "convert": "models from and to Hugging Face's MarianMT directories",
     "visualize": "pictures of attention",
     "info": "what is installed, built and used, for a bug report",
 }

@@ -8,6 +8,10 @@ for both languages, or ``source.model`` and ``target.model``. ``config.json`` is
      "tokenizer": {"source": FILE, "target": FILE, "sha256": HASH},
      "training": {...}}                                   whatever the trainer has to say
 
+A tokenizer with a vocabulary (``Tokenizer`` in ``transformer_ext/data/tokenizer.py`` tells what that
+is) has it in ``vocabulary.json``, or in ``source.vocabulary.json`` and ``target.vocabulary.json``;
+``tokenizer`` then has the keys ``source_vocabulary`` and ``target_vocabulary`` too.
+
 The hash is also in the header of ``model.safetensors``, so that weights cannot be used with the
 tokenizer of another model.
 """
@@ -512,10 +516,7 @@ def write_model_files(
     _check_shapes(str(folder / WEIGHTS_FILE), config, shapes)
     _check_vocabulary(str(folder), config, source_tokenizer, target_tokenizer)
     digest = _tokenizer_hash(source_tokenizer, target_tokenizer)
-    shared = source_tokenizer.sha256 == target_tokenizer.sha256
-    names = ("tokenizer.model",) * 2 if shared else ("source.model", "target.model")
-    for name, tokenizer in zip(names, (source_tokenizer, target_tokenizer), strict=True):
-        atomic_write(folder / name, tokenizer.path.read_bytes())
+    entry = _write_tokenizers(folder, source_tokenizer, target_tokenizer)
     # "pt" is what other readers of safetensors files expect to find under "format".
     save_tensors(folder / WEIGHTS_FILE, weights, {"format": "pt", "tokenizer_sha256": digest})
     write_json(
@@ -523,10 +524,30 @@ def write_model_files(
         {
             "format_version": FORMAT_VERSION,
             "model": config.to_dict(),
-            "tokenizer": {"source": names[0], "target": names[1], "sha256": digest},
+            "tokenizer": {**entry, "sha256": digest},
             "training": dict(training or {}),
         },
     )
+
+
+def _write_tokenizers(folder: Path, source: Tokenizer, target: Tokenizer) -> dict[str, str]:
+    """Write their files; returns the names of these, as ``config.json`` has them."""
+    tokenizers = {"source": source, "target": target}
+    shared = source.sha256 == target.sha256
+    entry = {side: "tokenizer.model" if shared else f"{side}.model" for side in tokenizers}
+    for side, tokenizer in tokenizers.items():
+        atomic_write(folder / entry[side], tokenizer.path.read_bytes())
+    vocabularies = {
+        side: tokenizer.vocabulary.read_bytes()
+        for side, tokenizer in tokenizers.items()
+        if tokenizer.vocabulary is not None
+    }
+    one = len(vocabularies) == 2 and len(set(vocabularies.values())) == 1
+    for side, content in vocabularies.items():
+        name = "vocabulary.json" if one else f"{side}.vocabulary.json"
+        entry[f"{side}_vocabulary"] = name
+        atomic_write(folder / name, content)
+    return entry
 
 
 def save_model_dir(
@@ -592,24 +613,27 @@ def _is_newer(version: Any) -> bool:
 
 
 def _load_tokenizers(path: Path, entry: Mapping[str, Any]) -> tuple[Tokenizer, Tokenizer]:
-    names = []
+    files: list[tuple[Path, Path | None]] = []
     for side in ("source", "target"):
-        name = entry.get(side)
-        if not isinstance(name, str) or Path(name).name != name:
-            raise FileError(
-                f"{path / CONFIG_FILE}: tokenizer.{side}: got {name!r}, expected a file name"
-            )
-        if not (path / name).is_file():
-            raise FileError(f"{path / name}: no such file")
-        names.append(name)
+        names = [side] + [key for key in (f"{side}_vocabulary",) if key in entry]
+        for key in names:
+            name = entry.get(key)
+            if not isinstance(name, str) or Path(name).name != name:
+                raise FileError(
+                    f"{path / CONFIG_FILE}: tokenizer.{key}: got {name!r}, expected a file name"
+                )
+            if not (path / name).is_file():
+                raise FileError(f"{path / name}: no such file")
+        found = [path / entry[key] for key in names]
+        files.append((found[0], found[1] if len(found) == 2 else None))
     try:
-        source = Tokenizer(path / names[0])
-        target = source if names[0] == names[1] else Tokenizer(path / names[1])
+        source = Tokenizer(*files[0])
+        target = source if files[0] == files[1] else Tokenizer(*files[1])
     except TokenizerError as error:
         raise FileError(str(error)) from None
     if entry.get("sha256") != _tokenizer_hash(source, target):
         raise FileError(
-            f"{path / names[0]}: not the tokenizer that this model was trained with "
+            f"{files[0][0]}: not the tokenizer that this model was trained with "
             "(its SHA-256 differs from the one in config.json)"
         )
     return source, target
@@ -628,6 +652,10 @@ def _check_vocabulary(
                 f"{where}: {side}_vocab_size is {size}, but {tokenizer.path} has "
                 f"{tokenizer.vocab_size} pieces"
             )
+    if target.vocabulary is not None and target.eos_id != config.eos_id:
+        raise FileError(
+            f"{where}: eos_id is {config.eos_id}, but {target.eos_id} in {target.vocabulary}"
+        )
 
 
 def _check_shapes(

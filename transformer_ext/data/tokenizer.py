@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import sentencepiece
 
@@ -27,27 +28,41 @@ def _usable_cpus() -> int:
 
 
 class Tokenizer:
-    """A SentencePiece model.
+    """A SentencePiece model, alone or with a vocabulary that gives its pieces other ids.
 
     Where a model brought along has no padding, start or end piece, ids after its last piece stand
     for them, and ``vocab_size`` counts these too.
 
+    A vocabulary, as models of Marian have one for the SentencePiece models of both languages, is a
+    JSON file::
+
+        {"pieces": ["</s>", "<unk>", ",", ...],          the position of a piece is its id
+         "eos": "</s>", "unk": "<unk>", "pad": "<pad>",  which of them are special
+         "bos": "<pad>"}
+
+    A piece of the SentencePiece model that is not among them is unknown. A text that begins with one
+    of the pieces ``>>...<<`` (a target language) has that as its first token.
+
+    Args:
+        path: the SentencePiece model.
+        vocabulary: the JSON file; None: ids are those of the SentencePiece model.
+
     Attributes:
-        path: the file.
-        sha256: of the file's bytes, in hexadecimal.
+        path: the SentencePiece model.
+        vocabulary: the JSON file, or None.
+        sha256: of the bytes of the model (and, where there is a vocabulary, of that), in hexadecimal.
         vocab_size: number of ids; rows of an embedding for it.
         pad_id, unk_id, bos_id, eos_id: special ids.
 
     Raises:
-        TokenizerError: no such file, or not a SentencePiece model.
+        TokenizerError: no such file, not a SentencePiece model, not a vocabulary, or the vocabulary
+            of another SentencePiece model.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, vocabulary: str | Path | None = None) -> None:
         self.path = Path(path)
-        try:
-            model = self.path.read_bytes()
-        except OSError as error:
-            raise TokenizerError(f"{path}: cannot be read: {error.strerror}") from None
+        self.vocabulary = None if vocabulary is None else Path(vocabulary)
+        model = _read(self.path)
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             if not model:
@@ -58,21 +73,32 @@ class Tokenizer:
         self.sha256 = hashlib.sha256(model).hexdigest()
         size = self._processor.get_piece_size()
         self._pieces = size
-        special = []
-        for id in (self._processor.pad_id(), self._processor.bos_id(), self._processor.eos_id()):
-            if id < 0:
-                id = size
-                size += 1
-            special.append(id)
-        self.pad_id, self.bos_id, self.eos_id = special
-        self.unk_id: int = self._processor.unk_id()
+        self._vocabulary: _Vocabulary | None = None
+        if self.vocabulary is not None:
+            content = _read(self.vocabulary)
+            self._vocabulary = _Vocabulary(self.vocabulary, content, self._processor)
+            digest = hashlib.sha256(content).hexdigest()
+            self.sha256 = hashlib.sha256(f"{self.sha256} {digest}".encode()).hexdigest()
+            size = self._pieces = len(self._vocabulary.pieces)
+            special = [self._vocabulary.special[name] for name in ("pad", "bos", "eos", "unk")]
+            self.pad_id, self.bos_id, self.eos_id, self.unk_id = special
+        else:
+            processor = self._processor
+            special = []
+            for id in (processor.pad_id(), processor.bos_id(), processor.eos_id()):
+                if id < 0:
+                    id = size
+                    size += 1
+                special.append(id)
+            self.pad_id, self.bos_id, self.eos_id = special
+            self.unk_id = processor.unk_id()
         self.vocab_size: int = size
 
-    def __getstate__(self) -> dict[str, Path]:
-        return {"path": self.path}
+    def __getstate__(self) -> dict[str, Path | None]:
+        return {"path": self.path, "vocabulary": self.vocabulary}
 
     def __setstate__(self, state: dict[str, Path]) -> None:
-        self.__init__(state["path"])  # type: ignore[misc]
+        self.__init__(**state)  # type: ignore[misc]
 
     @cached_property
     def _special(self) -> frozenset[int]:
@@ -80,6 +106,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a sentence, without start and end."""
+        if self._vocabulary is not None:
+            return self._vocabulary.encode([text], 1)[0]
         ids: list[int] = self._processor.encode(text)
         return ids
 
@@ -88,6 +116,8 @@ class Tokenizer:
         # The threads are started anew in each call: for a few sentences they cost more than they
         # save.
         threads = min(8, _usable_cpus()) if len(texts) >= 256 else 1
+        if self._vocabulary is not None:
+            return self._vocabulary.encode(texts, threads)
         ids: list[list[int]] = self._processor.encode(list(texts), num_threads=threads)
         return ids
 
@@ -97,19 +127,25 @@ class Tokenizer:
         Byte pieces can spell a line end or broken UTF-8: the former becomes a space, the latter
         U+FFFD.
         """
-        text: str = self._processor.decode(
-            [int(id) for id in ids if id not in self._special and id < self._pieces]
-        )
+        known = [int(id) for id in ids if id not in self._special and id < self._pieces]
+        if self._vocabulary is not None:
+            # A piece of the other language comes out as it is, its word boundary included.
+            pieces = [self._vocabulary.pieces[id] for id in known]
+            text: str = self._processor.decode(pieces).replace("\u2581", " ").strip()
+        else:
+            text = self._processor.decode(known)
         return re.sub("[\r\n]+", " ", text)
 
     def piece(self, id: int) -> str:
-        """The piece of an id, as in the SentencePiece model.
+        """The piece of an id, as in the SentencePiece model or the vocabulary.
 
         Raises:
             IndexError: no such id.
         """
         if not 0 <= id < self.vocab_size:
             raise IndexError(f"id: expected 0 to {self.vocab_size - 1}, got {id}")
+        if self._vocabulary is not None:
+            return self._vocabulary.pieces[id]
         if id < self._pieces:
             text: str = self._processor.id_to_piece(int(id))
             return text
@@ -119,6 +155,79 @@ class Tokenizer:
     def pieces(self, ids: Iterable[int]) -> list[str]:
         """:meth:`piece` of each id, for pictures of attention."""
         return [self.piece(id) for id in ids]
+
+
+class _Vocabulary:
+    """Other ids for the pieces of a SentencePiece model; see :class:`Tokenizer` for the file."""
+
+    def __init__(self, path: Path, content: bytes, processor: Any) -> None:
+        try:
+            values = json.loads(content)
+        except ValueError as error:
+            raise TokenizerError(f"{path}: broken, not JSON: {error}") from None
+        names = ("pieces", "eos", "unk", "pad", "bos")
+        if not isinstance(values, dict) or set(values) != set(names):
+            got = (
+                ", ".join(map(repr, values)) if isinstance(values, dict) else type(values).__name__
+            )
+            raise TokenizerError(f"{path}: got {got}, expected the keys {', '.join(names)}")
+        self.pieces: list[str] = values["pieces"]
+        if not isinstance(self.pieces, list) or not all(isinstance(p, str) for p in self.pieces):
+            raise TokenizerError(f"{path}: pieces: expected a list of texts")
+        self._ids = {piece: id for id, piece in enumerate(self.pieces)}
+        if len(self._ids) != len(self.pieces):
+            twice = next(piece for id, piece in enumerate(self.pieces) if self._ids[piece] != id)
+            raise TokenizerError(f"{path}: pieces: {twice!r} is there twice")
+        self.special: dict[str, int] = {}
+        for name in names[1:]:
+            if not isinstance(values[name], str) or values[name] not in self._ids:
+                raise TokenizerError(
+                    f"{path}: {name}: got {values[name]!r}, expected one of the pieces"
+                )
+            self.special[name] = self._ids[values[name]]
+        self._processor = processor
+        self._unknown: int = processor.unk_id()
+        unknown = self.special["unk"]
+        size = processor.get_piece_size()
+        self._table = [self._ids.get(processor.id_to_piece(id), unknown) for id in range(size)]
+        # The two of one model share almost all: a piece can be missing that no training text had.
+        found = size - self._table.count(unknown)
+        if 2 * found < size:
+            raise TokenizerError(
+                f"{path}: has {found} of the {size} pieces of the SentencePiece model: it is the "
+                "vocabulary of another"
+            )
+        self._languages = frozenset(p for p in self.pieces if re.fullmatch(">>.+<<", p))
+
+    def encode(self, texts: Sequence[str], threads: int) -> list[list[int]]:
+        firsts: list[list[int]] = []
+        rests: list[str] = []
+        for text in texts:
+            language = re.match(">>.*?<<", text) if self._languages else None
+            if language is not None and language[0] in self._languages:
+                firsts.append([self._ids[language[0]]])
+                rests.append(text[language.end() :])
+            else:
+                firsts.append([])
+                rests.append(text)
+        table, unknown = self._table, self.special["unk"]
+        rows = self._processor.encode(rests, num_threads=threads)
+        for number, row in enumerate(rows):
+            if self._unknown in row:
+                # What the SentencePiece model does not know may be a piece of the other language.
+                pieces = self._processor.encode(rests[number], out_type=str)
+                ids = [self._ids.get(piece, unknown) for piece in pieces]
+            else:
+                ids = [table[id] for id in row]
+            rows[number] = firsts[number] + ids
+        return rows
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise TokenizerError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def train_tokenizer(
