@@ -10,13 +10,20 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from transformer_ext import ops  # noqa: E402
 from transformer_ext._native import native  # noqa: E402
 from transformer_ext.files import parameter_shapes  # noqa: E402
-from transformer_ext.inference.engine import Engine, UnsupportedModelError  # noqa: E402
+from transformer_ext.inference.engine import (  # noqa: E402
+    Engine,
+    UnsupportedModelError,
+    resolve_compute_type,
+)
 from transformer_ext.inference.options import SearchOptions  # noqa: E402
+from transformer_ext.inference.quantization import linear_int8, quantize_rows  # noqa: E402
 from transformer_ext.inference.search import beam_search  # noqa: E402
 from transformer_ext.model.config import TransformerConfig  # noqa: E402
 from transformer_ext.model.transformer import Transformer  # noqa: E402
+from transformer_ext.ops import set_backend  # noqa: E402
 
 VARIANTS = {
     "the paper's": {},
@@ -414,32 +421,73 @@ def test_nan_weights_are_an_error():
         engine.search([[5, 3]])
 
 
-def test_bfloat16_scores_are_close_and_the_same_in_any_batch():
+@pytest.mark.parametrize("compute_type", ["bfloat16", "int8"])
+def test_lower_precision_is_close_and_the_same_in_any_batch(compute_type):
     model = make_model(d_model=64, dim_feedforward=96)
     weights = weights_of(model)
-    if not native().has_bfloat16():
+    if compute_type == "bfloat16" and not native().has_bfloat16():
         with pytest.raises(ValueError, match="compute_type: got 'bfloat16', which needs"):
-            Engine(model.config, weights, compute_type="bfloat16")
+            Engine(model.config, weights, compute_type=compute_type)
         return
     exact = Engine(model.config, weights, threads=1)
-    low = Engine(model.config, weights, threads=1, compute_type="bfloat16")
+    low = Engine(model.config, weights, threads=1, compute_type=compute_type)
     sources = random_sources(model, count=12)
     targets = random_sources(model, count=12, seed=1)
     expected = exact.score(sources, targets)
     got = low.score(sources, targets)
     differences = np.concatenate([np.subtract(a, b) for a, b in zip(got, expected, strict=True)])
-    # bfloat16 has 8 bits: what two layers make of them, and not nothing.
+    # Both have about 8 bits: what two layers make of them, and not nothing.
     assert 0 < np.abs(differences).max() < 0.5
     assert np.abs(differences).mean() < 0.05
     options = SearchOptions(beam_size=3)
     together = low.search(sources, options)
     for source, result in zip(sources, together, strict=True):
         assert low.search([source], options)[0].hypotheses == result.hypotheses
-    two = Engine(model.config, weights, threads=2, compute_type="bfloat16")
+    two = Engine(model.config, weights, threads=2, compute_type=compute_type)
     assert two.search(sources, options) == together
+
+
+@pytest.mark.parametrize("tie", ["all", "target", "none"])
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_int8_is_the_model_on_integers(monkeypatch, tie, norm_first):
+    model = make_model(d_model=64, dim_feedforward=96, tie=tie, norm_first=norm_first)
+    weights = weights_of(model)
+    engine = Engine(model.config, weights, threads=2, compute_type="int8")
+    sources = random_sources(model, count=8)
+    targets = random_sources(model, count=8, seed=1)
+    got = np.concatenate(engine.score(sources, targets))
+
+    def scores():
+        found = []
+        for source, target in zip(sources, targets, strict=True):
+            fed = torch.tensor([[model.config.decoder_start_id, *target[:-1]]])
+            states = model(torch.tensor([source]), fed)
+            log_probs = model.generator(states)[0]
+            found.append(log_probs[torch.arange(len(target)), torch.tensor(target)])
+        return torch.cat(found).numpy()
+
+    model = model.double()
+    with set_backend("reference"), torch.no_grad():
+        exact = scores()
+        monkeypatch.setattr(ops, "linear", linear_int8)
+        if tie != "none":  # the engine keeps a tied embedding as the products have it
+            table = model.target_embedding.weight
+            integers, scales = quantize_rows(table)
+            table.copy_(integers * scales)
+        expected = scores()
+    # What is left is float32 instead of float64, bfloat16 keys and values, and here and there an
+    # integer that is rounded to its neighbour for that.
+    assert np.abs(got - expected).mean() < 0.2 * np.abs(exact - expected).mean()
+
+
+def test_auto_takes_what_the_machine_has():
+    expected = "int8" if native().has_int8_dot_product() else "float32"
+    assert resolve_compute_type("auto") == expected
+    model = make_model()
+    assert Engine(model.config, weights_of(model), compute_type="auto").compute_type == expected
 
 
 def test_an_unknown_compute_type_is_named():
     model = make_model()
-    with pytest.raises(ValueError, match="compute_type: got 'int3', expected one of float32"):
+    with pytest.raises(ValueError, match="compute_type: got 'int3', expected one of auto, float32"):
         Engine(model.config, weights_of(model), compute_type="int3")

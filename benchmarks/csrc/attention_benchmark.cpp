@@ -81,13 +81,14 @@ void run(benchmark::State& state, bool backward) {
   const AttentionKernels& kernels = attention_kernels();
   kernels.forward(problem.args, serial);
   const double flop = (backward ? 10.0 : 4.0) * problem.pairs * kHeadDim;
-  against_arithmetic(state, flop, problem.args.bfloat16, [&] {
-    if (backward) {
-      kernels.backward(problem.args, serial);
-    } else {
-      kernels.forward(problem.args, serial);
-    }
-  });
+  against_arithmetic(state, flop,
+                     problem.args.bfloat16 ? Arithmetic::bfloat16 : Arithmetic::float32, [&] {
+                       if (backward) {
+                         kernels.backward(problem.args, serial);
+                       } else {
+                         kernels.forward(problem.args, serial);
+                       }
+                     });
 }
 
 void attention_forward_float32(benchmark::State& state) { run<float>(state, false); }

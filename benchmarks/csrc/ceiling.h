@@ -113,9 +113,9 @@ void against_copy(benchmark::State& state, int64_t bytes, Parallel& parallel, Ke
 // Times a kernel of `flop` operations, in turns with independent multiply-adds on the same threads;
 // reports the kernel's operations a second and the share that this is of the arithmetic's.
 template <class Kernel>
-void against_arithmetic(benchmark::State& state, double flop, bool bfloat16, Parallel& parallel,
-                        Kernel&& kernel) {
-  const Arithmetic ceiling(bfloat16 ? Arithmetic::bfloat16 : Arithmetic::float32);
+void against_arithmetic(benchmark::State& state, double flop, Arithmetic::Type type,
+                        Parallel& parallel, Kernel&& kernel) {
+  const Arithmetic ceiling(type);
   const int threads = parallel.threads();
   // Long beside the time that it takes to wake another thread.
   constexpr int kRuns = 64;
@@ -131,9 +131,10 @@ void against_arithmetic(benchmark::State& state, double flop, bool bfloat16, Par
 }
 
 template <class Kernel>
-void against_arithmetic(benchmark::State& state, double flop, bool bfloat16, Kernel&& kernel) {
+void against_arithmetic(benchmark::State& state, double flop, Arithmetic::Type type,
+                        Kernel&& kernel) {
   Serial serial;
-  against_arithmetic(state, flop, bfloat16, serial, kernel);
+  against_arithmetic(state, flop, type, serial, kernel);
 }
 
 inline void in_turns(benchmark::internal::Benchmark* benchmark) {

@@ -17,7 +17,11 @@ namespace transformer_ext {
 namespace {
 
 template <class T>
-constexpr GemmType kType = sizeof(T) == sizeof(float) ? GemmType::float32 : GemmType::bfloat16;
+constexpr bool kFloat = sizeof(T) == sizeof(float);
+template <class T>
+constexpr GemmType kType = kFloat<T> ? GemmType::float32 : GemmType::bfloat16;
+template <class T>
+constexpr Arithmetic::Type kArithmetic = kFloat<T> ? Arithmetic::float32 : Arithmetic::bfloat16;
 
 template <class T>
 Aligned<T> random(int64_t n) {
@@ -41,8 +45,22 @@ void gemm_packed(benchmark::State& state) {
                                 0,        bias.data(),
                                 y.data(), kType<T>,
                                 n,        {}};
-  against_arithmetic(state, 2.0 * static_cast<double>(m * n * k), sizeof(T) == 2, pool,
+  against_arithmetic(state, 2.0 * static_cast<double>(m * n * k), kArithmetic<T>, pool,
                      [&] { gemm(arguments, pool); });
+  state.counters["weights_GB/s"] =
+      static_cast<double>(packed.bytes()) / state.counters["us"] * 1e-3;
+}
+
+// What the engine does with 8-bit weights: rows of float32, converted on the way, to float32.
+void gemm_int8(benchmark::State& state) {
+  const int64_t m = state.range(0), n = state.range(1), k = state.range(2);
+  ThreadPool pool(static_cast<int>(state.range(3)));
+  const Aligned<float> x = random<float>(m * k), w = random<float>(n * k), bias = random<float>(n);
+  Aligned<float> y(static_cast<size_t>(m * n));
+  PackedMatrix packed;
+  packed.pack(w.data(), n, k, k, pool, GemmType::int8);
+  against_arithmetic(state, 2.0 * static_cast<double>(m * n * k), Arithmetic::int8, pool,
+                     [&] { gemm(x.data(), m, k, packed, bias.data(), y.data(), n, {}, pool); });
   state.counters["weights_GB/s"] =
       static_cast<double>(packed.bytes()) / state.counters["us"] * 1e-3;
 }
@@ -55,7 +73,7 @@ void gemm_weight_gradient(benchmark::State& state) {
   ThreadPool pool(static_cast<int>(state.range(3)));
   const Aligned<T> grad = random<T>(m * n), x = random<T>(m * k);
   Aligned<float> y(static_cast<size_t>(n * k));
-  against_arithmetic(state, 2.0 * static_cast<double>(m * n * k), sizeof(T) == 2, pool, [&] {
+  against_arithmetic(state, 2.0 * static_cast<double>(m * n * k), kArithmetic<T>, pool, [&] {
     gemm_matmul(GemmInput{grad.data(), kType<T>, 1, n}, n, x.data(), k, m, k, y.data(), k, {},
                 pool);
   });
@@ -112,6 +130,7 @@ void pack_shapes(benchmark::internal::Benchmark* b) {
 
 BENCHMARK_TEMPLATE(gemm_packed, float)->Apply(packed_shapes);
 BENCHMARK_TEMPLATE(gemm_packed, bfloat16)->Apply(packed_shapes);
+BENCHMARK(gemm_int8)->Apply(packed_shapes);
 BENCHMARK_TEMPLATE(gemm_weight_gradient, float)->Apply(gradient_shapes);
 BENCHMARK_TEMPLATE(gemm_weight_gradient, bfloat16)->Apply(gradient_shapes);
 BENCHMARK_TEMPLATE(gemm_pack, float)->Apply(pack_shapes);

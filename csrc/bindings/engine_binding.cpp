@@ -84,9 +84,11 @@ ModelConfig model_config(const py::dict& fields) {
 }
 
 std::unique_ptr<Engine> make_engine(const py::dict& config, const py::function& weights,
-                                    int threads, bool bfloat16) {
+                                    int threads, const std::string& compute_type) {
   ModelConfig parsed = model_config(config);
-  if (bfloat16) parsed.compute = GemmType::bfloat16;
+  parsed.compute = choose<GemmType>(
+      "compute_type", compute_type,
+      {{"float32", GemmType::float32}, {"bfloat16", GemmType::bfloat16}, {"int8", GemmType::int8}});
   py::object held;
   const auto find = [&](const std::string& name) -> Array {
     const py::gil_scoped_acquire acquire;
@@ -200,7 +202,7 @@ void bind_engine(py::module_& m) {
 
   py::class_<Engine>(m, "Engine", "An encoder-decoder Transformer with its weights, for decoding.")
       .def(py::init(&make_engine), py::arg("config"), py::arg("weights"), py::arg("threads"),
-           py::arg("bfloat16"),
+           py::arg("compute_type"),
            "From the fields of TransformerConfig and a function that gives the float32 array of a "
            "parameter's name, or None; it is copied before the next is asked for.")
       .def_property_readonly("threads", &Engine::threads)

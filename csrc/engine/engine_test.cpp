@@ -82,7 +82,7 @@ TEST(TopScores, FindsTheHighestAndTheSum) {
     constexpr int32_t kCapacity = 9;
     std::vector<float> top_scores(kCapacity);
     std::vector<int32_t> ids(kCapacity);
-    TopScores top{-INFINITY, 0.0f, 0, kCapacity, top_scores.data(), ids.data()};
+    TopScores top{-INFINITY, 0.0f, 0, kCapacity, top_scores.data(), ids.data(), -INFINITY};
     const size_t half = n / 3;
     top_scores_kernels().scan(scores.data(), static_cast<int64_t>(half), 0, &top);
     top_scores_kernels().scan(scores.data() + half, static_cast<int64_t>(n - half),
@@ -107,7 +107,7 @@ TEST(TopScores, KeepsNaNInTheSumAndLeavesOutMinusInfinity) {
   const std::vector<float> scores = {-INFINITY, 1.0f, -INFINITY, 0.0f};
   std::vector<float> top_scores(4);
   std::vector<int32_t> ids(4);
-  TopScores top{-INFINITY, 0.0f, 0, 4, top_scores.data(), ids.data()};
+  TopScores top{-INFINITY, 0.0f, 0, 4, top_scores.data(), ids.data(), -INFINITY};
   top_scores_kernels().scan(scores.data(), 1, 0, &top);
   EXPECT_EQ(top.count, 0);
   top_scores_kernels().scan(scores.data() + 1, 3, 1, &top);

@@ -106,6 +106,12 @@ class Reader {
   Parallel& parallel_;
 };
 
+// Rows of embeddings that one task unpacks: some microseconds.
+constexpr int64_t kRowsPerTask = 16;
+
+// A slot of thread_scratch that no kernel called meanwhile uses.
+constexpr int kPlacesSlot = 13;
+
 int64_t grown(int64_t rows, int64_t length) {
   rows = rows == 0 ? 128 : rows;
   while (rows < length) rows *= 2;
@@ -138,10 +144,12 @@ Model::Model(const ModelConfig& config, Weights weights, Parallel& parallel) : c
   // The largest first: while they are copied from, the engine itself is still small.
   const Tying tie = config_.tie;
   PackedMatrix* const generator = &generator_.weight;
-  reader.table("source_embedding.weight", config_.source_vocabulary, &source_table_,
+  reader.table("source_embedding.weight", config_.source_vocabulary,
+               tie == Tying::all ? nullptr : &source_table_,
                tie == Tying::all ? generator : nullptr);
   if (tie != Tying::all) {
-    reader.table("target_embedding.weight", config_.target_vocabulary, &target_table_,
+    reader.table("target_embedding.weight", config_.target_vocabulary,
+                 tie == Tying::target ? nullptr : &target_table_,
                  tie == Tying::target ? generator : nullptr);
   }
   if (tie == Tying::none) {
@@ -151,8 +159,7 @@ Model::Model(const ModelConfig& config, Weights weights, Parallel& parallel) : c
     generator_.bias = reader.copy("generator.bias", {config_.target_vocabulary});
   }
   encoder_ = reader.stack("encoder", source_table_.data());
-  decoder_ = reader.stack("decoder",
-                          config_.tie == Tying::all ? source_table_.data() : target_table_.data());
+  decoder_ = reader.stack("decoder", target_table_.data());
   for (int64_t i = 0; i < config_.encoder_layers; ++i) {
     encoder_layers_.emplace_back();
     reader.layer("encoder.layers." + std::to_string(i), &encoder_layers_.back());
@@ -175,6 +182,20 @@ void Model::embed(const Stack& stack, const int32_t* ids, const int32_t* positio
   EmbeddingForward<float> arguments{};
   arguments.ids = {nullptr, ids};
   arguments.weight = stack.embedding;
+  if (stack.embedding == nullptr) {
+    // Each id's row where its result will lie.
+    int32_t* const places = static_cast<int32_t*>(
+        thread_scratch(static_cast<size_t>(rows + 1) * sizeof(int32_t), kPlacesSlot));
+    parallel.for_each((rows + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task) {
+      const int64_t end = std::min((task + 1) * kRowsPerTask, rows);
+      for (int64_t row = task * kRowsPerTask; row < end; ++row) {
+        gemm_unpack(generator_.weight, ids[row], x + row * config_.width);
+        places[row] = static_cast<int32_t>(row);
+      }
+    });
+    arguments.ids = {nullptr, places};
+    arguments.weight = x;
+  }
   arguments.scale = config_.scale_embedding
                         ? static_cast<float>(std::sqrt(static_cast<double>(config_.width)))
                         : 1.0f;

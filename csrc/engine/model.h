@@ -95,10 +95,12 @@ struct DecoderLayer : Layer {
 
 // What encoder and decoder have beside their layers.
 struct Stack {
-  const float* embedding = nullptr;  // [vocabulary, width], in one of Model's tables
-  std::vector<float> positions;      // learned: [max_positions, width]
-  Norm embedding_norm;               // empty weight: none
-  Norm norm;                         // empty weight: none
+  // [vocabulary, width]: one of Model's tables, or null where the output projection's weights,
+  // which are tied to it, are all that is kept of it.
+  const float* embedding = nullptr;
+  std::vector<float> positions;  // learned: [max_positions, width]
+  Norm embedding_norm;           // empty weight: none
+  Norm norm;                     // empty weight: none
 };
 
 class Model {
@@ -115,7 +117,7 @@ class Model {
   const Linear& generator() const { return generator_; }
 
   // x[rows, width] = embeddings of the ids, scaled, with positions (those of `table`, see
-  // position_table), normalised where the model does so. The ids must be in range.
+  // PositionTables), normalised where the model does so. The ids must be in range.
   void embed(const Stack& stack, const int32_t* ids, const int32_t* positions, const float* table,
              int64_t rows, float* x, Parallel& parallel) const;
 
@@ -125,8 +127,8 @@ class Model {
 
  private:
   ModelConfig config_;
-  Buffer<float> source_table_;
-  Buffer<float> target_table_;  // empty where it is the source's
+  Buffer<float> source_table_;  // empty where tied to the output projection
+  Buffer<float> target_table_;  // likewise
   Stack encoder_;
   Stack decoder_;
   std::vector<Layer> encoder_layers_;

@@ -1,6 +1,7 @@
 #include "engine/next_tokens.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <stdexcept>
@@ -44,6 +45,12 @@ void NextTokens::scan(const Model& model, const float* states, int64_t rows, con
   int32_t* const top_ids = top_ids_.reserve(parts_ * rows * count_);
   float* const wanted = wanted_.reserve(rows);
   float* const kept = kept_ ? scores_.reserve(rows * weight.n) : nullptr;
+  float* const floors = floors_.reserve(rows);
+  std::fill_n(floors, rows, -std::numeric_limits<float>::infinity());
+  const GemmInput x = gemm_convert(
+      states, rows, width, width, weight.type,
+      converted_.reserve(static_cast<int64_t>(gemm_converted_bytes(rows, width, weight.type))),
+      parallel);
   parallel.for_each(parts_, [&](int64_t part) {
     float* const chunk_scores =
         kept != nullptr
@@ -59,7 +66,8 @@ void NextTokens::scan(const Model& model, const float* states, int64_t rows, con
                   0,
                   static_cast<int32_t>(count_),
                   top_scores + at * count_,
-                  top_ids + at * count_};
+                  top_ids + at * count_,
+                  -std::numeric_limits<float>::infinity()};
     }
     Serial serial;
     for (int64_t column = part * part_columns; column < end; column += chunk) {
@@ -70,11 +78,17 @@ void NextTokens::scan(const Model& model, const float* states, int64_t rows, con
         const int64_t block = std::min(kChunkRows, rows - first);
         float* const scores = kept != nullptr ? kept + first * weight.n + column : chunk_scores;
         const int64_t stride = kept != nullptr ? weight.n : chunk;
-        gemm(states + first * width, block, width, view, bias, scores, stride, {}, serial);
+        gemm(x.rows_from(first), block, view, bias, scores, stride, {}, serial);
         for (int64_t r = 0; r < block; ++r) {
           const float* const row = scores + r * stride;
-          top_scores_kernels().scan(row, columns, static_cast<int32_t>(column),
-                                    tops + part * rows + first + r);
+          TopScores* const top = tops + part * rows + first + r;
+          // Whatever has count_ others above it in one part is not among the highest of all.
+          const std::atomic_ref<float> floor(floors[first + r]);
+          top->floor = floor.load(std::memory_order_relaxed);
+          top_scores_kernels().scan(row, columns, static_cast<int32_t>(column), top);
+          if (top->count == top->capacity && top->scores[top->capacity - 1] > top->floor) {
+            floor.store(top->scores[top->capacity - 1], std::memory_order_relaxed);
+          }
           if (tokens == nullptr || tokens[first + r] < column) continue;
           const int64_t token = tokens[first + r] - column;
           if (token < columns) wanted[first + r] = row[token];
@@ -173,7 +187,8 @@ void NextTokens::find_mean(const std::vector<const NextTokens*>& members, int64_
                   0,
                   static_cast<int32_t>(count_),
                   top_scores + r * count_,
-                  ids + r * count_};
+                  ids + r * count_,
+                  -std::numeric_limits<float>::infinity()};
     top_scores_kernels().scan(row, vocabulary_, 0, &top);
     for (int64_t i = 0; i < count_; ++i) {
       log_probs[r * count_ + i] =
@@ -185,7 +200,8 @@ void NextTokens::find_mean(const std::vector<const NextTokens*>& members, int64_
 
 int64_t NextTokens::bytes() const {
   return tops_.bytes() + top_scores_.bytes() + top_ids_.bytes() + wanted_.bytes() + ids_.bytes() +
-         log_probs_.bytes() + log_sums_.bytes() + scores_.bytes();
+         log_probs_.bytes() + log_sums_.bytes() + scores_.bytes() + floors_.bytes() +
+         converted_.bytes();
 }
 
 }  // namespace transformer_ext::engine

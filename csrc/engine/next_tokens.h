@@ -64,7 +64,9 @@ class NextTokens {
   Buffer<TopScores> tops_;  // [parts][rows]
   Buffer<float> top_scores_;
   Buffer<int32_t> top_ids_;
-  Buffer<float> wanted_;  // [rows]: the scores of the given tokens
+  Buffer<float> floors_;    // [rows]: below this a score is not among the highest
+  Buffer<char> converted_;  // the states as factors of the product
+  Buffer<float> wanted_;    // [rows]: the scores of the given tokens
   Buffer<int32_t> ids_;
   Buffer<double> log_probs_;
   Buffer<double> log_sums_;

@@ -17,27 +17,43 @@ void insert(TopScores* top, float score, int32_t id) {
   top->ids[at] = id;
 }
 
-float lowest(const TopScores& top) {
-  return top.count < top.capacity ? -__builtin_inff() : top.scores[top.capacity - 1];
+// A score is among the highest so far if it is above this.
+float threshold_of(const TopScores& top) {
+  // An equal one may be: its id may be lower than those of the others.
+  const float floor = __builtin_nextafterf(top.floor, -__builtin_inff());
+  if (top.count < top.capacity) return floor;
+  const float lowest = top.scores[top.capacity - 1];
+  return lowest > floor ? lowest : floor;
+}
+
+bool any_above(VecF v, VecF bound) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)v, (__m512)bound, _CMP_GT_OQ) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, (__m256)bound, _CMP_GT_OQ)) != 0;
+#else
+  return reduce_max(v) > bound[0];
+#endif
 }
 
 void scan(const float* scores, int64_t n, int32_t first_id, TopScores* top) {
-  const VecF nothing = broadcast(-__builtin_inff());
-  VecF highest = nothing;
-  float threshold = lowest(*top);
+  VecF highest = broadcast(-__builtin_inff());
+  float threshold = threshold_of(*top);
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t end = begin + kBlock < n ? begin + kBlock : n;
-    VecF block = nothing;
-    int64_t i = begin;
-    for (; i + kWidth <= end; i += kWidth) block = max(load(scores + i), block);
-    float block_maximum = reduce_max(block);
-    for (; i < end; ++i) block_maximum = scores[i] > block_maximum ? scores[i] : block_maximum;
-    highest = max(broadcast(block_maximum), highest);
-    if (!(block_maximum > threshold)) continue;
-    for (i = begin; i < end; ++i) {
+    VecF block = highest;
+    if (end - begin == kBlock) {
+      block = max(max(load(scores + begin), load(scores + begin + kWidth)),
+                  max(load(scores + begin + 2 * kWidth), load(scores + begin + 3 * kWidth)));
+    } else {
+      for (int64_t i = begin; i < end; ++i) block = max(broadcast(scores[i]), block);
+    }
+    highest = max(block, highest);
+    if (!any_above(block, broadcast(threshold))) continue;
+    for (int64_t i = begin; i < end; ++i) {
       if (scores[i] > threshold) {
         insert(top, scores[i], first_id + static_cast<int32_t>(i));
-        threshold = lowest(*top);
+        threshold = threshold_of(*top);
       }
     }
   }

@@ -1,7 +1,11 @@
 #include "gemm/gemm.h"
 
+#include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <new>
+#include <stdexcept>
+#include <string>
 #include <utility>
 
 #if defined(__linux__)
@@ -12,12 +16,21 @@ namespace transformer_ext {
 
 namespace {
 
-int64_t inputs_per_word(GemmType type) { return type == GemmType::float32 ? 1 : 2; }
+int64_t inputs_per_word(GemmType type) {
+  return type == GemmType::float32 ? 1 : type == GemmType::bfloat16 ? 2 : 4;
+}
+
+// Without the scales.
+size_t panel_bytes(int64_t n, int64_t k, GemmType type) {
+  const int64_t columns = gemm_panel_columns(), word = inputs_per_word(type);
+  return static_cast<size_t>((n + columns - 1) / columns * columns * ((k + word - 1) / word)) * 4;
+}
 
 }  // namespace
 
 PackedView PackedView::columns(int64_t begin, int64_t count) const {
-  return {static_cast<const char*>(data) + gemm_packed_bytes(begin, k, type), count, k, type};
+  return {static_cast<const char*>(data) + panel_bytes(begin, k, type), count, k, type,
+          scales == nullptr ? nullptr : scales + begin};
 }
 
 int64_t gemm_panel_columns() { return gemm_kernels().panel_columns; }
@@ -25,8 +38,64 @@ int64_t gemm_panel_columns() { return gemm_kernels().panel_columns; }
 bool gemm_has(GemmType type) { return gemm_kernels().gemm[static_cast<int>(type)] != nullptr; }
 
 size_t gemm_packed_bytes(int64_t n, int64_t k, GemmType type) {
-  const int64_t columns = gemm_panel_columns(), word = inputs_per_word(type);
-  return static_cast<size_t>((n + columns - 1) / columns * columns * ((k + word - 1) / word)) * 4;
+  const int64_t columns = gemm_panel_columns();
+  return panel_bytes(n, k, type) +
+         (type == GemmType::int8
+              ? static_cast<size_t>((n + columns - 1) / columns * columns) * sizeof(float)
+              : 0);
+}
+
+GemmInput GemmInput::rows_from(int64_t first) const {
+  GemmInput rows = *this;
+  rows.data = static_cast<const char*>(data) + first * row_stride * (4 / inputs_per_word(type));
+  if (row_scales != nullptr) rows.row_scales += first;
+  return rows;
+}
+
+void gemm_unpack(const PackedView& weight, int64_t column, float* out) {
+  const int64_t columns = gemm_panel_columns(), word = inputs_per_word(weight.type);
+  const char* const first = static_cast<const char*>(weight.data) +
+                            panel_bytes(column / columns * columns, weight.k, weight.type) +
+                            column % columns * 4;
+  const auto unpack = [&](auto element) {
+    constexpr int64_t kSize = sizeof element;
+    for (int64_t i = 0; i < weight.k; ++i) {
+      std::memcpy(&element, first + i / word * columns * 4 + i % word * kSize, sizeof element);
+      if constexpr (kSize == 4) {
+        out[i] = element;
+      } else if constexpr (kSize == 2) {
+        out[i] = to_float(element);
+      } else {
+        out[i] = static_cast<float>(element - 128) * weight.scales[column];
+      }
+    }
+  };
+  switch (weight.type) {
+    case GemmType::float32:
+      return unpack(float{});
+    case GemmType::bfloat16:
+      return unpack(bfloat16{});
+    case GemmType::int8:
+      return unpack(uint8_t{});
+  }
+}
+
+size_t gemm_converted_bytes(int64_t m, int64_t k, GemmType type) {
+  switch (type) {
+    case GemmType::float32:
+      break;
+    case GemmType::bfloat16:
+      return static_cast<size_t>(m * ((k + 1) / 2)) * 4;
+    case GemmType::int8:
+      return static_cast<size_t>(m) * (static_cast<size_t>((k + 3) / 4) * 4 + sizeof(GemmRowScale));
+  }
+  return 0;
+}
+
+GemmInput gemm_convert(const float* x, int64_t m, int64_t k, int64_t ldx, GemmType type, void* out,
+                       Parallel& parallel) {
+  if (type == GemmType::float32) return {x, type, ldx, 1};
+  return gemm_kernels().convert[static_cast<int>(type)](x, m, k, ldx, out, parallel);
 }
 
 void gemm_pack(const float* w, int64_t n, int64_t k, int64_t n_stride, int64_t k_stride,
@@ -63,6 +132,10 @@ size_t PackedMatrix::bytes() const { return gemm_packed_bytes(view_.n, view_.k, 
 
 void PackedMatrix::pack(const float* w, int64_t n, int64_t k, int64_t ldw, Parallel& parallel,
                         GemmType type) {
+  if (type == GemmType::int8 && k > kGemmMostIntegers) {
+    throw std::invalid_argument("int8: got " + std::to_string(k) + " inputs, expected at most " +
+                                std::to_string(kGemmMostIntegers));
+  }
   constexpr size_t kHugePage = size_t{2} << 20;
   const size_t size = gemm_packed_bytes(n, k, type);
   const size_t alignment = size >= kHugePage ? kHugePage : 64;
@@ -77,6 +150,10 @@ void PackedMatrix::pack(const float* w, int64_t n, int64_t k, int64_t ldw, Paral
   release();
   memory_ = memory;
   view_ = PackedView{memory_, n, k, type};
+  if (type == GemmType::int8) {
+    view_.scales =
+        reinterpret_cast<const float*>(static_cast<const char*>(memory_) + panel_bytes(n, k, type));
+  }
 }
 
 }  // namespace transformer_ext

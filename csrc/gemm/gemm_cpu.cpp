@@ -1,13 +1,13 @@
 // The matrix product of gemm.h.
 //
-// Factors are taken word by word of 32 bits along k: one float32, or two bfloat16 that the
-// dot-product instruction multiplies and adds to a float32 at once. So both types share the tile:
+// Factors are taken word by word of 32 bits along k (factors.h), so that all types share the tile:
 // kRows rows by one panel (kVectors vectors of columns) of accumulators in registers; one load of
 // the panel's vectors and one broadcast a row give kRows * kVectors multiply-adds. The weights are
 // cut along k into slices that fit in the first-level cache and are used by all tiles of a row
 // block; between slices the accumulators rest in memory as float32, which loses nothing.
-#include "common/simd.h"
-#include "gemm/gemm.h"
+#include <type_traits>
+
+#include "gemm/factors.h"
 
 namespace transformer_ext::TRANSFORMER_EXT_ISA {
 namespace {
@@ -20,11 +20,13 @@ constexpr int kVectors = 4;
 constexpr int kVectors = 2;  // 6 x 2 accumulators, 2 weights, 1 broadcast of 16 registers
 #endif
 constexpr int kRows = 6;
-constexpr int kColumns = kVectors * kWidth;
-
-// Elements of T in a word.
 template <class T>
-constexpr int kWord = 4 / static_cast<int>(sizeof(T));
+constexpr int kTileRows = kRows;
+#if !defined(__AVX512VNNI__)
+template <>
+constexpr int kTileRows<int8_t> = 4;  // weights and broadcasts take two registers each
+#endif
+constexpr int kColumns = kVectors * kWidth;
 
 // Words a slice. float32 (AVX-512: 32 KiB of weights): 256 measured 2 % faster, with 1.4 times the
 // error. bfloat16 has no such error to fear, and its slices are read from the second-level cache
@@ -33,6 +35,9 @@ template <class T>
 constexpr int64_t kSlice = 128;
 template <>
 constexpr int64_t kSlice<bfloat16> = 256;
+// Integers: all at once, because a part of a sum would not fit into float32.
+template <>
+constexpr int64_t kSlice<int8_t> = int64_t{1} << 30;
 
 constexpr int64_t kBlockRows = 16 * kRows;
 // Blocks are made smaller, down to a quarter, where there would be fewer tasks than this.
@@ -42,6 +47,8 @@ constexpr int64_t kTasks = 16;
 // before.
 constexpr int64_t kTogether = 8;
 constexpr int64_t kGroupPanels = 512 / kColumns;
+// Elements that one task converts: a few microseconds.
+constexpr int64_t kTaskConverted = 1 << 15;
 // Below this many multiply-adds a task would be dominated by being handed to a thread.
 constexpr int64_t kTaskWork = 1 << 16;
 // Weights that are not prepacked are packed in slabs of inputs of at most this size.
@@ -61,6 +68,14 @@ constexpr int kInputSlot = 1, kSlabSlot = 2, kTurnedSlot = 3;
 constexpr int kSumsSlot = 0;
 
 template <class T>
+constexpr GemmType kType = sizeof(T) == 4   ? GemmType::float32
+                           : sizeof(T) == 2 ? GemmType::bfloat16
+                                            : GemmType::int8;
+// Whether the rows of x may lie in any direction, and weights be used that are not packed.
+template <class T>
+constexpr bool kTurns = !std::is_same_v<T, int8_t>;
+
+template <class T>
 T* scratch(int64_t count, int slot) {
   // Never null, so that an offset within no elements is one too.
   return static_cast<T*>(thread_scratch(static_cast<size_t>(count + 1) * sizeof(T), slot));
@@ -69,36 +84,6 @@ T* scratch(int64_t count, int slot) {
 inline int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
-
-inline VecF multiply_add(VecF a, VecF b, VecF c, float) {
-#if defined(__AVX512F__)
-  return (VecF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__AVX2__)
-  return (VecF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-  return a * b + c;
-#endif
-}
-
-inline VecF broadcast_word(const float* p) { return broadcast(*p); }
-
-#if defined(__AVX512BF16__)
-inline __m512bh pairs(VecF v) {
-  __m512bh h;
-  std::memcpy(&h, &v, sizeof h);
-  return h;
-}
-
-inline VecF multiply_add(VecF a, VecF b, VecF c, bfloat16) {
-  return (VecF)_mm512_dpbf16_ps((__m512)c, pairs(a), pairs(b));
-}
-
-inline VecF broadcast_word(const bfloat16* p) {
-  int32_t word;
-  std::memcpy(&word, p, sizeof word);
-  return (VecF)_mm512_set1_epi32(word);
-}
-#endif
 
 template <int N>
 struct Count {
@@ -131,25 +116,31 @@ struct Target {
   int64_t ldy;
   const float* bias;  // null: 0
   bool relu;
+  const GemmRowScale* row_scales;  // of integers
+  const float* column_scales;
 };
 
 // One tile of R rows by P panels, `panel_stride` elements apart, over `words`.
 template <class T, class Y, int R, int P, class Layout>
 inline void tile(Layout layout, const T* x, const T* w, int64_t panel_stride, int64_t words,
                  const Target<Y>& target, int64_t columns) {
-  VecF acc[R][P * kVectors] = {};
+  typename Sum<T>::Vec acc[R][P * kVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 32
+    for (int v = 0; v < P * kVectors; ++v) acc[r][v] = Sum<T>::start(target.row_scales, r);
+  }
 #pragma GCC unroll 2
   for (int64_t i = 0; i < words; ++i) {
-    VecF weights[P * kVectors];
+    decltype(load_words(w)) weights[P * kVectors];
 #pragma GCC unroll 32
     for (int v = 0; v < P * kVectors; ++v) {
-      std::memcpy(&weights[v],
-                  w + (v / kVectors) * panel_stride + (v % kVectors) * kWidth * kWord<T>,
-                  sizeof(VecF));
+      weights[v] =
+          load_words(w + (v / kVectors) * panel_stride + (v % kVectors) * kWidth * kWord<T>);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const VecF value = broadcast_word(layout.at(x, r, i));
+      const auto value = broadcast_word(layout.at(x, r, i));
 #pragma GCC unroll 32
       for (int v = 0; v < P * kVectors; ++v) {
         acc[r][v] = multiply_add(value, weights[v], acc[r][v], T{});
@@ -169,7 +160,7 @@ inline void tile(Layout layout, const T* x, const T* w, int64_t panel_stride, in
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      VecF out = acc[r][v] + start;
+      VecF out = Sum<T>::scaled(acc[r][v], target.row_scales, r, target.column_scales, c) + start;
       if (target.from != nullptr) {
         const float* const p = target.from + r * target.from_ld + c;
         out += full ? load(p) : load_partial(p, lanes);
@@ -213,10 +204,6 @@ inline void tile_of(int rows, Layout layout, const T* x, const T* w, int64_t pan
 }
 
 // --- packing: out[word * ld + c] = words of `from`'s column c, c < columns ----------------------
-
-inline void put(float* to, float x) { *to = x; }
-inline void put(bfloat16* to, float x) { *to = to_bfloat16(x); }
-inline void put(bfloat16* to, bfloat16 x) { *to = x; }
 
 // Element (c, i) at from[c * c_stride + i * k_stride]; a last half word is filled with 0.
 template <class T, class S>
@@ -405,6 +392,69 @@ void pack(const float* w, int64_t n, int64_t k, int64_t n_stride, int64_t k_stri
   });
 }
 
+// Panels of integers, then the scale of each column (0 past the last).
+void pack_integers(const float* w, int64_t n, int64_t k, int64_t n_stride, int64_t k_stride,
+                   void* out, Parallel& parallel) {
+  const int64_t panels = (n + kColumns - 1) / kColumns;
+  const int64_t words = (k + 3) / 4;
+  int8_t* const packed = static_cast<int8_t*>(out);
+  float* const scales = reinterpret_cast<float*>(packed + panels * kColumns * words * 4);
+  parallel.for_each(panels, [&](int64_t panel) {
+    char* const memory = scratch<char>(k * 4 + words * 4, kTurnedSlot);
+    float* const row = reinterpret_cast<float*>(memory);
+    int8_t* const integers = reinterpret_cast<int8_t*>(memory + k * 4);
+    int8_t* const begin = packed + panel * kColumns * words * 4;
+    for (int64_t c = 0; c < kColumns; ++c) {
+      const int64_t column = panel * kColumns + c;
+      GemmRowScale scale{};
+      if (column < n) {
+        const float* from = w + column * n_stride;
+        if (k_stride != 1) {
+          for (int64_t i = 0; i < k; ++i) row[i] = from[i * k_stride];
+          from = row;
+        }
+        convert_row(from, k, integers, &scale);
+      } else {
+        std::memset(integers, 0, static_cast<size_t>(words * 4));
+      }
+      scales[column] = scale.scale;
+      for (int64_t word = 0; word < words; ++word) {
+        uint32_t four;
+        std::memcpy(&four, integers + word * 4, sizeof four);
+        four ^= 0x80808080u;
+        std::memcpy(begin + (word * kColumns + c) * 4, &four, sizeof four);
+      }
+    }
+  });
+}
+
+template <>
+void pack<int8_t>(const float* w, int64_t n, int64_t k, int64_t n_stride, int64_t k_stride,
+                  void* out, Parallel& parallel) {
+  pack_integers(w, n, k, n_stride, k_stride, out, parallel);
+}
+
+// --- rows of float32 as rows of T ---------------------------------------------------------------
+
+template <class T>
+GemmInput convert(const float* x, int64_t m, int64_t k, int64_t ldx, void* out,
+                  Parallel& parallel) {
+  const int64_t ld = round_up(k, kWord<T>);
+  T* const rows = static_cast<T*>(out);
+  GemmRowScale* const scales =
+      sizeof(T) == 1 ? reinterpret_cast<GemmRowScale*>(rows + m * ld) : nullptr;
+  int64_t at_once = kTaskConverted / (k > 0 ? k : 1);
+  at_once = at_once > 0 ? at_once : 1;
+  parallel.for_each((m + at_once - 1) / at_once, [&](int64_t task) {
+    const int64_t begin = task * at_once;
+    const int64_t end = begin + at_once < m ? begin + at_once : m;
+    for (int64_t row = begin; row < end; ++row) {
+      convert_row(x + row * ldx, k, rows + row * ld, scales == nullptr ? nullptr : scales + row);
+    }
+  });
+  return {rows, kType<T>, ld, 1, scales};
+}
+
 // --- the product --------------------------------------------------------------------------------
 
 // A part of the inputs with packed weights.
@@ -426,8 +476,19 @@ class Product {
     x_ = static_cast<const T*>(a.x.data);
     x_ld_ = a.x.row_stride;
     turned_ = a.x.k_stride != 1;
-    // Rows of another type, or with half a word at their end, are copied once for all tasks.
-    if (!turned_ && (a.x.type != a.weight.type || k % kWord<T> != 0)) {
+    row_scales_ = a.x.row_scales;
+    // Rows of another type, or with a part of a word at their end, are copied once for all tasks.
+    if (!turned_ && a.x.type != a.weight.type) {
+      if constexpr (!std::is_same_v<T, float>) {
+        void* const copy =
+            scratch<char>(static_cast<int64_t>(gemm_converted_bytes(a.m, k, kType<T>)), kInputSlot);
+        const GemmInput converted =
+            convert<T>(static_cast<const float*>(a.x.data), a.m, k, a.x.row_stride, copy, parallel);
+        x_ = static_cast<const T*>(converted.data);
+        x_ld_ = converted.row_stride;
+        row_scales_ = converted.row_scales;
+      }
+    } else if (!turned_ && k % kWord<T> != 0 && a.x.row_scales == nullptr) {
       x_ld_ = round_up(k, kWord<T>);
       T* const copy = scratch<T>(a.m * x_ld_, kInputSlot);
       parallel.for_each((a.m + 63) / 64, [&](int64_t task) {
@@ -466,7 +527,8 @@ class Product {
     }
     for (int64_t begin = 0; begin < row_blocks_; begin += blocks) {
       const int64_t count = row_blocks_ - begin < blocks ? row_blocks_ - begin : blocks;
-      const T* const turned = turned_ ? turn_rows(slab, begin, count) : nullptr;
+      const T* turned = nullptr;
+      if constexpr (kTurns<T>) turned = turned_ ? turn_rows(slab, begin, count) : nullptr;
       parallel_.for_each(count * groups(), [&](int64_t task) {
         const int64_t several = task / (kTogether * groups()) * kTogether;
         const int64_t rows = count - several < kTogether ? count - several : kTogether;
@@ -486,15 +548,8 @@ class Product {
 
   void copy_row(int64_t row, T* to) const {
     const int64_t k = a_.weight.k;
-    if (a_.x.type == GemmType::float32) {
-      const float* const from = static_cast<const float*>(a_.x.data) + row * a_.x.row_stride;
-      int64_t i = 0;
-      for (; i + kWidth <= k; i += kWidth) store(to + i, load(from + i));
-      for (; i < k; ++i) put(to + i, from[i]);
-    } else {
-      std::memcpy(to, static_cast<const T*>(a_.x.data) + row * a_.x.row_stride,
-                  static_cast<size_t>(k) * sizeof(T));
-    }
+    std::memcpy(to, static_cast<const T*>(a_.x.data) + row * a_.x.row_stride,
+                static_cast<size_t>(k) * sizeof(T));
     for (int64_t i = k; i < x_ld_; ++i) to[i] = T{};
   }
 
@@ -537,7 +592,11 @@ class Product {
     Y* const y = static_cast<Y*>(a_.y) + row * a_.ldy + column;
     const bool first = slab.first && begin == 0;
     const bool last = slab.last && begin + kSlice<T> >= slab.words;
-    Target<Y> t{nullptr, sums_ld, y, a_.ldy, nullptr, false};
+    Target<Y> t{nullptr, sums_ld, y, a_.ldy, nullptr, false, nullptr, nullptr};
+    if constexpr (std::is_same_v<T, int8_t>) {
+      t.row_scales = row_scales_ + row;
+      t.column_scales = a_.weight.scales + column;
+    }
     if (first) {
       if (a_.bias != nullptr) t.bias = a_.bias + column;
       if constexpr (sizeof(Y) == sizeof(float)) {
@@ -577,22 +636,23 @@ class Product {
         const T* const w = slab.weights + panel * panel_size + begin * kColumns * kWord<T>;
         const int64_t column = panel * kColumns;
         const bool pair = few_rows_ && panel + 1 < end_panel;
-        for (int64_t r = 0; r < rows; r += kRows) {
-          const int count = static_cast<int>(rows - r < kRows ? rows - r : kRows);
+        for (int64_t r = 0; r < rows; r += kTileRows<T>) {
+          const int count = static_cast<int>(rows - r < kTileRows<T> ? rows - r : kTileRows<T>);
           const int64_t row = first_row + r;
           float* const sum =
               sums == nullptr ? nullptr : sums + r * sums_ld + column - first_panel * kColumns;
           const Target<Y> to = target(slab, begin, row, column, sum, sums_ld);
           const auto run = [&](auto at_once, const auto& final) {
             constexpr int P = decltype(at_once)::value;
-            if (turned_) {
-              tile_of<P>(count, WordMajor{block_rows_ * kWord<T>},
-                         turned + (begin * block_rows_ + r) * kWord<T>, w, panel_size, words, final,
-                         n - column);
-            } else {
-              tile_of<P>(count, RowMajor{x_ld_}, x_ + row * x_ld_ + input, w, panel_size, words,
-                         final, n - column);
+            if constexpr (kTurns<T>) {
+              if (turned_) {
+                return tile_of<P>(count, WordMajor{block_rows_ * kWord<T>},
+                                  turned + (begin * block_rows_ + r) * kWord<T>, w, panel_size,
+                                  words, final, n - column);
+              }
             }
+            tile_of<P>(count, RowMajor{x_ld_}, x_ + row * x_ld_ + input, w, panel_size, words,
+                       final, n - column);
           };
           const auto run_to = [&](const auto& final) {
             if (pair) {
@@ -607,7 +667,8 @@ class Product {
             if (last) {
               run_to(to);
             } else {
-              run_to(Target<float>{to.from, sums_ld, sum, sums_ld, to.bias, false});
+              run_to(Target<float>{to.from, sums_ld, sum, sums_ld, to.bias, false, to.row_scales,
+                                   to.column_scales});
             }
           }
         }
@@ -619,21 +680,18 @@ class Product {
   const GemmArguments& a_;
   Parallel& parallel_;
   const T* x_;
+  const GemmRowScale* row_scales_;
   int64_t x_ld_;
   bool turned_;
   bool few_rows_;
   int64_t panels_, block_rows_, row_blocks_, group_;
 };
 
+// Weights that are used once, packed a slab of inputs at a time.
 template <class T, class Y>
-void gemm_to(const GemmArguments& a, Parallel& parallel) {
+void multiply_in_slabs(Product<T, Y>& product, const GemmArguments& a, Parallel& parallel) {
   const int64_t n = a.weight.n, k = a.weight.k;
   const int64_t words = (k + kWord<T> - 1) / kWord<T>;
-  Product<T, Y> product(a, parallel);
-  if (a.weight.data != nullptr) {
-    product.run({static_cast<const T*>(a.weight.data), 0, words, true, true});
-    return;
-  }
   const int64_t panels = (n + kColumns - 1) / kColumns;
   int64_t most = kSlabBytes / (panels * kColumns * 4) / kSlice<T> * kSlice<T>;
   most = most > kSlice<T> ? most : kSlice<T>;
@@ -666,6 +724,17 @@ void gemm_to(const GemmArguments& a, Parallel& parallel) {
   } while (begin < words);
 }
 
+template <class T, class Y>
+void gemm_to(const GemmArguments& a, Parallel& parallel) {
+  Product<T, Y> product(a, parallel);
+  if (a.weight.data != nullptr) {
+    product.run({static_cast<const T*>(a.weight.data), 0, (a.weight.k + kWord<T> - 1) / kWord<T>,
+                 true, true});
+  } else if constexpr (kTurns<T>) {
+    multiply_in_slabs(product, a, parallel);
+  }
+}
+
 template <class T>
 void gemm(const GemmArguments& a, Parallel& parallel) {
   if (a.m <= 0 || a.weight.n <= 0) return;
@@ -679,12 +748,19 @@ void gemm(const GemmArguments& a, Parallel& parallel) {
 
 extern const GemmKernels gemm_kernels = {
     kColumns,
-#if defined(__AVX512BF16__)
-    {&pack<float>, &pack<bfloat16>},
-    {&gemm<float>, &gemm<bfloat16>},
+#if defined(__AVX512VNNI__)
+    true,
 #else
-    {&pack<float>, nullptr},
-    {&gemm<float>, nullptr},
+    false,
+#endif
+#if defined(__AVX512BF16__)
+    {&pack<float>, &pack<bfloat16>, &pack<int8_t>},
+    {nullptr, &convert<bfloat16>, &convert<int8_t>},
+    {&gemm<float>, &gemm<bfloat16>, &gemm<int8_t>},
+#else
+    {&pack<float>, nullptr, &pack<int8_t>},
+    {nullptr, nullptr, &convert<int8_t>},
+    {&gemm<float>, nullptr, &gemm<int8_t>},
 #endif
 };
 

@@ -2,10 +2,12 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <random>
+#include <stdexcept>
 #include <vector>
 
 #include "common/thread_pool.h"
@@ -87,12 +89,21 @@ TEST(Gemm, AgreesWithDoublePrecisionForAnyLeadingDimension) {
   }
 }
 
-TEST(Gemm, ARowIsTheSameInAnyBatch) {
+class GemmOfType : public testing::TestWithParam<GemmType> {
+  void SetUp() override {
+    if (!gemm_has(GetParam())) GTEST_SKIP() << "no bfloat16 dot products";
+  }
+};
+
+INSTANTIATE_TEST_SUITE_P(All, GemmOfType,
+                         testing::Values(GemmType::float32, GemmType::bfloat16, GemmType::int8));
+
+TEST_P(GemmOfType, ARowIsTheSameInAnyBatch) {
   Serial serial;
   const Shape s{257, 200, 300};
   const Problem p(s);
   PackedMatrix packed;
-  packed.pack(p.w.data(), s.n, s.k, s.k, serial);
+  packed.pack(p.w.data(), s.n, s.k, s.k, serial, GetParam());
   const auto multiply = [&](int64_t first, int64_t rows) {
     std::vector<float> y(static_cast<size_t>(rows * s.n));
     gemm(p.x.data() + first * s.k, rows, s.k, packed, p.bias.data(), y.data(), s.n, {}, serial);
@@ -109,14 +120,14 @@ TEST(Gemm, ARowIsTheSameInAnyBatch) {
   }
 }
 
-TEST(Gemm, TheSameForAnyNumberOfThreads) {
+TEST_P(GemmOfType, TheSameForAnyNumberOfThreads) {
   const Shape s{250, 600, 300};
   const Problem p(s);
   std::vector<float> first;
   for (const int threads : {1, 2, 4}) {
     ThreadPool pool(threads);
     PackedMatrix packed;
-    packed.pack(p.w.data(), s.n, s.k, s.k, pool);
+    packed.pack(p.w.data(), s.n, s.k, s.k, pool, GetParam());
     std::vector<float> y(static_cast<size_t>(s.m * s.n));
     gemm(p.x.data(), s.m, s.k, packed, p.bias.data(), y.data(), s.n, {}, pool);
     if (first.empty()) first = y;
@@ -209,6 +220,173 @@ TEST(Gemm, Bfloat16) {
                 from_float.data(), s.n, {}, pool);
     EXPECT_EQ(std::memcmp(from_float.data(), y.data(), size * sizeof(float)), 0)
         << s.m << " " << s.n << " " << s.k;
+  }
+}
+
+// --- int8 ---------------------------------------------------------------------------------------
+
+struct Integers {
+  std::vector<int> values;
+  std::vector<float> scales;  // of each row
+};
+
+// As gemm.h says.
+Integers quantized(const std::vector<float>& x, int64_t rows, int64_t k) {
+  Integers q;
+  for (int64_t r = 0; r < rows; ++r) {
+    float largest = 0;
+    for (int64_t i = 0; i < k; ++i) {
+      largest = std::max(largest, std::fabs(x[static_cast<size_t>(r * k + i)]));
+    }
+    q.scales.push_back(largest / 127);
+    for (int64_t i = 0; i < k; ++i) {
+      const float inverse = largest > 0 ? 127 / largest : 0;
+      q.values.push_back(
+          static_cast<int>(std::nearbyint(x[static_cast<size_t>(r * k + i)] * inverse)));
+    }
+  }
+  return q;
+}
+
+TEST(Gemm, IntegersAreMultipliedExactly) {
+  ThreadPool pool(2);
+  std::vector<Shape> shapes(std::begin(kShapes), std::end(kShapes));
+  shapes.push_back({300, 200, 1102});
+  for (const Shape s : shapes) {
+    const Problem p(s);
+    const Integers x = quantized(p.x, s.m, s.k), w = quantized(p.w, s.n, s.k);
+    PackedMatrix packed;
+    packed.pack(p.w.data(), s.n, s.k, s.k, pool, GemmType::int8);
+    EXPECT_EQ(packed.bytes(), gemm_packed_bytes(s.n, s.k, GemmType::int8));
+    const int64_t ldx = s.k + 3, ldy = s.n + 2;
+    const std::vector<float> rows = padded(p.x, s.m, s.k, ldx);
+    std::vector<float> y(static_cast<size_t>(s.m * ldy), kNaN), converted(y);
+    gemm(rows.data(), s.m, ldx, packed, p.bias.data(), y.data(), ldy, {}, pool);
+    for (int64_t r = 0; r < s.m; ++r) {
+      for (int64_t c = 0; c < s.n; ++c) {
+        int64_t sum = 0;
+        for (int64_t i = 0; i < s.k; ++i) {
+          sum += x.values[static_cast<size_t>(r * s.k + i)] *
+                 w.values[static_cast<size_t>(c * s.k + i)];
+        }
+        const double expected = static_cast<double>(sum) * x.scales[static_cast<size_t>(r)] *
+                                    w.scales[static_cast<size_t>(c)] +
+                                p.bias[static_cast<size_t>(c)];
+        ASSERT_NEAR(y[static_cast<size_t>(r * ldy + c)], expected, 4e-7 * (1 + std::fabs(expected)))
+            << s.m << " " << s.n << " " << s.k << " at " << r << ", " << c;
+      }
+      for (int64_t c = s.n; c < ldy; ++c) {
+        ASSERT_TRUE(std::isnan(y[static_cast<size_t>(r * ldy + c)])) << "wrote past the columns";
+      }
+    }
+    std::vector<char> memory(gemm_converted_bytes(s.m, s.k, GemmType::int8));
+    const GemmInput once =
+        gemm_convert(rows.data(), s.m, s.k, ldx, GemmType::int8, memory.data(), pool);
+    gemm(once, s.m, packed, p.bias.data(), converted.data(), ldy, {}, pool);
+    EXPECT_EQ(std::memcmp(converted.data(), y.data(), y.size() * sizeof(float)), 0);
+    if (s.m > 1) {
+      gemm(once.rows_from(1), s.m - 1, packed, p.bias.data(), converted.data(), ldy, {}, pool);
+      EXPECT_EQ(std::memcmp(converted.data(), y.data() + ldy,
+                            static_cast<size_t>((s.m - 1) * ldy) * sizeof(float)),
+                0);
+    }
+  }
+}
+
+TEST(Gemm, IntegersHaveALongestSum) {
+  Serial serial;
+  const int64_t k = kGemmMostIntegers;
+  const std::vector<float> x(static_cast<size_t>(k + 1), 1.0f);
+  PackedMatrix packed;
+  packed.pack(x.data(), 1, k, k, serial, GemmType::int8);
+  float y;
+  gemm(x.data(), 1, k, packed, nullptr, &y, 1, {}, serial);
+  EXPECT_NEAR(y, k, 0.1);
+  EXPECT_THROW(packed.pack(x.data(), 1, k + 1, k + 1, serial, GemmType::int8),
+               std::invalid_argument);
+}
+
+TEST(Gemm, IntegersOfZeroesAndOfWhatIsNotFinite) {
+  Serial serial;
+  const int64_t k = 37;
+  const std::vector<float> w = random(3 * k, 1);
+  PackedMatrix packed;
+  packed.pack(w.data(), 3, k, k, serial, GemmType::int8);
+  std::vector<float> x = random(5 * k, 2), y(5 * 3);
+  std::fill_n(x.begin(), k, 0.0f);
+  std::fill_n(x.begin() + k, k, 1e-40f);
+  x[static_cast<size_t>(2 * k + 36)] = kNaN;
+  x[static_cast<size_t>(3 * k + 5)] = -std::numeric_limits<float>::infinity();
+  gemm(x.data(), 5, k, packed, nullptr, y.data(), 3, {}, serial);
+  for (size_t c = 0; c < 3; ++c) {
+    EXPECT_EQ(y[c], 0.0f);
+    EXPECT_EQ(y[3 + c], 0.0f);
+    EXPECT_TRUE(std::isnan(y[6 + c]));
+    EXPECT_TRUE(std::isnan(y[9 + c]));
+    EXPECT_FALSE(std::isnan(y[12 + c]));
+  }
+}
+
+#if defined(__x86_64__)
+// The same bits with the dot products of VNNI, with AVX-512 and with AVX2. (Without FMA, scale and
+// bias are rounded one after the other.)
+TEST(Gemm, IntegersAreTheSameOnEveryInstructionSet) {
+  Serial serial;
+  const Shape s{23, 200, 333};
+  const Problem p(s);
+  const GemmKernels* const tables[] = {&baseline::gemm_kernels, &avx2::gemm_kernels,
+                                       &avx512::gemm_kernels, &avx512_bf16::gemm_kernels};
+  std::vector<float> first;
+  for (int isa = 0; isa <= static_cast<int>(best_isa()); ++isa) {
+    const GemmKernels& kernels = *tables[isa];
+    constexpr int kInt8 = static_cast<int>(GemmType::int8);
+    const int64_t columns =
+        (s.n + kernels.panel_columns - 1) / kernels.panel_columns * kernels.panel_columns;
+    const int64_t panels = columns * ((s.k + 3) / 4 * 4);
+    std::vector<char> packed(static_cast<size_t>(panels + columns * 4));
+    kernels.pack[kInt8](p.w.data(), s.n, s.k, s.k, 1, packed.data(), serial);
+    std::vector<float> y(static_cast<size_t>(s.m * s.n));
+    const PackedView view{packed.data(), s.n, s.k, GemmType::int8,
+                          reinterpret_cast<const float*>(packed.data() + panels)};
+    kernels.gemm[kInt8]({s.m,
+                         {p.x.data(), GemmType::float32, s.k, 1},
+                         view,
+                         nullptr,
+                         0,
+                         p.bias.data(),
+                         y.data(),
+                         GemmType::float32,
+                         s.n,
+                         {}},
+                        serial);
+    if (isa <= 1) first = y;
+    for (size_t i = 0; i < y.size(); ++i) ASSERT_NEAR(y[i], first[i], isa == 0 ? 1e-6 : 0.0);
+  }
+}
+#endif
+
+TEST(Gemm, UnpackGivesWhatIsMultipliedWith) {
+  Serial serial;
+  const int64_t n = 131, k = 37;
+  const std::vector<float> w = random(n * k, 1);
+  const Integers integers = quantized(w, n, k);
+  for (const GemmType type : {GemmType::float32, GemmType::bfloat16, GemmType::int8}) {
+    if (!gemm_has(type)) continue;
+    PackedMatrix packed;
+    packed.pack(w.data(), n, k, k, serial, type);
+    std::vector<float> row(static_cast<size_t>(k));
+    for (int64_t c = 0; c < n; ++c) {
+      gemm_unpack(packed, c, row.data());
+      for (int64_t i = 0; i < k; ++i) {
+        const size_t at = static_cast<size_t>(c * k + i);
+        const float expected =
+            type == GemmType::float32 ? w[at]
+            : type == GemmType::bfloat16
+                ? to_float(to_bfloat16(w[at]))
+                : static_cast<float>(integers.values[at]) * integers.scales[static_cast<size_t>(c)];
+        ASSERT_EQ(row[static_cast<size_t>(i)], expected);
+      }
+    }
   }
 }
 

@@ -35,6 +35,33 @@ class UnsupportedModelError(ValueError):
     """
 
 
+def resolve_compute_type(compute_type: str) -> str:
+    """What an engine will multiply in here.
+
+    Args:
+        compute_type: one of :data:`transformer_ext.inference.options.COMPUTE_TYPES`. ``auto`` is
+            ``int8`` where the instruction set in use has dot products of 8-bit integers (VNNI), else
+            ``float32``.
+
+    Raises:
+        ValueError: an unknown type, or one that the instruction set in use cannot multiply.
+        NativeError: the compiled part of the package is missing.
+    """
+    compiled = native()
+    if compute_type not in COMPUTE_TYPES:
+        raise ValueError(
+            f"compute_type: got {compute_type!r}, expected one of {', '.join(COMPUTE_TYPES)}"
+        )
+    if compute_type == "auto":
+        return "int8" if compiled.has_int8_dot_product() else "float32"
+    if compute_type == "bfloat16" and not compiled.has_bfloat16():
+        raise ValueError(
+            "compute_type: got 'bfloat16', which needs AVX512_BF16; the instruction set in use "
+            f"is {compiled.isa()}: take 'float32' or 'int8'"
+        )
+    return compute_type
+
+
 class Engine:
     """A model ready to decode on the CPU, without torch.
 
@@ -48,7 +75,11 @@ class Engine:
         threads: threads at work on one call; None takes as many as there are physical cores that
             this process may use.
         compute_type: of the factors of the matrix products, one of :data:`transformer_ext.inference.options.COMPUTE_TYPES`; sums and
-            all else are float32. ``bfloat16`` halves the memory of the weights and takes AVX512_BF16.
+            all else are float32, but for the cached keys and values, which are bfloat16 where the
+            factors are not float32. ``bfloat16`` halves the memory of the weights and takes
+            AVX512_BF16. ``int8`` quarters it, on any machine: weights are rounded to 8-bit integers
+            with a scale for each output, their inputs with a scale for each row as they come.
+            ``auto`` is what is fastest here: see :func:`resolve_compute_type`.
 
     Raises:
         UnsupportedModelError: the model has a part that the engine does not know.
@@ -67,16 +98,7 @@ class Engine:
     ) -> None:
         self.config = config
         compiled = native()
-        if compute_type not in COMPUTE_TYPES:
-            raise ValueError(
-                f"compute_type: got {compute_type!r}, expected one of {', '.join(COMPUTE_TYPES)}"
-            )
-        if compute_type == "bfloat16" and not compiled.has_bfloat16():
-            raise ValueError(
-                "compute_type: got 'bfloat16', which needs AVX512_BF16; the instruction set in use "
-                f"is {compiled.isa()}: take 'float32'"
-            )
-        self.compute_type = compute_type
+        self.compute_type = resolve_compute_type(compute_type)
         expected = parameter_shapes(config)
         unknown = [name for name in weights if name not in expected]
         if unknown:
@@ -101,7 +123,7 @@ class Engine:
             raise ValueError(f"threads: got {threads!r}, expected an integer of at least 1")
         try:
             self._engine: Any = compiled.Engine(
-                config.to_dict(), find, threads, compute_type == "bfloat16"
+                config.to_dict(), find, threads, self.compute_type
             )
         except compiled.UnsupportedModel as error:
             raise UnsupportedModelError(str(error)) from None

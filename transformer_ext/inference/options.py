@@ -19,7 +19,7 @@ StopReason = Literal["exact", "first", "heuristic", "sampled", "max_length", "no
 HypothesisStop = Literal["eos", "max_length", "no_token"]
 
 #: What an engine may multiply in, see :class:`transformer_ext.inference.engine.Engine`.
-COMPUTE_TYPES = ("float32", "bfloat16")
+COMPUTE_TYPES = ("auto", "float32", "bfloat16", "int8")
 
 #: The least attention to a source token that the coverage penalty sees.
 LEAST_COVERAGE = 1e-10
@@ -360,7 +360,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         "--compute-type",
         choices=COMPUTE_TYPES,
         default="float32",
-        help="of the matrix products; bfloat16 takes AVX512_BF16 (default: %(default)s)",
+        help="of the matrix products: float32, bfloat16 (takes AVX512_BF16), int8 (fastest), or auto: "
+        "the fastest that this machine has instructions for (default: %(default)s)",
     )
     parser.add_argument(
         "--ensemble",
