@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import functools
 import importlib.machinery
-import importlib.metadata
 import importlib.util
 import json
 import shlex
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -67,30 +67,35 @@ def repair_command() -> str:
     return "pip install --force-reinstall --no-deps <the folder of the repository>"
 
 
-def _candidates() -> list[Path]:
-    folders = [_PACKAGE / "_compiled"]
+def _candidates() -> Iterator[Path]:
+    yield _PACKAGE / "_compiled"
     if _IS_SOURCE_TREE:
-        folders += [_ROOT / "build" / preset / "compiled" for preset in _PRESETS]
+        for preset in _PRESETS:
+            yield _ROOT / "build" / preset / "compiled"
+        # Not before it is needed: importing it takes as long as a small model takes to load.
+        import importlib.metadata
+
         try:
             distribution = importlib.metadata.distribution("transformer-ext")
         except importlib.metadata.PackageNotFoundError:
-            pass
-        else:
-            folders.append(Path(str(distribution.locate_file("transformer_ext/_compiled"))))
-    return folders
+            return
+        yield Path(str(distribution.locate_file("transformer_ext/_compiled")))
 
 
 @functools.cache
 def find_compiled() -> Compiled | None:
     """The folder of compiled files in use, or None where there is none."""
-    found = []
+    first = None
     for folder in _candidates():
         try:
             info = json.loads((folder / "build_info.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        found.append(Compiled(folder, info))
-    return min(found, key=lambda compiled: compiled.stale) if found else None
+        compiled = Compiled(folder, info)
+        if not compiled.stale:
+            return compiled
+        first = first or compiled
+    return first
 
 
 @functools.cache

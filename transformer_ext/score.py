@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--attention-layer: expected --return-attention or --return-alignment with it")
     try:
         from transformer_ext.inference.lines import TextLines
-        from transformer_ext.inference.search import alignment_of
+        from transformer_ext.inference.shared import alignment_of
         from transformer_ext.inference.translator import Translator
 
         text = TextLines()

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from transformer_ext._native import native
 from transformer_ext.files import Tensors, parameter_shapes
 from transformer_ext.inference.options import COMPUTE_TYPES, SearchOptions, SearchResult
-from transformer_ext.inference.search import (
+from transformer_ext.inference.shared import (
     attention_layer,
     check_source_lengths,
     empty_result,

@@ -7,8 +7,6 @@ import os
 import select
 from collections.abc import Iterable, Iterator
 
-from transformer_ext.data.corpus import read_lines
-
 
 class TextLines:
     """Decodes lines, and counts those that are not UTF-8.
@@ -36,10 +34,14 @@ class TextLines:
         Raises:
             CorpusError: it cannot be read.
         """
+        from transformer_ext.data.corpus import read_lines
+
         return [self.decode(line) for line in read_lines(path)]
 
     def file_blocks(self, paths: Iterable[str], limit: int) -> Iterator[list[str]]:
         """The lines of files, ``limit`` at a time."""
+        from transformer_ext.data.corpus import read_lines
+
         lines = (self.decode(line) for path in paths for line in read_lines(path))
         while block := list(itertools.islice(lines, limit)):
             yield block

@@ -21,9 +21,15 @@ from transformer_ext.inference.options import (
     SearchResult,
     StopReason,
 )
+from transformer_ext.inference.shared import (
+    attention_layer,
+    check_source_lengths,
+    empty_result,
+    make_hypothesis,
+    never_proposed,
+)
 
 if TYPE_CHECKING:
-    from transformer_ext.model.config import TransformerConfig
     from transformer_ext.model.transformer import Transformer
 
 #: ``step(sentences, prefixes)``: log-probabilities ``[rows, vocabulary]`` of the token after each
@@ -31,12 +37,6 @@ if TYPE_CHECKING:
 #: int64 ``[rows, length]``, each beginning with the start token. Where the options need attention,
 #: a pair of these and of what each row's last token attends to, ``[rows, longest source]``.
 Step = Callable[[list[int], NDArray[np.int64]], Any]
-
-
-def never_proposed(config: TransformerConfig) -> frozenset[int]:
-    """Ids that no search proposes: padding, and the tokens that only begin a sentence."""
-    never = {config.pad_id, config.bos_id, config.decoder_start_id}
-    return frozenset(never - {config.eos_id})
 
 
 def repeating_tokens(tokens: Sequence[int], size: int) -> set[int]:
@@ -314,35 +314,6 @@ class SentenceSearch:
         return SearchResult(hypotheses[: self.options.num_hypotheses], self.stop, self.steps)
 
 
-def make_hypothesis(
-    options: SearchOptions,
-    tokens: list[int],
-    score: float,
-    log_prob: float,
-    token_scores: list[float],
-    stop: HypothesisStop,
-    attention: NDArray[Any] | None,
-) -> Hypothesis:
-    """A hypothesis with as much of its attention as the options ask for."""
-    return Hypothesis(
-        tokens,
-        score,
-        log_prob,
-        token_scores,
-        stop,
-        attention if options.return_attention else None,
-        alignment_of(attention) if options.return_alignment else None,
-    )
-
-
-def alignment_of(attention: NDArray[Any] | None) -> list[int]:
-    """For each row of ``[tokens, source tokens]``, the column with the most, the first of equals."""
-    if attention is None or not len(attention):
-        return []
-    found: list[int] = attention.argmax(axis=1).tolist()
-    return found
-
-
 def search(
     step: Step,
     limits: Sequence[int],
@@ -412,37 +383,12 @@ def search(
     return [search.result() for search in searches]
 
 
-def attention_layer(options: SearchOptions, config: TransformerConfig) -> int | None:
-    """The decoder layer whose attention the options need; None: they need none.
-
-    Raises:
-        ValueError: the model does not have it.
-    """
-    if not options.needs_attention:
-        return None
-    layers = config.num_decoder_layers
-    layer = layers - 1 if options.attention_layer is None else options.attention_layer
-    if not 0 <= layer < layers:
-        raise ValueError(f"attention_layer: got {layer}, but the decoder has {layers} layers")
-    return layer
-
-
 def mean_log_probs(log_probs: Sequence[NDArray[Any]]) -> NDArray[Any]:
     """Logarithms of the mean of the probabilities that several models give, for an ensemble."""
     if len(log_probs) == 1:
         return log_probs[0]
     sums: NDArray[Any] = np.logaddexp.reduce([row.astype(np.float64) for row in log_probs])
     return sums - np.log(len(log_probs))
-
-
-def check_source_lengths(sources: Sequence[Sequence[int]], longest: int | None) -> None:
-    """Raise a ValueError for a source longer than ``max_source_length``."""
-    for number, source in enumerate(sources):
-        if longest is not None and len(source) > longest:
-            raise ValueError(
-                f"sources: number {number} (from 0) has {len(source)} tokens, expected at most "
-                f"max_source_length ({longest})"
-            )
 
 
 def check_ids(name: str, ids: Sequence[int], vocabulary: int) -> None:
@@ -533,13 +479,3 @@ def beam_search(
     for index, result in zip(found_numbers, found, strict=True):
         results[index] = result
     return results
-
-
-def empty_result(options: SearchOptions | None = None) -> SearchResult:
-    """What an empty source gives."""
-    options = options or SearchOptions()
-    return SearchResult(
-        [make_hypothesis(options, [], 0.0, 0.0, [], "eos", None)],
-        "exact",
-        0,
-    )

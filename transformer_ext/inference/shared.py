@@ -1,0 +1,91 @@
+"""What the compiled engine and the plain search have in common beside their options.
+
+Without numpy, which takes longer to import than the rest of what a translation needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from transformer_ext.inference.options import (
+    Hypothesis,
+    HypothesisStop,
+    SearchOptions,
+    SearchResult,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from transformer_ext.model.config import TransformerConfig
+
+
+def never_proposed(config: TransformerConfig) -> frozenset[int]:
+    """Ids that no search proposes: padding, and the tokens that only begin a sentence."""
+    never = {config.pad_id, config.bos_id, config.decoder_start_id}
+    return frozenset(never - {config.eos_id})
+
+
+def attention_layer(options: SearchOptions, config: TransformerConfig) -> int | None:
+    """The decoder layer whose attention the options need; None: they need none.
+
+    Raises:
+        ValueError: the model does not have it.
+    """
+    if not options.needs_attention:
+        return None
+    layers = config.num_decoder_layers
+    layer = layers - 1 if options.attention_layer is None else options.attention_layer
+    if not 0 <= layer < layers:
+        raise ValueError(f"attention_layer: got {layer}, but the decoder has {layers} layers")
+    return layer
+
+
+def check_source_lengths(sources: Sequence[Sequence[int]], longest: int | None) -> None:
+    """Raise a ValueError for a source longer than ``max_source_length``."""
+    for number, source in enumerate(sources):
+        if longest is not None and len(source) > longest:
+            raise ValueError(
+                f"sources: number {number} (from 0) has {len(source)} tokens, expected at most "
+                f"max_source_length ({longest})"
+            )
+
+
+def make_hypothesis(
+    options: SearchOptions,
+    tokens: list[int],
+    score: float,
+    log_prob: float,
+    token_scores: list[float],
+    stop: HypothesisStop,
+    attention: NDArray[Any] | None,
+) -> Hypothesis:
+    """A hypothesis with as much of its attention as the options ask for."""
+    return Hypothesis(
+        tokens,
+        score,
+        log_prob,
+        token_scores,
+        stop,
+        attention if options.return_attention else None,
+        alignment_of(attention) if options.return_alignment else None,
+    )
+
+
+def alignment_of(attention: NDArray[Any] | None) -> list[int]:
+    """For each row of ``[tokens, source tokens]``, the column with the most, the first of equals."""
+    if attention is None or not len(attention):
+        return []
+    found: list[int] = attention.argmax(axis=1).tolist()
+    return found
+
+
+def empty_result(options: SearchOptions | None = None) -> SearchResult:
+    """What an empty source gives."""
+    options = options or SearchOptions()
+    return SearchResult(
+        [make_hypothesis(options, [], 0.0, 0.0, [], "eos", None)],
+        "exact",
+        0,
+    )
