@@ -88,6 +88,7 @@ class Ours:
 
     def __init__(self, task: Task, type: str) -> None:
         from transformer_ext import Translator
+        from transformer_ext.inference.engine import resolve_compute_type
         from transformer_ext.inference.options import SearchOptions
 
         if task.length is None:
@@ -100,7 +101,7 @@ class Ours:
         self._translator = Translator(
             task.folder / "ours", task.threads, compute_type=type, options=options
         )
-        self.type = getattr(self._translator, "compute_type", type)
+        self.type = resolve_compute_type(type)
 
     def inputs(self, call: Call) -> Any:
         return call
@@ -235,7 +236,11 @@ class Competitor:
 
 def _ours(type: str) -> Competitor:
     return Competitor(
-        f"this package, {type}", "transformer_ext", lambda task, _: Ours(task, type), type
+        f"this package, {type}",
+        "transformer_ext",
+        lambda task, _: Ours(task, type),
+        type,
+        usual=type != "auto",
     )
 
 

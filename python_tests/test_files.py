@@ -167,6 +167,17 @@ def test_tensors_are_lazy_and_typed(tmp_path) -> None:
         view = tensors.mapped(name)
         assert not view.flags.writeable or view.size == 0
         np.testing.assert_array_equal(view, value)
+        floats = tensors.floats(name)
+        assert (floats is not None) == (name == "matrix")
+        if floats is not None:
+            assert floats.readonly and floats.shape == value.shape and floats.format == "f"
+            np.testing.assert_array_equal(np.asarray(floats), value)
+
+    class Unread(Tensors):
+        def __getitem__(self, name: str) -> np.ndarray:
+            raise AssertionError(f"{name} was read")
+
+    assert "matrix" in Unread(path) and "other" not in Unread(path)
     copy = tensors["matrix"]
     copy[:] = 7
     np.testing.assert_array_equal(tensors["matrix"], values["matrix"])

@@ -24,20 +24,18 @@ import json
 import math
 import mmap
 import os
-import secrets
-import shutil
+import sys
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
-import numpy as np
-
 from transformer_ext.data.tokenizer import Tokenizer, TokenizerError
 from transformer_ext.model.config import TransformerConfig
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 FORMAT_VERSION = 1
@@ -50,6 +48,9 @@ class FileError(ValueError):
 
 
 def _temporary(path: Path) -> Path:
+    # Modules that a process which only reads does not need are imported where they are used.
+    import secrets
+
     # The process id tells a person whose it is; the random part serves threads.
     return path.with_name(f"{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
 
@@ -116,6 +117,8 @@ def atomic_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[P
         FileError: the folder is there, and ``overwrite`` is not set.
         OSError: it cannot be written.
     """
+    import shutil
+
     path = Path(path)
     if path.exists() and not overwrite:
         raise FileError(f"{path}: is there already")
@@ -195,7 +198,7 @@ _ELEMENTS: dict[str, tuple[int, str | None]] = {
 _LONGEST_HEADER = 100_000_000
 
 
-class Tensors(Mapping[str, np.ndarray]):
+class Tensors(Mapping[str, "np.ndarray"]):
     """The tensors of a safetensors file by name, each read from the mapped file when asked for.
 
     Attributes:
@@ -303,7 +306,9 @@ class Tensors(Mapping[str, np.ndarray]):
 
         When the array is gone, what was read of the file leaves the memory of the process.
         """
-        begin, end = (self._begin + offset for offset in self._offsets[name])
+        import numpy as np
+
+        begin, end = self._place(name)
         kind = _ELEMENTS[self.types[name]][1]
         if kind is None:
             raise FileError(f"{self.path}: {name}: got {self.types[name]}, which numpy has not")
@@ -311,13 +316,37 @@ class Tensors(Mapping[str, np.ndarray]):
             return np.empty(self.shapes[name], kind)
         shape = self.shapes[name]
         array = np.frombuffer(self._map, kind, math.prod(shape), begin).reshape(shape)
+        self._forget_with(array, begin, end)
+        return array
+
+    def floats(self, name: str) -> memoryview[float] | None:
+        """:meth:`mapped` of float32, aligned, as a buffer that is made without numpy.
+
+        None where the tensor is of another type, empty or not aligned.
+        """
+        begin, end = self._place(name)
+        floats = self.types[name] == "F32" and begin % 4 == 0 and sys.byteorder == "little"
+        if not floats or begin == end or not self.shapes[name]:
+            return None
+        view = memoryview(self._map)[begin:end].cast("f", self.shapes[name])
+        self._forget_with(view, begin, end)
+        return view
+
+    def _place(self, name: str) -> tuple[int, int]:
+        begin, end = self._offsets[name]
+        return self._begin + begin, self._begin + end
+
+    def _forget_with(self, view: Any, begin: int, end: int) -> None:
         if hasattr(mmap, "MADV_DONTNEED"):
             # Harmless where a page is used after all: it is read again.
             begin -= begin % mmap.PAGESIZE
             weakref.finalize(
-                array, self._map.madvise, mmap.MADV_DONTNEED, begin, end - begin
+                view, self._map.madvise, mmap.MADV_DONTNEED, begin, end - begin
             ).atexit = False
-        return array
+
+    def __contains__(self, name: object) -> bool:
+        # Mapping's own would read the tensor.
+        return name in self.shapes
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -341,6 +370,8 @@ def save_tensors(
     Raises:
         TypeError: a type of element that safetensors' numpy face does not know, as bfloat16.
     """
+    import numpy as np
+
     arrays = {name: _to_numpy(name, tensor) for name, tensor in tensors.items()}
     # The largest elements first, so that all are aligned.
     names = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))
@@ -378,6 +409,8 @@ def _safetensors_type(name: str, array: np.ndarray) -> str:
 
 
 def _to_numpy(name: str, tensor: Any) -> np.ndarray:
+    import numpy as np
+
     if not isinstance(tensor, np.ndarray):
         try:
             tensor = tensor.detach().cpu().numpy()
@@ -449,6 +482,8 @@ def _without_tied(
     config: TransformerConfig, weights: Mapping[str, np.ndarray | torch.Tensor]
 ) -> dict[str, np.ndarray | torch.Tensor]:
     """The weights without the second and third name of a shared one, as a state_dict has them."""
+    import numpy as np
+
     result = dict(weights)
     names = ["source_embedding.weight"] if config.tie == "all" else []
     if config.tie != "none":

@@ -27,8 +27,6 @@ struct UnsupportedModel : std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };
 
-using FloatArray = py::array_t<float, py::array::c_style>;
-
 // The value of a field with the given name among those that the engine knows.
 template <class T>
 T choose(const std::string& field, const std::string& value,
@@ -89,18 +87,26 @@ std::unique_ptr<Engine> make_engine(const py::dict& config, const py::function& 
   parsed.compute = choose<GemmType>(
       "compute_type", compute_type,
       {{"float32", GemmType::float32}, {"bfloat16", GemmType::bfloat16}, {"int8", GemmType::int8}});
-  py::object held;
+  py::buffer_info held;
   const auto find = [&](const std::string& name) -> Array {
     const py::gil_scoped_acquire acquire;
-    held = py::none();  // before the next is read
-    held = weights(name);
-    if (held.is_none()) return {};
-    // Not converted: a copy of every weight would go unnoticed.
-    if (!py::isinstance<FloatArray>(held)) {
+    held = py::buffer_info();  // before the next is read
+    const py::object weight = weights(name);
+    if (weight.is_none()) return {};
+    // A buffer, not an array: numpy would have to be imported. It is not converted: a copy of every
+    // weight would go unnoticed.
+    if (PyObject_CheckBuffer(weight.ptr())) held = py::buffer(weight).request();
+    int64_t stride = sizeof(float);
+    bool contiguous = held.format == py::format_descriptor<float>::format();
+    for (py::ssize_t i = held.ndim - 1; contiguous && i >= 0; --i) {
+      contiguous = held.shape[i] <= 1 || held.strides[i] == stride;
+      stride *= held.shape[i];
+    }
+    if (!contiguous) {
       throw py::type_error("weight " + name + ": expected a contiguous float32 array");
     }
-    const FloatArray array = py::reinterpret_borrow<FloatArray>(held);
-    return {array.data(), std::vector<int64_t>(array.shape(), array.shape() + array.ndim())};
+    return {static_cast<const float*>(held.ptr),
+            std::vector<int64_t>(held.shape.begin(), held.shape.end())};
   };
   const py::gil_scoped_release release;
   return std::make_unique<Engine>(parsed, find, threads);

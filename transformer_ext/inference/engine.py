@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from transformer_ext._native import native
 from transformer_ext.files import Tensors, parameter_shapes
@@ -20,6 +17,10 @@ from transformer_ext.inference.shared import (
     never_proposed,
 )
 from transformer_ext.model.config import TransformerConfig
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 #: Most sentences, and most source tokens (counted as the longest of them times their number), that
 #: are decoded together where a call does not say otherwise. The first fills the cores, the second
@@ -106,13 +107,20 @@ class Engine:
                 f"the model has a part that the engine does not know: {unknown[0]!r}"
                 + (f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else "")
             )
-        # Weights in a file are packed as they lie there, one after the other.
-        read = weights.mapped if isinstance(weights, Tensors) else weights.__getitem__
 
-        def find(name: str) -> np.ndarray | None:
+        def find(name: str) -> memoryview[float] | np.ndarray | None:
             if name not in weights:
                 return None
-            array = read(name)
+            if isinstance(weights, Tensors):
+                # Weights in a file are packed as they lie there, one after the other.
+                view = weights.floats(name)
+                if view is not None:
+                    return view
+                array = weights.mapped(name)
+            else:
+                array = weights[name]
+            import numpy as np
+
             if array.dtype != np.float32:
                 raise ValueError(f"weight {name}: got {array.dtype}, expected float32")
             return np.require(array, requirements=["C", "A"])
@@ -122,9 +130,7 @@ class Engine:
         if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
             raise ValueError(f"threads: got {threads!r}, expected an integer of at least 1")
         try:
-            self._engine: Any = compiled.Engine(
-                config.to_dict(), find, threads, self.compute_type
-            )
+            self._engine: Any = compiled.Engine(config.to_dict(), find, threads, self.compute_type)
         except compiled.UnsupportedModel as error:
             raise UnsupportedModelError(str(error)) from None
         self._others: list[Engine] = []
@@ -333,6 +339,8 @@ class Engine:
         Raises:
             ValueError: as :meth:`score`, and for a layer that the model does not have.
         """
+        import numpy as np
+
         asked = SearchOptions(return_attention=True, attention_layer=layer)
         layers = self._attention_layers(asked)
         found = self._score(sources, targets, layers, batch_size, batch_tokens)

@@ -8,16 +8,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, overload
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, overload
 
 from transformer_ext.data.tokenizer import Tokenizer
 from transformer_ext.files import FileError, load_model_dir
 from transformer_ext.inference.engine import BATCH_SIZE, BATCH_TOKENS, Engine
 from transformer_ext.inference.options import Hypothesis, SearchOptions, SearchResult
 from transformer_ext.model.config import TransformerConfig
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
