@@ -354,6 +354,24 @@ def edit_config(model: Path, /, **changes) -> None:
         ({"model__nhaed": 2}, "unknown key 'nhaed'; did you mean 'nhead'"),
         ({"model__d_model": "8"}, "d_model: expected an integer"),
         ({"model__src_vocab_size": 200, "model__tgt_vocab_size": 200}, "has 300 pieces"),
+        ({"model__layer_norm_eps": 0.0}, "layer_norm_eps: expected a number above 0"),
+        ({"model__layer_norm_eps": float("nan")}, "layer_norm_eps: expected a number above 0"),
+        ({"model__eos_id": 300}, "eos_id: expected an integer from 0 to 299, got 300"),
+        ({"model__eos_id": 0}, "eos_id: expected another id than pad_id, got 0"),
+        ({"model__eos_id": 5}, "eos_id is 5, but 3 in"),
+        ({"model__decoder_start_id": -1}, "decoder_start_id: expected an integer of at least 0"),
+        ({"model__norm_first": "no"}, "norm_first: expected true or false, got 'no'"),
+        (
+            {"model__num_decoder_layers": 9999},
+            "num_encoder_layers and num_decoder_layers are 10000",
+        ),
+        ({"model__d_model": 2**40}, "d_model: expected an integer from 1 to 2147483647"),
+        (
+            {"training__max_train_length": 0},
+            "training.max_train_length: got 0, expected an integer",
+        ),
+        ({"training": [1]}, "training: got [1], expected an object"),
+        ({"tokenizer__source": ".."}, "tokenizer.source: got '..', expected a file name"),
         ({"tokenizer__sha256": "0"}, "not the tokenizer that this model was trained with"),
         ({"tokenizer__source": "../tokenizer.model"}, "expected a file name"),
         ({"tokenizer__source": "none.model"}, "none.model: no such file"),
@@ -389,6 +407,22 @@ def test_truncated_weights(model, size: int) -> None:
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(FileError, match=r"model\.safetensors: broken or cut off"):
         load_model_dir(model)
+
+
+def test_damaged_files_are_one_clear_error(tmp_path) -> None:
+    """In a process of its own: a crash, a hang or a huge allocation is a failure too."""
+    cases = os.environ.get("TRANSFORMER_EXT_FUZZ_CASES", "400")
+    script = Path(__file__).with_name("fuzz_model_dir.py")
+    done = subprocess.run(
+        [sys.executable, str(script), "--cases", cases],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=script.parents[1],
+        env={**os.environ, "PYTHONPATH": str(script.parents[1]), "TMPDIR": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "'FileError': " in done.stdout and "'translated': " in done.stdout
 
 
 def test_corrupted_files(model) -> None:

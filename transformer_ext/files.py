@@ -24,12 +24,13 @@ import json
 import math
 import mmap
 import os
+import reprlib
 import sys
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, TypeGuard
 
 from transformer_ext.data.tokenizer import Tokenizer, TokenizerError
 from transformer_ext.model.config import TransformerConfig
@@ -164,7 +165,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
         raise FileError(f"{path}: no such file") from None
     except OSError as error:
         raise FileError(f"{path}: cannot be read: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    # ValueError: no JSON, no UTF-8, or a number of thousands of digits.
+    except (ValueError, RecursionError) as error:
         raise FileError(f"{path}: broken, not JSON: {error}") from None
     if not isinstance(values, dict):
         raise FileError(f"{path}: got {type(values).__name__}, expected an object with keys")
@@ -622,7 +624,8 @@ def load_model_dir(path: str | Path) -> ModelDir:
     if version != FORMAT_VERSION:
         advice = "; a newer version of this package wrote it" if _is_newer(version) else ""
         raise FileError(
-            f"{config_path}: format_version is {version!r}, expected {FORMAT_VERSION}{advice}"
+            f"{config_path}: format_version is {reprlib.repr(version)}, expected "
+            f"{FORMAT_VERSION}{advice}"
         )
     for key in ("model", "tokenizer"):
         if not isinstance(values.get(key), dict):
@@ -640,11 +643,39 @@ def load_model_dir(path: str | Path) -> ModelDir:
             f"{weights.path}: was trained with another tokenizer than the one in this folder"
         )
     _check_shapes(str(weights.path), config, weights.shapes)
-    return ModelDir(path, config, weights, source, target, values.get("training") or {})
+    for name, kind in weights.types.items():
+        if kind != "F32":
+            raise FileError(f"{weights.path}: {name}: got {kind}, expected F32")
+    return ModelDir(path, config, weights, source, target, _training(values, config_path))
+
+
+def _training(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    training = values.get("training", {})
+    if not isinstance(training, dict):
+        raise FileError(
+            f"{path}: training: got {reprlib.repr(training)}, expected an object with keys"
+        )
+    longest = training.get("max_train_length")
+    if longest is not None and (type(longest) is not int or longest < 1):
+        raise FileError(
+            f"{path}: training.max_train_length: got {reprlib.repr(longest)}, expected an integer "
+            "of at least 1"
+        )
+    return training
 
 
 def _is_newer(version: Any) -> bool:
     return isinstance(version, int) and version > FORMAT_VERSION
+
+
+def _is_file_name(name: Any) -> TypeGuard[str]:
+    return (
+        isinstance(name, str)
+        and name not in ("", "..")
+        and Path(name).name == name
+        and "\0" not in name
+        and len(os.fsencode(name) if name.isprintable() else name) <= 255
+    )
 
 
 def _load_tokenizers(path: Path, entry: Mapping[str, Any]) -> tuple[Tokenizer, Tokenizer]:
@@ -653,12 +684,15 @@ def _load_tokenizers(path: Path, entry: Mapping[str, Any]) -> tuple[Tokenizer, T
         names = [side] + [key for key in (f"{side}_vocabulary",) if key in entry]
         for key in names:
             name = entry.get(key)
-            if not isinstance(name, str) or Path(name).name != name:
+            if not _is_file_name(name):
                 raise FileError(
-                    f"{path / CONFIG_FILE}: tokenizer.{key}: got {name!r}, expected a file name"
+                    f"{path / CONFIG_FILE}: tokenizer.{key}: got {reprlib.repr(name)}, expected a "
+                    "file name"
                 )
             if not (path / name).is_file():
-                raise FileError(f"{path / name}: no such file")
+                raise FileError(
+                    f"{path / name}: no such file, but tokenizer.{key} in {CONFIG_FILE} names it"
+                )
         found = [path / entry[key] for key in names]
         files.append((found[0], found[1] if len(found) == 2 else None))
     try:
@@ -687,15 +721,22 @@ def _check_vocabulary(
                 f"{where}: {side}_vocab_size is {size}, but {tokenizer.path} has "
                 f"{tokenizer.vocab_size} pieces"
             )
-    if target.vocabulary is not None and target.eos_id != config.eos_id:
+    if target.eos_id != config.eos_id:
         raise FileError(
-            f"{where}: eos_id is {config.eos_id}, but {target.eos_id} in {target.vocabulary}"
+            f"{where}: eos_id is {config.eos_id}, but {target.eos_id} in "
+            f"{target.vocabulary or target.path}"
         )
 
 
 def _check_shapes(
     where: str, config: TransformerConfig, shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
+    layers = config.num_encoder_layers + config.num_decoder_layers
+    if layers > len(shapes):
+        raise FileError(
+            f"{where}: does not fit the model's configuration: {len(shapes)} tensors, but "
+            f"num_encoder_layers and num_decoder_layers are {layers} together"
+        )
     expected = parameter_shapes(config)
     problems = [f"{name} is missing" for name in expected if name not in shapes]
     problems += [f"{name} is not part of the model" for name in shapes if name not in expected]

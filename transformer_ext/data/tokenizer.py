@@ -68,7 +68,7 @@ class Tokenizer:
             if not model:
                 raise RuntimeError
             self._processor.LoadFromSerializedProto(model)
-        except RuntimeError:
+        except (RuntimeError, ValueError):  # ValueError: its message is not UTF-8
             raise TokenizerError(f"{path}: not a SentencePiece model") from None
         self.sha256 = hashlib.sha256(model).hexdigest()
         size = self._processor.get_piece_size()

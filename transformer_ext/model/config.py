@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import reprlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,11 @@ GATED_ACTIVATIONS = ("swiglu", "geglu", "reglu")
 NORMS = ("layer", "rms")
 POSITIONS = ("sinusoidal", "sinusoidal_halves", "learned", "rope", "none")
 TYINGS = ("none", "target", "all")
+
+#: Sizes and ids are 32-bit integers in the kernels.
+_LARGEST_SIZE = 2**31 - 1
+#: So that a nonsensical number is an error, and not a list of names as long as the memory.
+_MOST_LAYERS = 10_000
 
 
 @dataclass
@@ -103,9 +110,9 @@ class TransformerConfig:
             "dim_feedforward",
             "max_positions",
         ):
-            _require_at_least(name, getattr(self, name), 1)
+            _require_integer(name, getattr(self, name), 1, _LARGEST_SIZE)
         for name in ("num_encoder_layers", "num_decoder_layers"):
-            _require_at_least(name, getattr(self, name), 0)
+            _require_integer(name, getattr(self, name), 0, _MOST_LAYERS)
         if self.head_dim is None:
             if self.d_model % self.nhead:
                 raise ValueError(
@@ -113,7 +120,7 @@ class TransformerConfig:
                     "choose one that does, or set head_dim"
                 )
             self.head_dim = self.d_model // self.nhead
-        _require_at_least("head_dim", self.head_dim, 1)
+        _require_integer("head_dim", self.head_dim, 1, _LARGEST_SIZE)
         if self.nhead % self.num_kv_heads:
             raise ValueError(
                 f"num_kv_heads: expected a divisor of nhead ({self.nhead}), got {self.num_kv_heads}"
@@ -124,8 +131,16 @@ class TransformerConfig:
             self.activation_dropout = self.dropout
         for name in ("dropout", "attention_dropout", "activation_dropout"):
             value = getattr(self, name)
-            if not 0.0 <= value < 1.0:
-                raise ValueError(f"{name}: expected a probability in [0, 1), got {value!r}")
+            if not _is_number(value) or not 0.0 <= value < 1.0:
+                raise ValueError(
+                    f"{name}: expected a probability in [0, 1), got {reprlib.repr(value)}"
+                )
+        eps = self.layer_norm_eps
+        # Less would be 0 in float32.
+        if not _is_number(eps) or not 1e-37 <= eps < 1.0:
+            raise ValueError(
+                f"layer_norm_eps: expected a number above 0 and below 1, got {reprlib.repr(eps)}"
+            )
         _require_one_of("activation", self.activation, ACTIVATIONS)
         _require_one_of("norm", self.norm, NORMS)
         _require_one_of("positions", self.positions, POSITIONS)
@@ -146,6 +161,23 @@ class TransformerConfig:
             self.final_norm = self.norm_first
         if self.decoder_start_id is None:
             self.decoder_start_id = self.bos_id
+        for name in (
+            *("norm_first", "scale_embedding", "embedding_norm", "final_norm", "bias"),
+            "output_bias",
+        ):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(
+                    f"{name}: expected true or false, got {reprlib.repr(getattr(self, name))}"
+                )
+        # Of the tokens in a source, and of those in a target.
+        both = min(self.src_vocab_size, self.tgt_vocab_size)
+        for name in ("pad_id", "unk_id", "eos_id"):
+            _require_integer(name, getattr(self, name), 0, both - 1)
+        for name in ("bos_id", "decoder_start_id"):
+            _require_integer(name, getattr(self, name), 0, self.tgt_vocab_size - 1)
+        for name in ("pad_id", "unk_id"):
+            if getattr(self, name) == self.eos_id:
+                raise ValueError(f"eos_id: expected another id than {name}, got {self.eos_id}")
 
     @property
     def gated(self) -> bool:
@@ -234,13 +266,22 @@ def preset(
     )
 
 
-def _require_at_least(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _require_integer(name: str, value: Any, least: int, most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        expected = f"of at least {least}"
+        if isinstance(value, int) and value > most:
+            expected = f"from {least} to {most}"
+        raise ValueError(f"{name}: expected an integer {expected}, got {reprlib.repr(value)}")
 
 
 def _require_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         near = difflib.get_close_matches(str(value), choices, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}{hint}")
+        raise ValueError(
+            f"{name}: expected one of {', '.join(choices)}, got {reprlib.repr(value)}{hint}"
+        )
