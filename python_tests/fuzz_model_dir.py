@@ -28,11 +28,13 @@ from typing import Any
 
 from decoding_helpers import SENTENCES, save_random_model
 
-from transformer_ext.data.tokenizer import train_tokenizer
+from transformer_ext.data.tokenizer import Tokenizer, train_tokenizer
+from transformer_ext.files import load_model_dir, save_model_dir
 from transformer_ext.inference.translator import Translator
 from transformer_ext.model.config import TransformerConfig
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.model"
+VOCABULARY = "vocabulary.json"
 # What one case may take, in seconds and in bytes of address space beside what is there.
 SECONDS, BYTES = 20, 512 << 20
 
@@ -46,7 +48,7 @@ VALUES: list[Any] = [
 ]
 FIELDS = [
     *(("model", field.name) for field in dataclasses.fields(TransformerConfig)),
-    *(("tokenizer", key) for key in ("source", "target", "sha256")),
+    *(("tokenizer", key) for key in ("source", "target", "sha256", "source_vocabulary")),
     *(("training", key) for key in ("max_train_length", "note")),
     *((key,) for key in ("format_version", "model", "tokenizer", "training", "other")),
     ("model", "unheard_of"),
@@ -154,6 +156,23 @@ def some_header_text(chance: random.Random, data: bytes) -> bytes:
     return with_header(some_json(chance, json.dumps(header).encode()), rest)
 
 
+def some_vocabulary(chance: random.Random, data: bytes) -> bytes:
+    values = json.loads(data)
+    for _ in range(chance.choice((1, 1, 3))):
+        kind = chance.randrange(5)
+        pieces = values.get("pieces")
+        if kind < 2 or not isinstance(pieces, list) or len(pieces) < 3:
+            place = chance.choice(("pieces", "eos", "unk", "pad", "bos", "other"))
+            assign(values, (place,), chance.choice(VALUES))
+        elif kind == 2:
+            chance.shuffle(pieces)
+        elif kind == 3:
+            pieces[chance.randrange(len(pieces))] = chance.choice((*VALUES[1:], pieces[0]))
+        else:
+            del pieces[chance.randrange(len(pieces)) :]
+    return json.dumps(values).encode()
+
+
 def flipped_header(chance: random.Random, data: bytes) -> bytes:
     return flip(chance, data, 0, 8 + int.from_bytes(data[:8], "little"))
 
@@ -164,18 +183,32 @@ MUTATIONS: list[tuple[str, Callable[[random.Random, bytes], bytes]]] = [
     *((WEIGHTS, change) for change in (some_header, some_length, some_header_text, flipped_header)),
     *((WEIGHTS, change) for change in (flip, cut)),
     *((TOKENIZER, change) for change in (flip, cut)),
+    *((VOCABULARY, change) for change in (some_vocabulary, some_json, flip, cut)),
 ]
 
 
 class Fuzz:
     """A model, another that stays whole, and what came of the damage done to the first."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, vocabulary: bool) -> None:
         self.folder = save_random_model(folder / "damaged")
+        if vocabulary:
+            self.add_vocabulary()
         self.whole = Path(shutil.copytree(self.folder, folder / "whole"))
         self.files = {name: (self.folder / name).read_bytes() for name in os.listdir(self.folder)}
         self.expected = self.translate(self.whole)
         self.outcomes: Counter[str] = Counter()
+
+    def add_vocabulary(self) -> None:
+        model = load_model_dir(self.folder)
+        tokenizer = model.source_tokenizer
+        pieces = tokenizer.pieces(range(tokenizer.vocab_size))
+        special = {name: pieces[getattr(tokenizer, f"{name}_id")] for name in ("eos", "unk", "pad")}
+        path = self.folder.parent / VOCABULARY
+        path.write_text(json.dumps({"pieces": pieces, **special, "bos": special["pad"]}))
+        other = Tokenizer(tokenizer.path, path)
+        weights = dict(model.weights)
+        save_model_dir(self.folder, model.config, weights, other, other, overwrite=True)
 
     def translate(self, folder: Path) -> list[str]:
         with Translator(folder, threads=2) as translator:
@@ -223,7 +256,7 @@ class Fuzz:
         self.check({TOKENIZER: other}, (TOKENIZER,), "another tokenizer")
         for number in range(cases):
             chance = random.Random(f"{seed} {number}")
-            name, change = chance.choice(MUTATIONS)
+            name, change = chance.choice([m for m in MUTATIONS if m[0] in self.files])
             what = f"case {number} of seed {seed}: {change.__name__} of {name}"
             try:
                 changed = {name: change(chance, self.files[name])}
@@ -247,14 +280,16 @@ def main() -> int:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
-        fuzz = Fuzz(Path(folder))
+        plain = Fuzz(Path(folder) / "plain", vocabulary=False)
+        other = Fuzz(Path(folder) / "vocabulary", vocabulary=True)
         with contextlib.suppress(OSError, ValueError):
             pages = int(Path("/proc/self/statm").read_text().split()[0])
             limit = pages * resource.getpagesize() + BYTES
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        fuzz.every_field()
-        fuzz.random_cases(arguments.cases, arguments.seed)
-    print(dict(fuzz.outcomes))
+        plain.every_field()
+        for fuzz in (plain, other):
+            fuzz.random_cases((arguments.cases + 1) // 2, arguments.seed)
+    print(dict(plain.outcomes + other.outcomes))
     return 0
 
 

@@ -324,7 +324,7 @@ def plain_marian(tmp_path_factory):
         ({"d_model": "16"}, "d_model: got '16', expected an integer"),
         ({"d_model": "absent"}, "d_model: got None, expected an integer"),
         ({"eos_token_id": [0, 1]}, r"eos_token_id: got \[0, 1\], expected an integer"),
-        ({"eos_token_id": 1}, "'</s>' has the id 0, but eos_token_id in config.json is 1"),
+        ({"eos_token_id": 2}, "'</s>' has the id 0, but eos_token_id in config.json is 2"),
         ({"pad_token_id": 5}, "'<pad>' has the id .* but pad_token_id in config.json is 5"),
         ({"decoder_layers": 2}, r"model.decoder.layers.1.self_attn.q_proj.weight is missing"),
         ({"encoder_layers": 1}, r"model.encoder.layers.1.\S*: is no part of a model"),

@@ -701,8 +701,9 @@ def _load_tokenizers(path: Path, entry: Mapping[str, Any]) -> tuple[Tokenizer, T
     except TokenizerError as error:
         raise FileError(str(error)) from None
     if entry.get("sha256") != _tokenizer_hash(source, target):
+        read = dict.fromkeys(str(file) for pair in files for file in pair if file is not None)
         raise FileError(
-            f"{files[0][0]}: not the tokenizer that this model was trained with "
+            f"{', '.join(read)}: not the tokenizer that this model was trained with "
             "(its SHA-256 differs from the one in config.json)"
         )
     return source, target

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
+import reprlib
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -163,12 +165,14 @@ class _Vocabulary:
     def __init__(self, path: Path, content: bytes, processor: Any) -> None:
         try:
             values = json.loads(content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise TokenizerError(f"{path}: broken, not JSON: {error}") from None
         names = ("pieces", "eos", "unk", "pad", "bos")
         if not isinstance(values, dict) or set(values) != set(names):
             got = (
-                ", ".join(map(repr, values)) if isinstance(values, dict) else type(values).__name__
+                ", ".join(map(reprlib.repr, itertools.islice(values, 9)))
+                if isinstance(values, dict)
+                else type(values).__name__
             )
             raise TokenizerError(f"{path}: got {got}, expected the keys {', '.join(names)}")
         self.pieces: list[str] = values["pieces"]
@@ -177,12 +181,12 @@ class _Vocabulary:
         self._ids = {piece: id for id, piece in enumerate(self.pieces)}
         if len(self._ids) != len(self.pieces):
             twice = next(piece for id, piece in enumerate(self.pieces) if self._ids[piece] != id)
-            raise TokenizerError(f"{path}: pieces: {twice!r} is there twice")
+            raise TokenizerError(f"{path}: pieces: {reprlib.repr(twice)} is there twice")
         self.special: dict[str, int] = {}
         for name in names[1:]:
             if not isinstance(values[name], str) or values[name] not in self._ids:
                 raise TokenizerError(
-                    f"{path}: {name}: got {values[name]!r}, expected one of the pieces"
+                    f"{path}: {name}: got {reprlib.repr(values[name])}, expected one of the pieces"
                 )
             self.special[name] = self._ids[values[name]]
         self._processor = processor
