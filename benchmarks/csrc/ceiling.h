@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <new>
@@ -53,6 +54,43 @@ class Copy {
  private:
   Aligned<char> source_;
   Aligned<char> target_;
+};
+
+// More than the caches of a machine hold.
+constexpr double kColdBytes = 256e6;
+
+// Reads `bytes` bytes that are in no cache, 64 KiB a task.
+class Read {
+ public:
+  explicit Read(double bytes)
+      : chunks_(static_cast<int64_t>(std::ceil(bytes / kChunk))),
+        source_(static_cast<size_t>(
+                    std::max<int64_t>(chunks_, static_cast<int64_t>(kColdBytes / kChunk)) * kChunk),
+                1) {}
+
+  void run(Parallel& parallel) {
+    typedef uint64_t Vector __attribute__((vector_size(64)));
+    const int64_t all = static_cast<int64_t>(source_.size()) / kChunk;
+    parallel.for_each(chunks_, [&](int64_t i) {
+      const char* const begin = source_.data() + (first_ + i) % all * kChunk;
+      Vector sums[8] = {};
+      for (int64_t at = 0; at < kChunk; at += static_cast<int64_t>(sizeof sums)) {
+        for (int64_t v = 0; v < 8; ++v) {
+          Vector x;
+          std::memcpy(&x, begin + at + v * static_cast<int64_t>(sizeof x), sizeof x);
+          sums[v] += x;
+        }
+      }
+      for (const Vector& sum : sums) benchmark::DoNotOptimize(sum);
+    });
+    first_ = (first_ + chunks_) % all;
+  }
+
+ private:
+  static constexpr int64_t kChunk = 65536;
+  int64_t chunks_;
+  int64_t first_ = 0;
+  Aligned<char> source_;
 };
 
 constexpr int kTurns = 31;
@@ -108,6 +146,16 @@ void against_copy(benchmark::State& state, int64_t bytes, Parallel& parallel, Ke
   state.counters["GB/s"] = static_cast<double>(bytes) / seconds.kernel * 1e-9;
   state.counters["copy_GB/s"] = static_cast<double>(bytes) / seconds.ceiling * 1e-9;
   state.counters["of_copy"] = seconds.ceiling / seconds.kernel;
+}
+
+// The same for a kernel that only reads, and from memory.
+template <class Kernel>
+void against_read(benchmark::State& state, double bytes, Parallel& parallel, Kernel&& kernel) {
+  Read ceiling(bytes);
+  const Seconds seconds = in_turns_with(state, kernel, [&] { ceiling.run(parallel); });
+  state.counters["GB/s"] = bytes / seconds.kernel * 1e-9;
+  state.counters["read_GB/s"] = bytes / seconds.ceiling * 1e-9;
+  state.counters["of_read"] = seconds.ceiling / seconds.kernel;
 }
 
 // Times a kernel of `flop` operations, in turns with independent multiply-adds on the same threads;

@@ -11,25 +11,38 @@
 
 namespace transformer_ext {
 
+// The rows of one sentence, which have most or all of their positions in common. What a row gives
+// depends on its own query and positions alone, bit for bit, whatever rows stand beside it.
 struct CachedAttention {
-  const float* query;        // [heads, head_dim]
-  const float* const* keys;  // [length]: the key of a position is keys[i] + key_offset,
-  int64_t key_offset;        //   [kv_heads, head_dim]
-  int64_t value_offset;      // its value is keys[i] + value_offset
-  int64_t length;            // at least 1
+  const float* query;  // [rows][heads, head_dim]
+  int64_t query_stride;
+  float* out;  // as query
+  int64_t out_stride;
+  int64_t rows;
+  // Position i of a row is at paths[row * path_stride + i]; its key [kv_heads, head_dim] begins
+  // key_offset elements from there, its value value_offset. Elements are bfloat16 or float32.
+  const void* const* paths;
+  int64_t path_stride;
+  int64_t shared;  // in so many positions, from the first on, all rows have the same pointers
+  int64_t length;  // at least 1
+  int64_t key_offset;
+  int64_t value_offset;
+  bool bfloat16;
   int64_t heads;
   int64_t kv_heads;  // divides heads
   int64_t head_dim;
   float scale;
-  float* scores;  // scratch, [length rounded up to 16]
-  float* out;     // [heads, head_dim]
-  // Null, or [length]: the attention probabilities, averaged over the heads, are added here.
+  // Null, or [rows][length], rows weights_stride apart: the attention probabilities, averaged over
+  // the heads, are added here.
   float* weights = nullptr;
+  int64_t weights_stride = 0;
 };
 
 struct CachedAttentionKernels {
-  // One query, on the calling thread; its result depends on nothing but its own arguments.
+  // On the calling thread.
   void (*attend)(const CachedAttention&);
+  // A row of keys and values as attend() reads them.
+  void (*store)(const float* x, int64_t n, bool bfloat16, void* out);
 };
 
 TRANSFORMER_EXT_KERNELS(CachedAttentionKernels, cached_attention_kernels)

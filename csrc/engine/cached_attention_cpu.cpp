@@ -1,58 +1,173 @@
+#include "common/parallel.h"
 #include "common/simd.h"
 #include "engine/cached_attention.h"
 
 namespace transformer_ext::TRANSFORMER_EXT_ISA {
 namespace {
 
-// Vectors of a head that are held in registers at a time.
-constexpr int kHeld = 4;
+// A slot of thread_scratch that no kernel called by the engine's tasks uses.
+constexpr int kScratchSlot = 14;
 
-template <int kVectors>
-void add_scores(const float* query, const float* const* keys, int64_t offset, int64_t length,
-                bool first, float* scores) {
-  VecF q[kVectors];
+// Vectors of a head whose weighted sums, for four queries, are in registers at a time.
+constexpr int kHeld = kWidth == 16 ? 4 : 2;
+
+// Lane i is the sum over the lanes of x[i], added up as reduce_add does.
+__attribute__((always_inline)) inline VecF sums(const VecF (&x)[kWidth]) {
+#if defined(__AVX512F__)
+  __m512 a[8], b[4], c[2];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    const __m512 low = (__m512)x[i], high = (__m512)x[i + 8];
+    a[i] = _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x4e),
+                         _mm512_mask_blend_ps(0xff00, low, high));
+  }
 #pragma GCC unroll 4
-  for (int v = 0; v < kVectors; ++v) q[v] = load(query + v * kWidth);
-  for (int64_t i = 0; i < length; ++i) {
-    const float* const key = keys[i] + offset;
-    VecF sum = q[0] * load(key);
+  for (int i = 0; i < 4; ++i) {
+    const __m512 low = a[i], high = a[i + 4];
+    const __m512 kept = _mm512_mask_blend_ps(0xf0f0, low, high);
+    const __m512 other = _mm512_mask_blend_ps(0x0f0f, low, high);
+    b[i] = _mm512_add_ps(kept, _mm512_shuffle_f32x4(other, other, 0xb1));
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    c[i] = _mm512_add_ps(_mm512_shuffle_ps(b[i], b[i + 2], 0x4e),
+                         _mm512_mask_blend_ps(0xcccc, b[i], b[i + 2]));
+  }
+  const __m512 kept = _mm512_mask_blend_ps(0xaaaa, c[0], c[1]);
+  const __m512 other = _mm512_mask_blend_ps(0x5555, c[0], c[1]);
+  return (VecF)_mm512_add_ps(kept, _mm512_permute_ps(other, 0xb1));
+#elif defined(__AVX2__)
+  __m256 a[4], b[2];
 #pragma GCC unroll 4
-    for (int v = 1; v < kVectors; ++v) sum = q[v] * load(key + v * kWidth) + sum;
-    const float score = reduce_add(sum);
-    scores[i] = first ? score : scores[i] + score;
+  for (int i = 0; i < 4; ++i) {
+    const __m256 low = (__m256)x[i], high = (__m256)x[i + 4];
+    a[i] = _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x21), _mm256_blend_ps(low, high, 0xf0));
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    b[i] = _mm256_add_ps(_mm256_shuffle_ps(a[i], a[i + 2], 0x4e),
+                         _mm256_blend_ps(a[i], a[i + 2], 0xcc));
+  }
+  const __m256 kept = _mm256_blend_ps(b[0], b[1], 0xaa);
+  const __m256 other = _mm256_blend_ps(b[0], b[1], 0x55);
+  return (VecF)_mm256_add_ps(kept, _mm256_permute_ps(other, 0xb1));
+#else
+  VecF result{};
+  for (int i = 0; i < kWidth; ++i) result[i] = reduce_add(x[i]);
+  return result;
+#endif
+}
+
+// Of one row and one head.
+struct Query {
+  const float* query;
+  float* out;
+  const void* const* path;
+  float* scores;
+  float inverse;  // of the sum of the exponentials
+};
+
+// The queries that have one head's keys and values, those of a row side by side.
+template <class T>
+struct Head {
+  Query* queries;
+  int64_t count;
+  int64_t dim;
+  int64_t shared;
+  int64_t length;
+  int64_t key;
+  int64_t value;
+};
+
+// A head has 128 bytes, or 256, of each position: no prefetcher of a processor sees the order in
+// that. Asking for the next head's while this one's are at work took the step of 64 sentences and 4
+// beams from 16.4 to 10.9 microseconds a row.
+template <class T>
+void prefetch(const T* x, int64_t dim) {
+  const char* const begin = reinterpret_cast<const char*>(x);
+  for (int64_t at = 0; at < dim * static_cast<int64_t>(sizeof(T)); at += 64) {
+    __builtin_prefetch(begin + at);
   }
 }
 
-void add_scores_partial(const float* query, const float* const* keys, int64_t offset,
-                        int64_t length, int64_t n, bool first, float* scores) {
-  const VecF q = load_partial(query, n);
-  for (int64_t i = 0; i < length; ++i) {
-    const float score = reduce_add(q * load_partial(keys[i] + offset, n));
-    scores[i] = first ? score : scores[i] + score;
+// The scores of kQueries queries at kWidth / kQueries positions, which they share or not; behind
+// the last position its score stands again.
+template <int kQueries, bool kShared, class T>
+void score_tile(const Head<T>& h, const Query* queries, int64_t position) {
+  constexpr int kPositions = kWidth / kQueries;
+  constexpr int kPaths = kShared ? 1 : kQueries;
+  const T* key[kPaths][kPositions];
+#pragma GCC unroll 16
+  for (int q = 0; q < kPaths; ++q) {
+#pragma GCC unroll 16
+    for (int p = 0; p < kPositions; ++p) {
+      const int64_t i = position + p < h.length ? position + p : h.length - 1;
+      key[q][p] = static_cast<const T*>(queries[q].path[i]) + h.key;
+      prefetch(key[q][p] + h.dim, h.dim);
+    }
+  }
+  // Every sum begins with zero and not with a first product: so that a tile of any shape rounds
+  // alike.
+  VecF sum[kWidth] = {};
+  int64_t c = 0;
+  for (; c + kWidth <= h.dim; c += kWidth) {
+#pragma GCC unroll 16
+    for (int p = 0; p < kPositions; ++p) {
+      VecF k;
+#pragma GCC unroll 16
+      for (int q = 0; q < kQueries; ++q) {
+        if (q < kPaths) k = load(key[q][p] + c);
+        sum[q * kPositions + p] = load(queries[q].query + c) * k + sum[q * kPositions + p];
+      }
+    }
+  }
+  if (c < h.dim) {
+#pragma GCC unroll 16
+    for (int p = 0; p < kPositions; ++p) {
+      VecF k;
+#pragma GCC unroll 16
+      for (int q = 0; q < kQueries; ++q) {
+        if (q < kPaths) k = load_partial(key[q][p] + c, h.dim - c);
+        sum[q * kPositions + p] =
+            load_partial(queries[q].query + c, h.dim - c) * k + sum[q * kPositions + p];
+      }
+    }
+  }
+  const VecF total = sums(sum);
+#pragma GCC unroll 16
+  for (int q = 0; q < kQueries; ++q) {
+    std::memcpy(queries[q].scores + position,
+                reinterpret_cast<const char*>(&total) + q * kPositions * 4, kPositions * 4);
   }
 }
 
-template <int kVectors>
-void weigh(const float* weights, const float* const* keys, int64_t offset, int64_t length,
-           float scale, float* out) {
-  VecF sum[kVectors] = {};
-  for (int64_t i = 0; i < length; ++i) {
-    const float* const value = keys[i] + offset;
-    const VecF weight = broadcast(weights[i]);
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sum[v] = weight * load(value + v * kWidth) + sum[v];
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
+
+// Four queries at a time, then two, then one.
+template <class Tile>
+void in_tiles(const Query* queries, int64_t count, Tile&& tile) {
+  int64_t n = 0;
+  for (; n + 4 <= count; n += 4) tile(Constant<4>(), queries + n);
+  if (n + 2 <= count) {
+    tile(Constant<2>(), queries + n);
+    n += 2;
   }
-#pragma GCC unroll 4
-  for (int v = 0; v < kVectors; ++v) store(out + v * kWidth, sum[v] * scale);
+  if (n < count) tile(Constant<1>(), queries + n);
 }
 
-void weigh_partial(const float* weights, const float* const* keys, int64_t offset, int64_t length,
-                   int64_t n, float scale, float* out) {
-  VecF sum = zero();
-  for (int64_t i = 0; i < length; ++i) {
-    sum = broadcast(weights[i]) * load_partial(keys[i] + offset, n) + sum;
-  }
-  store_partial(out, sum * scale, n);
+template <class T>
+void score(const Head<T>& h) {
+  // The last tile may go beyond the shared positions: what it leaves there is written over.
+  in_tiles(h.queries, h.count, [&](auto tile, const Query* queries) {
+    constexpr int64_t kPositions = kWidth / tile.value;
+    for (int64_t i = 0; i < h.shared; i += kPositions) score_tile<tile.value, true>(h, queries, i);
+    for (int64_t i = h.shared; i < h.length; i += kPositions) {
+      score_tile<tile.value, false>(h, queries, i);
+    }
+  });
 }
 
 // Softmax without the division by the sum; returns the sum's inverse.
@@ -71,40 +186,124 @@ float exponentials(float* scores, int64_t length, float scale) {
   return 1.0f / reduce_add(sum);
 }
 
-void attend(const CachedAttention& a) {
-  const int64_t group = a.heads / a.kv_heads;
-  const int64_t d = a.head_dim;
-  for (int64_t head = 0; head < a.heads; ++head) {
-    const float* const query = a.query + head * d;
-    float* const out = a.out + head * d;
-    const int64_t key = a.key_offset + head / group * d;
-    const int64_t value = a.value_offset + head / group * d;
+// Elements from `c` on: kVectors vectors, or of one vector the first n.
+template <int kQueries, int kVectors, class T>
+void weigh_tile(const Head<T>& h, const Query* queries, int64_t c, int64_t n) {
+  const auto value_of = [&](const void* position, int v) {
+    const T* const value = static_cast<const T*>(position) + h.value + c + v * kWidth;
+    return n < kWidth ? load_partial(value, n) : load(value);
+  };
+  VecF sum[kQueries][kVectors] = {};
+  for (int64_t i = 0; i < h.shared; ++i) {
+    VecF value[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) value[v] = value_of(queries[0].path[i], v);
+    prefetch(static_cast<const T*>(queries[0].path[i]) + h.value + h.dim, h.dim);
+#pragma GCC unroll 4
+    for (int q = 0; q < kQueries; ++q) {
+      const VecF w = broadcast(queries[q].scores[i]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sum[q][v] = w * value[v] + sum[q][v];
+    }
+  }
+  for (int64_t i = h.shared; i < h.length; ++i) {
+#pragma GCC unroll 4
+    for (int q = 0; q < kQueries; ++q) {
+      const VecF w = broadcast(queries[q].scores[i]);
+      prefetch(static_cast<const T*>(queries[q].path[i]) + h.value + h.dim, h.dim);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v)
+        sum[q][v] = w * value_of(queries[q].path[i], v) + sum[q][v];
+    }
+  }
+#pragma GCC unroll 4
+  for (int q = 0; q < kQueries; ++q) {
+    float* const out = queries[q].out + c;
+    const float inverse = queries[q].inverse;
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      if (n < kWidth) {
+        store_partial(out, sum[q][v] * inverse, n);
+      } else {
+        store(out + v * kWidth, sum[q][v] * inverse);
+      }
+    }
+  }
+}
+
+template <class T>
+void weigh(const Head<T>& h) {
+  in_tiles(h.queries, h.count, [&](auto tile, const Query* queries) {
     int64_t c = 0;
-    for (; c + kHeld * kWidth <= d; c += kHeld * kWidth) {
-      add_scores<kHeld>(query + c, a.keys, key + c, a.length, c == 0, a.scores);
+    for (; c + kHeld * kWidth <= h.dim; c += kHeld * kWidth) {
+      weigh_tile<tile.value, kHeld>(h, queries, c, kWidth);
     }
-    for (; c + kWidth <= d; c += kWidth) {
-      add_scores<1>(query + c, a.keys, key + c, a.length, c == 0, a.scores);
+    for (; c < h.dim; c += kWidth) {
+      weigh_tile<tile.value, 1>(h, queries, c, h.dim - c < kWidth ? h.dim - c : kWidth);
     }
-    if (c < d) add_scores_partial(query + c, a.keys, key + c, a.length, d - c, c == 0, a.scores);
-    const float inverse = exponentials(a.scores, a.length, a.scale);
-    if (a.weights != nullptr) {
-      const float share = inverse / static_cast<float>(a.heads);
-      for (int64_t i = 0; i < a.length; ++i) a.weights[i] += a.scores[i] * share;
+  });
+}
+
+template <class T>
+void attend_as(const CachedAttention& a) {
+  const int64_t group = a.heads / a.kv_heads;
+  const int64_t count = a.rows * group;
+  // A tile can begin at any position and writes kWidth scores.
+  const int64_t padded = (a.length + 2 * kWidth - 1) / kWidth * kWidth;
+  char* const scratch = static_cast<char*>(thread_scratch(
+      static_cast<size_t>(count) * (static_cast<size_t>(padded) * sizeof(float) + sizeof(Query)),
+      kScratchSlot));
+  float* const scores = reinterpret_cast<float*>(scratch);
+  Query* const queries = reinterpret_cast<Query*>(scores + count * padded);
+  for (int64_t n = 0; n < count; ++n) {
+    const int64_t row = n / group;
+    const int64_t head = n % group;
+    queries[n] = {a.query + row * a.query_stride + head * a.head_dim,
+                  a.out + row * a.out_stride + head * a.head_dim, a.paths + row * a.path_stride,
+                  scores + n * padded, 0.0f};
+  }
+  Head<T> h{queries,  count,        a.head_dim,    a.rows == 1 ? a.length : a.shared,
+            a.length, a.key_offset, a.value_offset};
+  for (int64_t head = 0; head < a.kv_heads; ++head) {
+    score(h);
+    for (int64_t n = 0; n < count; ++n) {
+      queries[n].inverse = exponentials(queries[n].scores, a.length, a.scale);
+      if (a.weights == nullptr) continue;
+      const float share = queries[n].inverse / static_cast<float>(a.heads);
+      float* const weights = a.weights + n / group * a.weights_stride;
+      for (int64_t i = 0; i < a.length; ++i) weights[i] += queries[n].scores[i] * share;
     }
-    c = 0;
-    for (; c + kHeld * kWidth <= d; c += kHeld * kWidth) {
-      weigh<kHeld>(a.scores, a.keys, value + c, a.length, inverse, out + c);
+    weigh(h);
+    for (int64_t n = 0; n < count; ++n) {
+      queries[n].query += group * a.head_dim;
+      queries[n].out += group * a.head_dim;
     }
-    for (; c + kWidth <= d; c += kWidth) {
-      weigh<1>(a.scores, a.keys, value + c, a.length, inverse, out + c);
-    }
-    if (c < d) weigh_partial(a.scores, a.keys, value + c, a.length, d - c, inverse, out + c);
+    h.key += a.head_dim;
+    h.value += a.head_dim;
+  }
+}
+
+void attend(const CachedAttention& a) {
+  a.bfloat16 ? attend_as<::transformer_ext::bfloat16>(a) : attend_as<float>(a);
+}
+
+template <class T>
+void store_as(const float* x, int64_t n, T* out) {
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) store(out + i, load(x + i));
+  if (i < n) store_partial(out + i, load_partial(x + i, n - i), n - i);
+}
+
+void store_row(const float* x, int64_t n, bool bfloat16, void* out) {
+  if (bfloat16) {
+    store_as(x, n, static_cast<::transformer_ext::bfloat16*>(out));
+  } else {
+    std::memcpy(out, x, static_cast<size_t>(n) * sizeof(float));
   }
 }
 
 }  // namespace
 
-extern const CachedAttentionKernels cached_attention_kernels = {&attend};
+extern const CachedAttentionKernels cached_attention_kernels = {&attend, &store_row};
 
 }  // namespace transformer_ext::TRANSFORMER_EXT_ISA

@@ -37,18 +37,27 @@ class Decoder {
   int64_t bytes() const;
 
  private:
+  // The rows of a sentence.
+  struct Group {
+    int64_t begin;
+    int64_t end;
+    int64_t shared;  // positions, from the first on, that they have in common
+  };
+
   void advance_paths(const std::vector<Row>& rows);
+  void find_groups(const std::vector<Row>& rows);
 
   const Model* model_ = nullptr;
   const EncodedSources* sources_ = nullptr;
   int64_t attention_layer_ = -1;
   int64_t longest_source_ = 0;
   int64_t position_ = 0;
-  int64_t block_stride_ = 0;                // floats of a row in a block: [layers][2][kv_width]
-  std::vector<Buffer<float>> blocks_;       // by position
-  Buffer<const float*> paths_;              // [rows][position_ + 1], into the blocks
-  Buffer<const float*> earlier_paths_;      // of the step before
-  std::vector<const float*> source_keys_;   // of each source token, in the first layer
+  int64_t block_stride_ = 0;                // bytes of a row in a block: [layers][2][kv_width]
+  std::vector<Buffer<char>> blocks_;        // by position
+  Buffer<const void*> paths_;               // [rows][position_ + 1], into the blocks
+  Buffer<const void*> earlier_paths_;       // of the step before
+  std::vector<Group> groups_;               // of the step
+  std::vector<const void*> source_keys_;    // of each source token, in the first layer
   std::vector<int64_t> source_keys_begin_;  // by sentence
   std::vector<int32_t> ids_;
   std::vector<int32_t> row_positions_;

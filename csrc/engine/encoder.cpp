@@ -6,12 +6,13 @@
 #include <string>
 
 #include "attention/attention.h"
+#include "engine/cached_attention.h"
 
 namespace transformer_ext::engine {
 
 namespace {
 
-// Rows that one task rotates.
+// Rows that one task rotates or rounds.
 constexpr int64_t kRowsPerTask = 64;
 
 void check_ids(const std::vector<int32_t>& ids, int64_t vocabulary) {
@@ -94,10 +95,24 @@ void EncodedSources::encode(const Model& model, const std::vector<std::vector<in
   }
   if (config.final_norm) model.encoder().norm.apply(x, tokens, x, parallel);
 
-  float* const key_values = key_values_.reserve(config.decoder_layers * tokens * token_stride_);
+  element_bytes_ = config.cache_element_bytes();
+  char* const key_values =
+      key_values_.reserve(config.decoder_layers * tokens * token_stride_ * element_bytes_);
   for (int64_t i = 0; i < config.decoder_layers; ++i) {
-    model.decoder_layers()[static_cast<size_t>(i)].cross_key_value.apply(
-        x, tokens, key_values + i * tokens * token_stride_, {}, parallel);
+    const Linear& linear = model.decoder_layers()[static_cast<size_t>(i)].cross_key_value;
+    char* const layer = key_values + i * tokens * token_stride_ * element_bytes_;
+    if (!config.bfloat16_cache()) {
+      linear.apply(x, tokens, reinterpret_cast<float*>(layer), {}, parallel);
+      continue;
+    }
+    float* const exact = projected_.reserve(tokens * token_stride_);
+    linear.apply(x, tokens, exact, {}, parallel);
+    parallel.for_each((tokens + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task) {
+      const int64_t begin = task * kRowsPerTask * token_stride_;
+      const int64_t end = std::min((task + 1) * kRowsPerTask, tokens) * token_stride_;
+      cached_attention_kernels().store(exact + begin, end - begin, true,
+                                       layer + begin * element_bytes_);
+    });
   }
 }
 

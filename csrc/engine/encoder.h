@@ -23,12 +23,12 @@ class EncodedSources {
   int64_t length(int64_t sentence) const {
     return offsets_[static_cast<size_t>(sentence) + 1] - offsets_[static_cast<size_t>(sentence)];
   }
-  // The key [kv_width] of a sentence's first token in the first layer; its value follows it. The
-  // next token is token_stride() further, the next layer layer_stride().
-  const float* keys(int64_t sentence) const {
-    return key_values_.data() + offsets_[static_cast<size_t>(sentence)] * token_stride_;
+  // The key [kv_width] of a sentence's token in the first layer; its value follows it. In the next
+  // layer they are layer_stride() elements further. Elements are those of the decoder's cache.
+  const void* keys(int64_t sentence, int64_t token) const {
+    return key_values_.data() +
+           (offsets_[static_cast<size_t>(sentence)] + token) * token_stride_ * element_bytes_;
   }
-  int64_t token_stride() const { return token_stride_; }
   int64_t layer_stride() const { return offsets_.back() * token_stride_; }
   int64_t bytes() const {
     return key_values_.bytes() + x_.bytes() + normed_.bytes() + projected_.bytes() +
@@ -40,7 +40,8 @@ class EncodedSources {
   std::vector<int32_t> ids_;
   std::vector<int32_t> token_positions_;
   int64_t token_stride_ = 0;
-  Buffer<float> key_values_;  // [layers][tokens][2 * kv_width]
+  int64_t element_bytes_ = 0;
+  Buffer<char> key_values_;  // [layers][tokens][2 * kv_width]
   Buffer<float> x_;
   Buffer<float> normed_;
   Buffer<float> projected_;

@@ -37,11 +37,15 @@ struct ModelConfig {
   bool embedding_norm = false;
   bool final_norm = false;
   bool bias = true;
-  GemmType compute = GemmType::float32;  // of the factors of matrix products; all else is float32
+  GemmType compute = GemmType::float32;  // of the factors of matrix products
   bool output_bias = false;
 
   int64_t query_width() const { return heads * head_dim; }
   int64_t kv_width() const { return kv_heads * head_dim; }
+  // Keys and values that the decoder attends to are kept in bfloat16 where the products that make
+  // them are less exact than float32.
+  bool bfloat16_cache() const { return compute != GemmType::float32; }
+  int64_t cache_element_bytes() const { return bfloat16_cache() ? 2 : 4; }
 };
 
 // A float32 array of the caller's, contiguous.
