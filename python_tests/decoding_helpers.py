@@ -48,9 +48,9 @@ def save_random_model(folder, *, max_train_length=40, seed=5, sentences=SENTENCE
     return folder
 
 
-def random_engine(vocabulary, threads=1, scale=1.0, seed=7):
+def random_engine(vocabulary, threads=1, scale=1.0, seed=7, compute_type="float32", **changes):
     """An engine with random weights, so small that a search takes a millisecond."""
-    config = TransformerConfig(
+    fields = dict(
         src_vocab_size=vocabulary,
         tgt_vocab_size=vocabulary,
         d_model=16,
@@ -60,6 +60,7 @@ def random_engine(vocabulary, threads=1, scale=1.0, seed=7):
         dim_feedforward=24,
         tie="none",
     )
+    config = TransformerConfig(**{**fields, **changes})
     generator = np.random.default_rng(seed)
     weights = {
         name: (generator.normal(size=shape) * scale * (1.0 if len(shape) == 1 else 0.4)).astype(
@@ -67,4 +68,4 @@ def random_engine(vocabulary, threads=1, scale=1.0, seed=7):
         )
         for name, shape in parameter_shapes(config).items()
     }
-    return Engine(config, weights, threads=threads)
+    return Engine(config, weights, threads=threads, compute_type=compute_type)

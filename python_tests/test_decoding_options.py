@@ -21,6 +21,7 @@ hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
+from transformer_ext._native import native  # noqa: E402
 from transformer_ext.files import parameter_shapes  # noqa: E402
 from transformer_ext.inference.engine import Engine, _batches  # noqa: E402
 from transformer_ext.inference.options import SearchOptions  # noqa: E402
@@ -194,6 +195,59 @@ def test_neither_batch_nor_threads_change_a_bit(engine, four_threads, asked):
         numbers=[0, *numbers[::-1]],
     )
     assert found[:0:-1] == expected
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16", "int8"])
+def wide_engines(request):
+    """Of one model, with more rows, columns and inputs than any kernel takes at once."""
+    if request.param == "bfloat16" and not native().has_bfloat16():
+        pytest.skip("no AVX512_BF16")
+    # 270 inner inputs are two slices of a product and a rest, 1100 tokens several panels.
+    changes = dict(d_model=96, nhead=6, num_kv_heads=2, dim_feedforward=270, activation="gelu")
+    return [
+        random_engine(1100, threads, scale=0.6, compute_type=request.param, **changes)
+        for threads in (1, 2, 3, 4)
+    ]
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(data=st.data())
+def test_random_batches_and_threads_change_no_bit(wide_engines, data):
+    seed = data.draw(st.integers(0, 2**32 - 1))
+    generator = np.random.default_rng(seed)
+    count = data.draw(st.integers(1, 50))
+    longest = data.draw(st.sampled_from([2, 12, 40]))
+    sources, targets = (
+        [
+            [*generator.integers(4, 1100, size=length).tolist(), 3]
+            for length in generator.integers(0, longest, size=count)
+        ]
+        for _ in range(2)
+    )
+    numbers = list(range(count))
+    options = data.draw(search_options())
+    options = options.replace(max_length=min(8, options.max_length or 8), suppressed_tokens=())
+    first = wide_engines[0]
+    expected = first.search(sources, options, batch_size=1)
+    scores = first.score(sources, targets, batch_size=1)
+    aligned = first.align(sources, targets, batch_size=1)
+    for engine in wide_engines:
+        order = generator.permutation(count).tolist()
+        batches = dict(
+            batch_size=data.draw(st.integers(1, count)),
+            batch_tokens=data.draw(st.sampled_from([1, 100, 10_000])),
+        )
+        some = [sources[i] for i in order]
+        found = engine.search(some, options, numbers=[numbers[i] for i in order], **batches)
+        assert found == [expected[i] for i in order]
+        assert_attention_equal(found, [expected[i] for i in order])
+        others = [targets[i] for i in order]
+        assert engine.score(some, others, **batches) == [scores[i] for i in order]
+        for (log_probs, attention), i in zip(
+            engine.align(some, others, **batches), order, strict=True
+        ):
+            assert log_probs == aligned[i][0]
+            np.testing.assert_array_equal(attention, aligned[i][1])
 
 
 def test_whole_rows_and_lists_of_the_best_give_the_same():

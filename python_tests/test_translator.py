@@ -5,10 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
+import random
 import shutil
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -188,18 +191,67 @@ def test_from_weights(model_dir, translator):
     assert other.translate(SENTENCES) == translator.translate(SENTENCES)
 
 
-def test_several_threads(translator):
-    expected = translator.translate(SENTENCES)
-    results = []
-    threads = [
-        threading.Thread(target=lambda: results.append(translator.translate(SENTENCES)))
-        for _ in range(6)
+def test_eight_threads_on_one_translator(tmp_path):
+    """Calls of every kind at once give what one after the other gives, on one thread."""
+    seconds = float(os.environ.get("TRANSFORMER_EXT_THREADS_SECONDS", "2"))
+    folder = save_random_model(tmp_path / "model", d_model=64, num_decoder_layers=2)
+
+    def searching(**options):
+        def call(translator):
+            found = translator.translate(SENTENCES, **options)
+            attention = [h.attention for t in found for h in t.hypotheses]
+            return found, [None if a is None else a.tobytes() for a in attention]
+
+        return call
+
+    def aligning(translator):
+        found = translator.align(SENTENCES, SENTENCES[::-1])
+        return [(log_probs, attention.tobytes()) for log_probs, attention in found]
+
+    def failing(translator):
+        with pytest.raises(ValueError, match="suppressed_tokens: got 100000"):
+            translator.translate(SENTENCES, suppressed_tokens=[100_000])
+
+    jobs = [
+        searching(),
+        searching(beam_size=1),
+        searching(beam_size=5, num_hypotheses=5, early_stopping="first", length_penalty=1.0),
+        searching(sampling=True, seed=3, num_hypotheses=4, top_k=20, temperature=1.3),
+        searching(sampling=True, seed=4, top_p=0.8),
+        searching(coverage_penalty=0.3, return_attention=True, return_alignment=True),
+        searching(no_repeat_ngram_size=2, repetition_penalty=1.3, min_length=4),
+        searching(target_prefix=["Die", "", "a", "", "", "Das"], batch_size=2),
+        lambda translator: list(translator.translate_iter(SENTENCES, read_ahead=4)),
+        lambda translator: translator.score(SENTENCES, SENTENCES[::-1], batch_size=4),
+        aligning,
+        failing,
     ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert results == [expected] * 6
+    with (
+        Translator(folder, threads=1, options=OPTIONS) as single,
+        Translator(folder, threads=2, options=OPTIONS) as translator,
+    ):
+        expected = [job(single) for job in jobs]
+        wrong, calls = [], [0] * 8
+        end = time.monotonic() + seconds
+
+        def work(number):
+            chance = random.Random(number)
+            try:
+                while time.monotonic() < end or calls[number] < len(jobs):
+                    job = chance.randrange(len(jobs))
+                    if jobs[job](translator) != expected[job]:
+                        wrong.append(job)
+                    calls[number] += 1
+            except BaseException as error:
+                wrong.append(error)
+                raise
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong and min(calls) >= len(jobs), (wrong[:5], calls)
 
 
 def test_closing(model_dir):
