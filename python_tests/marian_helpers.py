@@ -107,7 +107,22 @@ def write_marian_dir(folder, seed=1, separate=False, scale=0.3, **changes):
     return model
 
 
-def score_in_float64(model, source, hypothesis, ended, options):
+def model_in_float64(model_dir):
+    """The torch model of a model directory."""
+    import torch
+
+    from transformer_ext.model.transformer import Transformer
+
+    model = load_model_dir(model_dir)
+    made = Transformer(model.config).eval()
+    weights = {name: torch.from_numpy(np.array(value)) for name, value in model.weights.items()}
+    missing, unexpected = made.load_state_dict(weights, strict=False)
+    # Of tied ones the file has the first.
+    assert not unexpected and all("embedding" in name or "generator" in name for name in missing)
+    return made.double()
+
+
+def score_in_float64(model, source, hypothesis, ended, options, absent=()):
     """Score of a hypothesis by our torch model in float64, as the options have it.
 
     Args:
@@ -116,6 +131,7 @@ def score_in_float64(model, source, hypothesis, ended, options):
         hypothesis: ids without it.
         ended: whether the hypothesis ends there.
         options: for the length penalty.
+        absent: ids that are no part of the vocabulary.
     """
     import torch
 
@@ -124,6 +140,7 @@ def score_in_float64(model, source, hypothesis, ended, options):
     with torch.no_grad():
         logits = model.logits(torch.tensor([source]), torch.tensor([target]))[0]
     assert logits.dtype == torch.float64
+    logits[:, list(absent)] = -torch.inf
     log_probs = torch.log_softmax(logits, -1)[torch.arange(len(labels)), torch.tensor(labels)]
     return float(log_probs.sum()) / options.penalty(len(hypothesis), ended)
 
@@ -140,21 +157,10 @@ def differences(model_dir, sources, ours, theirs, options: SearchOptions):
     Returns:
         (number of the sentence, score of ours minus score of theirs) of each that differs.
     """
-    import torch
-
-    from transformer_ext.model.transformer import Transformer
-
-    model = load_model_dir(model_dir)
-    torch_model = Transformer(model.config).eval()
-    missing, unexpected = torch_model.load_state_dict(
-        {name: torch.from_numpy(np.array(value)) for name, value in model.weights.items()},
-        strict=False,
-    )
-    assert not unexpected and all("embedding" in name or "generator" in name for name in missing)
-    torch_model.double()
+    model = model_in_float64(model_dir)
     found = []
     for number, (source, mine, other) in enumerate(zip(sources, ours, theirs, strict=True)):
         if (list(mine[0]), mine[1]) != (list(other[0]), other[1]):
-            scores = [score_in_float64(torch_model, source, *h, options) for h in (mine, other)]
+            scores = [score_in_float64(model, source, *h, options) for h in (mine, other)]
             found.append((number, scores[0] - scores[1]))
     return found

@@ -14,13 +14,16 @@ from marian_helpers import (
     ENGLISH,
     GERMAN,
     differences,
+    model_in_float64,
     pieces_of,
+    score_in_float64,
     sentencepiece_model,
     write_marian_dir,
     write_tokenizers,
 )
 
-from transformer_ext import Translator, convert
+from transformer_ext import Translator, convert, translate
+from transformer_ext.config import given
 from transformer_ext.data.tokenizer import Tokenizer, TokenizerError, train_tokenizer
 from transformer_ext.files import FileError, Tensors, load_model_dir, save_model_dir, save_tensors
 from transformer_ext.inference.engine import Engine
@@ -283,6 +286,7 @@ def test_settings_of_generate_become_search_options(transformers, tmp_path):
         no_repeat_ngram_size=3,
         bad_words_ids=[[pad], [7], [8, 9]],
         repetition_penalty=1.2,
+        min_length=4,
     )
     done = from_marian(tmp_path / "marian", tmp_path / "model")
     assert done.search == SearchOptions.preset(
@@ -293,11 +297,22 @@ def test_settings_of_generate_become_search_options(transformers, tmp_path):
         early_stopping="first",
         no_repeat_ngram_size=3,
         suppressed_tokens=(7,),
+        min_length=3,
     )
     messages = "\n".join(done.messages)
     assert "--search-preset huggingface --beam-size 6" in messages
+    flags = next(line for line in done.messages if "--search-preset" in line).split(": ")[1]
+    arguments = translate._parser().parse_args(["MODEL", *flags.split()])
+    values = given(arguments, SearchOptions)
+    assert SearchOptions.preset(arguments.search_preset, **values) == done.search
     assert "not taken over: bad_words_ids of more than one token" in messages
     assert "not taken over: repetition_penalty 1.2" in messages
+    for setting in ({"num_beams": "six"}, {"bad_words_ids": [7]}, {"early_stopping": "soon"}):
+        change_json(tmp_path / "marian" / "generation_config.json", **setting)
+        with pytest.raises(MarianError, match="generation_config.json: a setting that cannot"):
+            from_marian(tmp_path / "marian", tmp_path / "other")
+        values = {"num_beams": 6, "bad_words_ids": [[7]], "early_stopping": True}
+        change_json(tmp_path / "marian" / "generation_config.json", **values)
 
 
 # --- import: what cannot be ---------------------------------------------------------------------
@@ -326,6 +341,7 @@ def plain_marian(tmp_path_factory):
         ({"eos_token_id": [0, 1]}, r"eos_token_id: got \[0, 1\], expected an integer"),
         ({"eos_token_id": 2}, "'</s>' has the id 0, but eos_token_id in config.json is 2"),
         ({"pad_token_id": 5}, "'<pad>' has the id .* but pad_token_id in config.json is 5"),
+        ({"pad_token_id": 500}, "pad_token_id: got 500, expected 0 to"),
         ({"decoder_layers": 2}, r"model.decoder.layers.1.self_attn.q_proj.weight is missing"),
         ({"encoder_layers": 1}, r"model.encoder.layers.1.\S*: is no part of a model"),
         ({"vocab_size": 500}, r"source_embedding.weight: made of tensors of the shape"),
@@ -694,7 +710,7 @@ def test_ctranslate2s_converter_reads_an_export(transformers, trained, beam_size
     converter = ctranslate2.converters.TransformersConverter(str(tmp_path / "marian"))
     converter.convert(str(tmp_path / "ct2"))
     theirs = ctranslate2.Translator(str(tmp_path / "ct2"), compute_type="float32", intra_threads=1)
-    options = SearchOptions.preset("ctranslate2", beam_size=beam_size, max_length=40)
+    options = SearchOptions.preset("ctranslate2", beam_size=beam_size, max_length=40, min_length=0)
     with Translator(trained, threads=1) as translator:
         tokenizer = translator.source_tokenizer
         ours = translator.translate(LINES, options)
@@ -702,12 +718,18 @@ def test_ctranslate2s_converter_reads_an_export(transformers, trained, beam_size
             [tokenizer.pieces(ids) for ids in translator.encode(LINES)],
             beam_size=beam_size,
             max_decoding_length=40,
+            min_decoding_length=0,
             return_scores=True,
         )
-    for mine, other in zip(ours, found, strict=True):
+        sources = translator.encode(LINES)
+    model = model_in_float64(trained)
+    for source, mine, other in zip(sources, ours, found, strict=True):
         assert tokenizer.pieces(mine.tokens) == other.hypotheses[0]
-        # CTranslate2 has no row for the start token, so shares its probability among the others.
-        assert mine.score == pytest.approx(other.scores[0], abs=0.02)
+        # CTranslate2 has no row for the start token.
+        score = score_in_float64(
+            model, source, mine.tokens, mine.hypotheses[0].ended, options, absent=[2]
+        )
+        assert other.scores[0] == pytest.approx(score, abs=1e-5)
 
 
 # --- the command --------------------------------------------------------------------------------

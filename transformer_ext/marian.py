@@ -175,14 +175,15 @@ def from_marian(path: str | Path, output: str | Path, *, overwrite: bool = False
     if not path.is_dir():
         raise FileError(f"{path}: no such folder")
     values = read_json(path / "config.json")
-    if (path / "generation_config.json").is_file():
-        generation = read_json(path / "generation_config.json")
-    else:
-        # Where older versions have these settings.
-        generation = values
+    # config.json is where older versions have its settings.
+    generation_file = path / "generation_config.json"
+    generation = read_json(generation_file) if generation_file.is_file() else values
     found, types = _read_weights(path)
     config, weights, notes = _imported(path / "config.json", values, generation, found)
-    search, more_notes = _search_options(generation, config)
+    try:
+        search, more_notes = _search_options(generation, config)
+    except (TypeError, KeyError, IndexError, ValueError) as error:
+        raise MarianError(f"{generation_file}: a setting that cannot be read: {error}") from None
     with tempfile.TemporaryDirectory() as scratch:
         source, target = _import_tokenizers(path, Path(scratch), config)
         config = dataclasses.replace(config, unk_id=target.unk_id)
@@ -352,15 +353,23 @@ def _import_config(values: Mapping[str, Any], generation: Mapping[str, Any]) -> 
             f"forced_eos_token_id: got {forced!r}, expected the end of sentence ({eos})"
         )
     pad = _integer(values, "pad_token_id")
-    start = generation.get("decoder_start_token_id", values.get("decoder_start_token_id"))
-    start = pad if start is None else start
+    start = _integer(generation, "decoder_start_token_id", -1)
+    if start < 0:
+        start = _integer(values, "decoder_start_token_id", pad)
     vocabulary = _integer(values, "vocab_size")
-    shared = values.get("share_encoder_decoder_embeddings", True)
+    target = vocabulary
+    if not values.get("share_encoder_decoder_embeddings", True):
+        target = _integer(values, "decoder_vocab_size", vocabulary)
+    for key, id in (
+        ("eos_token_id", eos),
+        ("pad_token_id", pad),
+        ("decoder_start_token_id", start),
+    ):
+        if not 0 <= id < target:
+            raise MarianError(f"{key}: got {id}, expected 0 to {target - 1}")
     return {
         "src_vocab_size": vocabulary,
-        "tgt_vocab_size": vocabulary
-        if shared
-        else _integer(values, "decoder_vocab_size", vocabulary),
+        "tgt_vocab_size": target,
         "d_model": _integer(values, "d_model"),
         "nhead": _integer(values, "encoder_attention_heads"),
         "num_encoder_layers": _integer(values, "encoder_layers"),
@@ -522,30 +531,35 @@ def _search_options(
     generation: Mapping[str, Any], config: TransformerConfig
 ) -> tuple[SearchOptions, list[str]]:
     """What ``generate`` would do, and what of it has no counterpart."""
-    changes: dict[str, Any] = {"beam_size": int(generation.get("num_beams") or 1)}
+    values = {key: value for key, value in generation.items() if value is not None}
+    changes: dict[str, Any] = {"beam_size": values.get("num_beams", 1)}
     notes: list[str] = []
-    if generation.get("max_new_tokens"):
-        changes["max_length"] = int(generation["max_new_tokens"])
-    elif generation.get("max_length"):
-        # Theirs counts the start token.
-        changes["max_length"] = max(1, int(generation["max_length"]) - 1)
-    if generation.get("length_penalty") is not None:
-        changes["length_penalty"] = max(0.0, float(generation["length_penalty"]))
+    # Lengths of outputs count the start token, those of new tokens do not.
+    for ours, theirs in (("max_length", "max"), ("min_length", "min")):
+        if f"{theirs}_new_tokens" in values:
+            changes[ours] = values[f"{theirs}_new_tokens"]
+        elif f"{theirs}_length" in values:
+            changes[ours] = max(values[f"{theirs}_length"] - 1, 1 if theirs == "max" else 0)
+    if values.get("length_penalty", 1.0) < 0.0:
+        notes.append(f"not taken over: length_penalty {values['length_penalty']}")
+    else:
+        changes["length_penalty"] = values.get("length_penalty", 1.0)
     rules = {True: "first", False: "heuristic", "never": "exact"}
-    changes["early_stopping"] = rules.get(generation.get("early_stopping") or False, "heuristic")
-    if generation.get("no_repeat_ngram_size"):
-        changes["no_repeat_ngram_size"] = int(generation["no_repeat_ngram_size"])
-    bad = [
-        *(generation.get("bad_words_ids") or []),
-        *([i] for i in generation.get("suppress_tokens") or []),
-    ]
-    never = never_proposed(config)
-    changes["suppressed_tokens"] = tuple(sorted({i[0] for i in bad if len(i) == 1} - never))
+    changes["early_stopping"] = rules[values.get("early_stopping", False)]
+    changes["no_repeat_ngram_size"] = values.get("no_repeat_ngram_size", 0)
+    bad = [*values.get("bad_words_ids", []), *([id] for id in values.get("suppress_tokens", []))]
+    single = {ids[0] for ids in bad if len(ids) == 1}
+    changes["suppressed_tokens"] = tuple(sorted(single - never_proposed(config)))
     if any(len(ids) > 1 for ids in bad):
         notes.append("not taken over: bad_words_ids of more than one token")
-    for key, default in (("repetition_penalty", 1.0), ("do_sample", False), ("num_beam_groups", 1)):
-        if (generation.get(key) or default) != default:
-            notes.append(f"not taken over: {key} {generation[key]}")
+    for key, default in (
+        ("repetition_penalty", 1.0),
+        ("do_sample", False),
+        ("num_beam_groups", 1),
+        ("forced_bos_token_id", None),
+    ):
+        if values.get(key, default) != default:
+            notes.append(f"not taken over: {key} {values[key]}")
     return SearchOptions.preset("huggingface", **changes), notes
 
 
