@@ -58,30 +58,25 @@ void scan(const float* scores, int64_t n, int32_t first_id, TopScores* top) {
     }
   }
   const float old = top->maximum;
-  const float chunk_maximum = reduce_max(highest);
-  const float maximum = chunk_maximum > old ? chunk_maximum : old;
+  float maximum = old;
+  if (any_above(highest, broadcast(old))) {
+    maximum = reduce_max(highest);
+    const VecF rescale = exp(broadcast(old) - broadcast(maximum));
+    top->sum *= rescale[0];
+    top->maximum = maximum;
+  }
   const VecF shift = broadcast(maximum == -__builtin_inff() ? 0.0f : maximum);
-  VecF sum[2] = {};
+  VecF sum[4] = {};
   int64_t i = 0;
-  for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
-    sum[0] = sum[0] + exp(load(scores + i) - shift);
-    sum[1] = sum[1] + exp(load(scores + i + kWidth) - shift);
+  for (; i + kBlock <= n; i += kBlock) {
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) sum[v] = sum[v] + exp(load(scores + i + v * kWidth) - shift);
   }
   for (; i < n; i += kWidth) {
     const int64_t left = n - i < kWidth ? n - i : kWidth;
-    VecF v = load_partial(scores + i, left) - shift;
-    if (left < kWidth) {
-      float lanes[kWidth];
-      store(lanes, v);
-      for (int64_t lane = left; lane < kWidth; ++lane) lanes[lane] = -__builtin_inff();
-      v = load(lanes);
-    }
-    sum[0] = sum[0] + exp(v);
+    sum[0] = sum[0] + first_lanes(exp(load_partial(scores + i, left) - shift), left);
   }
-  const float total = reduce_add(sum[0] + sum[1]);
-  const VecF rescale = exp(broadcast(old) - shift);
-  top->sum = top->sum * rescale[0] + total;
-  top->maximum = maximum;
+  top->sum += reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
 void add_probabilities(const float* scores, int64_t n, float log_sum, float weight, float* sum) {

@@ -40,6 +40,8 @@ template <>
 constexpr int64_t kSlice<int8_t> = int64_t{1} << 30;
 
 constexpr int64_t kBlockRows = 16 * kRows;
+// Up to here, as in a step of the decoder, the weights are what comes from far.
+constexpr int64_t kFewRows = 512;
 // Blocks are made smaller, down to a quarter, where there would be fewer tasks than this.
 constexpr int64_t kTasks = 16;
 // Blocks of rows that go through one group of panels, which stays in the second-level cache, before
@@ -503,6 +505,14 @@ class Product {
       block_rows_ = round_up(a.m, kRows);
       group_ = kTaskWork / (a.m * (k > 0 ? k : 1) * kColumns);
       group_ = group_ < 2 ? 2 : group_ < kGroupPanels ? group_ : kGroupPanels;
+    } else if (a.m <= kFewRows && !turned_ && a.weight.data != nullptr) {
+      // Each panel is read by one thread, once; its rows come from the caches.
+      streams_ = true;
+      group_ = 1;
+      const int64_t blocks = (kTasks + panels_ - 1) / panels_;
+      const int64_t most = (a.m + kBlockRows / 4 - 1) / (kBlockRows / 4);
+      const int64_t fewer = blocks < most ? blocks : most;
+      block_rows_ = round_up((a.m + fewer - 1) / fewer, kRows);
     } else {
       group_ = kGroupPanels;
       // Turned rows are used a part at a time, which must be enough tasks still.
@@ -636,7 +646,14 @@ class Product {
         const T* const w = slab.weights + panel * panel_size + begin * kColumns * kWord<T>;
         const int64_t column = panel * kColumns;
         const bool pair = few_rows_ && panel + 1 < end_panel;
+        const char* ahead = reinterpret_cast<const char*>(w + words * kColumns * kWord<T>);
+        const int64_t ahead_of_tile = round_up(words * kColumns * 4 * kTileRows<T> / rows, 64);
         for (int64_t r = 0; r < rows; r += kTileRows<T>) {
+          // What comes next (behind the last panel too: a prefetch may go anywhere).
+          if (streams_) {
+            for (int64_t i = 0; i < ahead_of_tile; i += 64) __builtin_prefetch(ahead + i, 0, 2);
+            ahead += ahead_of_tile;
+          }
           const int count = static_cast<int>(rows - r < kTileRows<T> ? rows - r : kTileRows<T>);
           const int64_t row = first_row + r;
           float* const sum =
@@ -684,6 +701,7 @@ class Product {
   int64_t x_ld_;
   bool turned_;
   bool few_rows_;
+  bool streams_ = false;
   int64_t panels_, block_rows_, row_blocks_, group_;
 };
 
