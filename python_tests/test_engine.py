@@ -500,7 +500,7 @@ def test_int8_is_the_model_on_integers(monkeypatch, tie, norm_first):
 
 
 def test_auto_takes_what_the_machine_has():
-    expected = "int8" if native().has_int8_dot_product() else "float32"
+    expected = "int8" if native().prefers_int8() else "float32"
     assert resolve_compute_type("auto") == expected
     model = make_model()
     assert Engine(model.config, weights_of(model), compute_type="auto").compute_type == expected

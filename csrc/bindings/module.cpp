@@ -34,8 +34,8 @@ PYBIND11_MODULE(_C, m) {
       "has_bfloat16", [] { return tx::gemm_has(tx::GemmType::bfloat16); },
       "Whether the instruction set in use multiplies bfloat16.");
   m.def(
-      "has_int8_dot_product", [] { return tx::gemm_kernels().has_int8_dot_product; },
-      "Whether 8-bit integers are multiplied by instructions made for that (VNNI).");
+      "prefers_int8", [] { return tx::gemm_kernels().prefers_int8; },
+      "Whether 8-bit integers are the fastest that the instruction set in use multiplies.");
   m.def("default_threads", &tx::default_thread_count,
         "min(physical cores, cores this process may run on, cgroup CPU quota), at least 1.");
   tx::bind_engine(m);

@@ -82,12 +82,14 @@ void NextTokens::scan(const Model& model, const float* states, int64_t rows, con
         for (int64_t r = 0; r < block; ++r) {
           const float* const row = scores + r * stride;
           TopScores* const top = tops + part * rows + first + r;
-          // Whatever has count_ others above it in one part is not among the highest of all.
+          // Whatever has count_ others above it in one part is not among the highest of all. (An
+          // equal one may be: its id may be lower.)
           const std::atomic_ref<float> floor(floors[first + r]);
           top->floor = floor.load(std::memory_order_relaxed);
           top_scores_kernels().scan(row, columns, static_cast<int32_t>(column), top);
           if (top->count == top->capacity && top->scores[top->capacity - 1] > top->floor) {
-            floor.store(top->scores[top->capacity - 1], std::memory_order_relaxed);
+            floor.store(std::nextafter(top->scores[top->capacity - 1], -HUGE_VALF),
+                        std::memory_order_relaxed);
           }
           if (tokens == nullptr || tokens[first + r] < column) continue;
           const int64_t token = tokens[first + r] - column;

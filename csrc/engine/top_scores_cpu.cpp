@@ -5,7 +5,8 @@ namespace transformer_ext::TRANSFORMER_EXT_ISA {
 namespace {
 
 // Columns whose maximum is compared with the lowest entry at once.
-constexpr int64_t kBlock = 4 * kWidth;
+constexpr int kVectors = 4;
+constexpr int64_t kBlock = kVectors * kWidth;
 
 void insert(TopScores* top, float score, int32_t id) {
   int32_t at = top->count < top->capacity ? top->count++ : top->capacity - 1;
@@ -17,22 +18,32 @@ void insert(TopScores* top, float score, int32_t id) {
   top->ids[at] = id;
 }
 
+// The first `lanes` of a vector; minus infinity in the others.
+VecF first_or_infinity(const float* p, int64_t lanes) {
+  float values[kWidth];
+  for (int i = 0; i < kWidth; ++i) values[i] = i < lanes ? p[i] : -__builtin_inff();
+  return load(values);
+}
+
 // A score is among the highest so far if it is above this.
 float threshold_of(const TopScores& top) {
-  // An equal one may be: its id may be lower than those of the others.
-  const float floor = __builtin_nextafterf(top.floor, -__builtin_inff());
+  const float floor = top.floor;
   if (top.count < top.capacity) return floor;
   const float lowest = top.scores[top.capacity - 1];
   return lowest > floor ? lowest : floor;
 }
 
-bool any_above(VecF v, VecF bound) {
+// A bit for each lane.
+uint32_t lanes_above(VecF v, VecF bound) {
 #if defined(__AVX512F__)
-  return _mm512_cmp_ps_mask((__m512)v, (__m512)bound, _CMP_GT_OQ) != 0;
+  return _mm512_cmp_ps_mask((__m512)v, (__m512)bound, _CMP_GT_OQ);
 #elif defined(__AVX2__)
-  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, (__m256)bound, _CMP_GT_OQ)) != 0;
+  return static_cast<uint32_t>(
+      _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, (__m256)bound, _CMP_GT_OQ)));
 #else
-  return reduce_max(v) > bound[0];
+  uint32_t bits = 0;
+  for (int lane = 0; lane < kWidth; ++lane) bits |= v[lane] > bound[lane] ? 1u << lane : 0u;
+  return bits;
 #endif
 }
 
@@ -40,26 +51,31 @@ void scan(const float* scores, int64_t n, int32_t first_id, TopScores* top) {
   VecF highest = broadcast(-__builtin_inff());
   float threshold = threshold_of(*top);
   for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t end = begin + kBlock < n ? begin + kBlock : n;
-    VecF block = highest;
-    if (end - begin == kBlock) {
-      block = max(max(load(scores + begin), load(scores + begin + kWidth)),
-                  max(load(scores + begin + 2 * kWidth), load(scores + begin + 3 * kWidth)));
-    } else {
-      for (int64_t i = begin; i < end; ++i) block = max(broadcast(scores[i]), block);
+    const int64_t left = n - begin;
+    VecF v[kVectors];
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) {
+      const int64_t lanes = left - i * kWidth;
+      v[i] = lanes >= kWidth ? load(scores + begin + i * kWidth)
+             : lanes > 0     ? first_or_infinity(scores + begin + i * kWidth, lanes)
+                             : broadcast(-__builtin_inff());
     }
+    const VecF block = max(max(v[0], v[1]), max(v[2], v[3]));
     highest = max(block, highest);
-    if (!any_above(block, broadcast(threshold))) continue;
-    for (int64_t i = begin; i < end; ++i) {
-      if (scores[i] > threshold) {
-        insert(top, scores[i], first_id + static_cast<int32_t>(i));
+    if (lanes_above(block, broadcast(threshold)) == 0) continue;
+    for (int i = 0; i < kVectors; ++i) {
+      uint32_t bits = lanes_above(v[i], broadcast(threshold));
+      for (; bits != 0; bits &= bits - 1) {
+        const int64_t at = begin + i * kWidth + __builtin_ctz(bits);
+        if (!(scores[at] > threshold)) continue;
+        insert(top, scores[at], first_id + static_cast<int32_t>(at));
         threshold = threshold_of(*top);
       }
     }
   }
   const float old = top->maximum;
   float maximum = old;
-  if (any_above(highest, broadcast(old))) {
+  if (lanes_above(highest, broadcast(old)) != 0) {
     maximum = reduce_max(highest);
     const VecF rescale = exp(broadcast(old) - broadcast(maximum));
     top->sum *= rescale[0];

@@ -156,7 +156,7 @@ inline void gemm_matmul(const GemmInput& a, int64_t m, const void* b, int64_t n,
 
 struct GemmKernels {
   int64_t panel_columns;
-  bool has_int8_dot_product;
+  bool prefers_int8;  // int8 is its fastest type
   // By GemmType; null where the instruction set lacks what the type needs.
   void (*pack[kGemmTypes])(const float* w, int64_t n, int64_t k, int64_t n_stride, int64_t k_stride,
                            void* out, Parallel& parallel);

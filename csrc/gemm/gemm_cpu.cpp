@@ -766,7 +766,9 @@ void gemm(const GemmArguments& a, Parallel& parallel) {
 
 extern const GemmKernels gemm_kernels = {
     kColumns,
-#if defined(__AVX512VNNI__)
+// Beside float32 in decoding (base, 2 threads): with VNNI 3.1 times as fast, AVX-512 1.4, AVX2 1.2
+// in batches; alone, where bytes count, 3 times even with AVX2.
+#if defined(__AVX2__)
     true,
 #else
     false,

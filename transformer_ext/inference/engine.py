@@ -41,8 +41,7 @@ def resolve_compute_type(compute_type: str) -> str:
 
     Args:
         compute_type: one of :data:`transformer_ext.inference.options.COMPUTE_TYPES`. ``auto`` is
-            ``int8`` where the instruction set in use has dot products of 8-bit integers (VNNI), else
-            ``float32``.
+            ``int8`` from AVX2 on, where that is fastest, else ``float32``.
 
     Raises:
         ValueError: an unknown type, or one that the instruction set in use cannot multiply.
@@ -54,7 +53,7 @@ def resolve_compute_type(compute_type: str) -> str:
             f"compute_type: got {compute_type!r}, expected one of {', '.join(COMPUTE_TYPES)}"
         )
     if compute_type == "auto":
-        return "int8" if compiled.has_int8_dot_product() else "float32"
+        return "int8" if compiled.prefers_int8() else "float32"
     if compute_type == "bfloat16" and not compiled.has_bfloat16():
         raise ValueError(
             "compute_type: got 'bfloat16', which needs AVX512_BF16; the instruction set in use "
