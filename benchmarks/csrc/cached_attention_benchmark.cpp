@@ -78,6 +78,7 @@ class Problem {
         a.bfloat16 = sizeof(T) == 2;
         a.heads = a.kv_heads = kHeads;
         a.head_dim = kHeadDim;
+        a.kv_end = kHeads;
         a.scale = 0.125f;
         cached_attention_kernels().attend(a);
       });

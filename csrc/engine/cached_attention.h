@@ -31,6 +31,8 @@ struct CachedAttention {
   int64_t heads;
   int64_t kv_heads;  // divides heads
   int64_t head_dim;
+  int64_t kv_begin;  // only the queries of kv heads [kv_begin, kv_end) attend
+  int64_t kv_end;
   float scale;
   // Null, or [rows][length], rows weights_stride apart: the attention probabilities, averaged over
   // the heads, are added here.

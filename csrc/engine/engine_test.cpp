@@ -79,8 +79,8 @@ struct CacheProblem {
   }
 
   // Attends from rows [begin, end) in one call; outputs with a gap between rows.
-  void attend(int64_t begin, int64_t end, std::vector<float>* out,
-              std::vector<float>* weights) const {
+  void attend(int64_t begin, int64_t end, std::vector<float>* out, std::vector<float>* weights,
+              bool in_parts = false) const {
     const int64_t width = heads * head_dim;
     out->assign(static_cast<size_t>((end - begin) * (width + 3)), NAN);
     weights->assign(static_cast<size_t>((end - begin) * (length + 2)), 0.0f);
@@ -99,10 +99,18 @@ struct CacheProblem {
     a.heads = heads;
     a.kv_heads = kv_heads;
     a.head_dim = head_dim;
+    a.kv_end = kv_heads;
     a.scale = 0.3f;
     a.weights = weights->data();
     a.weights_stride = length + 2;
-    cached_attention_kernels().attend(a);
+    if (in_parts) {
+      for (a.kv_begin = 0; a.kv_begin < kv_heads; ++a.kv_begin) {
+        a.kv_end = a.kv_begin + 1;
+        cached_attention_kernels().attend(a);
+      }
+    } else {
+      cached_attention_kernels().attend(a);
+    }
   }
 
   // The definition; each step's result rounded to bfloat16 if `rounded`.
@@ -198,6 +206,12 @@ TEST(CachedAttention, ARowIsTheSameAloneAndBesideOthers) {
             const CacheProblem problem(3, kv_heads, head_dim, rows, 21, shared, bfloat16);
             std::vector<float> out, weights, alone, weights_alone;
             problem.attend(0, rows, &out, &weights);
+            problem.attend(0, rows, &alone, &weights_alone, true);
+            for (int64_t row = 0; row < rows; ++row) {
+              ASSERT_TRUE(std::equal(alone.begin() + row * (3 * head_dim + 3),
+                                     alone.begin() + (row + 1) * (3 * head_dim + 3) - 3,
+                                     out.begin() + row * (3 * head_dim + 3)));
+            }
             for (int64_t row = 0; row < rows; ++row) {
               problem.attend(row, row + 1, &alone, &weights_alone);
               ASSERT_TRUE(std::equal(alone.begin(), alone.end() - 3,
