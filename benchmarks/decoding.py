@@ -54,6 +54,9 @@ import ceilings
 from decoding_peers import (
     COMPETITORS,
     CTRANSLATE2_TYPES,
+    HUGE_PAGES,
+    KEEP_MEMORY,
+    ONE_ARENA,
     Setting,
     Task,
     Turn,
@@ -390,21 +393,15 @@ def measure_start_up(
 
 # ---- CTranslate2's best settings --------------------------------------------------------------
 
-_KEEP_MEMORY = (
-    ("MALLOC_MMAP_MAX_", "0"),
-    ("MALLOC_TRIM_THRESHOLD_", "2147483647"),
-    ("MALLOC_ARENA_MAX", "1"),
-)
 ENVIRONMENTS: tuple[tuple[tuple[str, str], ...], ...] = (
-    _KEEP_MEMORY,
-    _KEEP_MEMORY[:2],
-    (("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),),
+    KEEP_MEMORY,
+    KEEP_MEMORY + ONE_ARENA,
+    HUGE_PAGES,
     (("CT2_USE_MKL", "0"),),
     (("CT2_USE_MKL", "1"),),
     (("CT2_FORCE_CPU_ISA", "AVX512"),),
     (("CT2_FORCE_CPU_ISA", "AVX2"),),
     (("CT2_FORCE_CPU_ISA", "GENERIC"),),
-    (("CT2_USE_EXPERIMENTAL_PACKED_GEMM", "1"),),
     (("CT2_PACKED_GEMM", "1"),),
     (("OMP_WAIT_POLICY", "ACTIVE"),),
     (("OMP_WAIT_POLICY", "PASSIVE"),),
@@ -451,9 +448,16 @@ class Search:
     """
 
     def __init__(
-        self, title: str, task: Task, type: str, save: Path | None, end: float | None
+        self,
+        title: str,
+        task: Task,
+        type: str,
+        variables: bool,
+        save: Path | None,
+        end: float | None,
     ) -> None:
         self._task, self._type, self._save, self._end = task, type, save, end
+        self._variables = ENVIRONMENTS if variables else ()
         self._case = [title, task.batch, task.beam, type]
         self.rates: dict[str, float] = {}
         self._settings: dict[str, Setting] = {}
@@ -486,7 +490,7 @@ class Search:
                 for _ in range(2):
                     turn = worker.ask(0)
                     rate = max(rate, sum(map(len, turn.outputs)) / turn.seconds)
-                    if rate < 0.7 * max(self.rates.values(), default=0):
+                    if rate < 0.9 * max(self.rates.values(), default=0):
                         break
                 worker.close()
             except WorkerError as error:
@@ -508,7 +512,7 @@ class Search:
         plain = schedules(self._task)
         ordered = self.best(plain, len(plain))
         first = ordered[0]
-        singles = [with_environment(first, variables) for variables in ENVIRONMENTS]
+        singles = [with_environment(first, variables) for variables in self._variables]
         gained = [
             each.environment
             for each in self.best(singles, 3)
@@ -551,7 +555,7 @@ def search_ctranslate2(subject: Subject, options: argparse.Namespace) -> None:
         for beam in options.beam:
             for type in options.types:
                 task = make_task(subject, batch, beam, options)
-                search = Search(title, task, type, options.save, end)
+                search = Search(title, task, type, not options.no_variables, options.save, end)
                 winner = "not found yet: run again"
                 try:
                     best = search.run()
@@ -617,13 +621,43 @@ COLUMNS = (
 )
 
 
+def overview(cases: dict[tuple[int, int], dict[str, dict[str, str]]]) -> tuple[Any, Any]:
+    """Head and rows of all cases side by side: tokens a second, and times CTranslate2."""
+    keys = [key for key in COMPETITORS if any(key in found for found in cases.values())]
+    rows = []
+    for key in keys:
+        row = [COMPETITORS[key].title]
+        for found in cases.values():
+            cells = found.get(key, {})
+            ratio = cells.get("of ctranslate2")
+            row.append(cells.get("tokens/s", "") + (f" ({ratio})" if ratio else ""))
+        rows.append(row)
+    return ["batch, beam", *(f"{batch}, {beam}" for batch, beam in cases)], rows
+
+
+def notes(latest: dict[str, dict[str, Any]]) -> list[str]:
+    """Lines below the table of a case: settings and the machine."""
+    lines = [
+        f"{COMPETITORS[key].title}: {results[key]['setting']}"
+        for key, results in latest.items()
+        if results[key]["setting"]
+    ]
+    machines = [results[key]["machine"] for key, results in latest.items() if results[key]["bound"]]
+    if machines:
+        peaks = [f"{n} {v / 1e9:,.0f} GFLOP/s" for n, v in machines[-1].items() if n != "read"]
+        memory = f"memory {machines[-1]['read'] / 1e9:.0f} GB/s"
+        lines.append(f"the machine: {', '.join([*peaks, memory])}")
+    return lines
+
+
 def show(runs: Sequence[dict[str, Any]], markdown: bool) -> None:
-    """The tables of each model: one for each case, one for start-up."""
-    titles = list(dict.fromkeys(run["setting"] for run in runs if "setting" in run))
-    for title in titles:
+    """The tables of each model: one for each case, all side by side, and start-up."""
+    runs = [run for run in runs if "setting" in run]
+    for title in dict.fromkeys(run["setting"] for run in runs):
         print(f"\n{title}", flush=True)
-        mine = [run for run in runs if run.get("setting") == title]
+        mine = [run for run in runs if run["setting"] == title]
         cases = sorted({tuple(run["case"]) for run in mine if run["case"] != "start-up"})
+        all_found = {}
         for case in cases:
             latest = {
                 key: run["results"]
@@ -632,22 +666,16 @@ def show(runs: Sequence[dict[str, Any]], markdown: bool) -> None:
                 for key in run["results"]
             }
             found = {key: figures(latest[key], key) for key in COMPETITORS if key in latest}
+            all_found[case] = found
             columns = [name for name in COLUMNS if any(name in cells for cells in found.values())]
             rows = [
                 [COMPETITORS[key].title, *(cells.get(name, "") for name in columns)]
                 for key, cells in found.items()
             ]
             head = [f"batch {case[0]}, beam {case[1]}", *columns]
-            print("", *table(head, rows, markdown), sep="\n")
-            for facts in [
-                results[key] for key, results in latest.items() if "machine" in results[key]
-            ][:1]:
-                peaks = ", ".join(
-                    f"{name} {value / 1e9:,.0f} GFLOP/s"
-                    for name, value in facts["machine"].items()
-                    if name != "read"
-                )
-                print(f"\nthe machine: {peaks}, memory {facts['machine']['read'] / 1e9:.0f} GB/s")
+            print("", *table(head, rows, markdown), "", *notes(latest), sep="\n")
+        if len(cases) > 1:
+            print("", *table(*overview(all_found), markdown), sep="\n")
         starts = {
             name: facts
             for run in mine
@@ -658,7 +686,7 @@ def show(runs: Sequence[dict[str, Any]], markdown: bool) -> None:
             rows = [
                 [
                     name,
-                    f"{statistics.median(facts['seconds']):.2f} s",
+                    f"{statistics.median(facts['seconds']):.3f} s",
                     f"{facts['peak'] / 2**20:,.0f}",
                 ]
                 for name, facts in starts.items()
@@ -693,6 +721,9 @@ def main() -> None:
         choices=CTRANSLATE2_TYPES,
         default=["int8", "float32"],
         help="to search CTranslate2's settings of",
+    )
+    parser.add_argument(
+        "--no-variables", action="store_true", help="search without variables of the environment"
     )
     parser.add_argument("--quick", action="store_true", help="a tiny model, one case, few runs")
     parser.add_argument(
