@@ -22,6 +22,7 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from transformer_ext._native import native  # noqa: E402
+from transformer_ext.config import ConfigError  # noqa: E402
 from transformer_ext.files import parameter_shapes  # noqa: E402
 from transformer_ext.inference.engine import Engine, _batches  # noqa: E402
 from transformer_ext.inference.options import SearchOptions  # noqa: E402
@@ -87,12 +88,13 @@ def search_options(draw):
         repetition_penalty=draw(st.sampled_from([1.0, 1.0, 1.3, 4.0])),
         suppressed_tokens=draw(st.lists(st.integers(0, VOCABULARY - 1), max_size=3)),
         sampling=sampling,
-        seed=draw(st.integers(0, 2**63 - 1)),
         return_attention=draw(st.booleans()),
         return_alignment=draw(st.booleans()),
-        attention_layer=draw(st.sampled_from([None, 0, 1])),
     )
+    if fields["return_attention"] or fields["return_alignment"] or fields["coverage_penalty"]:
+        fields["attention_layer"] = draw(st.sampled_from([None, 0, 1]))
     if sampling:
+        fields["seed"] = draw(st.integers(0, 2**63 - 1))
         fields["top_k"] = draw(st.sampled_from([None, 1, 3, 400]))
         fields["top_p"] = draw(st.sampled_from([1.0, 0.9, 0.5, 0.0]))
         fields["temperature"] = draw(st.sampled_from([1.0, 0.3, 3.0]))
@@ -195,6 +197,43 @@ def test_neither_batch_nor_threads_change_a_bit(engine, four_threads, asked):
         numbers=[0, *numbers[::-1]],
     )
     assert found[:0:-1] == expected
+
+
+@property_settings
+@given(asked=searches(), data=st.data())
+def test_what_the_documents_say_is_without_effect(engine, asked, data):
+    options, prefixes, numbers = asked
+    changes = {}
+    if options.sampling or options.beam_size == 1:
+        changes["early_stopping"] = data.draw(st.sampled_from(["exact", "first", "heuristic"]))
+        first = changes["early_stopping"] == "first"
+        changes["beam_patience"] = data.draw(st.sampled_from([0.3, 2.0])) if first else 1.0
+    if options.sampling:
+        changes["beam_size"] = data.draw(st.integers(1, 5))
+    if options.length_penalty_kind == "none":
+        changes["length_penalty"] = 0.7
+        changes["length_counts_eos"] = not options.length_counts_eos
+    elif options.length_penalty == 0.0:
+        changes["length_penalty_kind"] = "none"
+        changes["length_counts_eos"] = not options.length_counts_eos
+    if options.max_length is not None:
+        changes.update(max_length_a=0.1, max_length_b=3)
+    arguments = dict(prefixes=prefixes, numbers=numbers)
+    found = engine.search(SOURCES, options.replace(**changes), **arguments)
+    expected = engine.search(SOURCES, options, **arguments)
+    assert [r.hypotheses for r in found] == [r.hypotheses for r in expected]
+
+
+def test_options_without_effect_are_refused():
+    for changes, message in (
+        (dict(top_k=3), "top_k: got 3 without sampling"),
+        (dict(seed=3), "seed: got 3 without sampling"),
+        (dict(beam_patience=2.0), "beam_patience: got 2.0 with early_stopping 'exact'"),
+        (dict(attention_layer=0), "attention_layer: got 0 without return_attention, return_al"),
+        (dict(beam_size=1, num_hypotheses=2), "num_hypotheses: got 2, expected at most beam_size"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            SearchOptions(**changes)
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16", "int8"])

@@ -40,7 +40,10 @@ def test_a_model(files, capsys):
     folder = save_random_model(files / "model")
     arguments = ["--src", str(files / "src"), "--ref", str(files / "ref"), "--max-length", "9"]
     output = files / "output"
-    assert main([str(folder), *arguments, "--output", str(output), "--json"]) == 0
+    assert (
+        main([str(folder), *arguments, "--batch-tokens", "9", "--output", str(output), "--json"])
+        == 0
+    )
     values = json.loads(capsys.readouterr().out)
     with Translator(folder) as translator:
         found = [t.text for t in translator.translate(SENTENCES[:3], max_length=9)]

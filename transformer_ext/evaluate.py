@@ -33,6 +33,13 @@ def _parser() -> ArgumentParser:
         metavar="N",
         help="sentences decoded together (default: %(default)s)",
     )
+    parser.add_argument(
+        "--batch-tokens",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="most source tokens decoded together, which bounds memory (default: %(default)s)",
+    )
     add_arguments(parser, SearchOptions)
     return parser
 
@@ -85,7 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 folders, arguments.threads, compute_type=arguments.compute_type, options=options
             ) as translator:
                 start = time.perf_counter()
-                found = translator.translate(lines, batch_size=arguments.batch_size)
+                found = translator.translate(
+                    lines, batch_size=arguments.batch_size, batch_tokens=arguments.batch_tokens
+                )
                 seconds = time.perf_counter() - start
             outputs = [translation.text for translation in found]
             if arguments.output is not None:

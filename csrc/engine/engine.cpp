@@ -10,8 +10,8 @@ namespace transformer_ext::engine {
 namespace {
 
 // Workspaces are kept for later calls as long as they are not larger than this together; those of
-// one very long line, or of many threads, are given back. A batch of 64 sentences of 50 tokens
-// takes 200 to 400 MB in a base model.
+// one very long line, or of many threads, are given back. A batch of 64 sentences of 50 tokens, and
+// as long outputs, takes 430 MB in a base model with a beam of 4, 260 MB in bfloat16 and int8.
 constexpr int64_t kKeptBytes = int64_t{1} << 30;
 
 }  // namespace

@@ -186,7 +186,9 @@ class SearchOptions:
                 f"num_hypotheses: got {self.num_hypotheses}, expected at most beam_size "
                 f"({self.beam_size})"
             )
-        defaults = {"top_k": None, "top_p": 1.0, "temperature": 1.0}
+        # What would have no effect. (Options that another one overrides are let be: a preset, or the
+        # options of a translator, have them for the calls that do not say otherwise.)
+        defaults = {"top_k": None, "top_p": 1.0, "temperature": 1.0, "seed": 0}
         for name, default in defaults.items():
             if not self.sampling and getattr(self, name) != default:
                 raise ConfigError(f"{name}: got {getattr(self, name)} without sampling")
@@ -194,6 +196,11 @@ class SearchOptions:
             raise ConfigError(
                 f"beam_patience: got {self.beam_patience} with early_stopping "
                 f"{self.early_stopping!r}, expected early_stopping 'first'"
+            )
+        if self.attention_layer is not None and not self.needs_attention:
+            raise ConfigError(
+                f"attention_layer: got {self.attention_layer} without return_attention, "
+                "return_alignment and coverage_penalty"
             )
 
     @classmethod
