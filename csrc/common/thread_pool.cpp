@@ -17,6 +17,8 @@
 #include <thread>
 #include <vector>
 
+#include "common/task_ranges.h"
+
 namespace transformer_ext {
 
 namespace {
@@ -145,7 +147,7 @@ struct ThreadPool::Crew {
 
   explicit Crew(int workers) : pid(getpid()) {
     threads.reserve(static_cast<size_t>(workers));
-    for (int i = 0; i < workers; ++i) threads.emplace_back([this] { work(); });
+    for (int i = 1; i <= workers; ++i) threads.emplace_back([this, i] { work(i); });
   }
 
   ~Crew() {
@@ -155,21 +157,19 @@ struct ThreadPool::Crew {
     for (std::thread& thread : threads) thread.join();
   }
 
-  void run_tasks() {
-    for (;;) {
-      const int64_t i = next.fetch_add(1, std::memory_order_relaxed);
-      if (i >= count) return;
+  void run_tasks(int64_t worker) {
+    for (int64_t i; (i = ranges->next(worker)) >= 0;) {
       try {
         (*task)(i);
       } catch (...) {
         const std::lock_guard<std::mutex> lock(error_mutex);
         if (!error) error = std::current_exception();
-        next.store(count, std::memory_order_relaxed);
+        ranges->stop();
       }
     }
   }
 
-  void work() {
+  void work(int64_t worker) {
     uint32_t seen = 0;
     for (;;) {
       if (!spin_until([&] { return signal.load(std::memory_order_acquire) != seen; })) {
@@ -184,20 +184,20 @@ struct ThreadPool::Crew {
              !gate.compare_exchange_weak(inside, inside + 1, std::memory_order_acquire)) {
       }
       if ((inside & kOpen) == 0) continue;
-      run_tasks();
+      run_tasks(worker);
       if (gate.fetch_sub(1, std::memory_order_acq_rel) == 1) gate.notify_one();
     }
   }
 
   void run(int64_t n, FunctionRef<void(int64_t)>& f) {
+    TaskRanges all(n, static_cast<int64_t>(threads.size()) + 1);
+    ranges = &all;
     task = &f;
-    count = n;
     error = nullptr;
-    next.store(0, std::memory_order_relaxed);
     gate.store(kOpen, std::memory_order_release);
     signal.fetch_add(1);
     if (sleeping.load() > 0) signal.notify_all();
-    run_tasks();
+    run_tasks(0);
     gate.fetch_and(~kOpen, std::memory_order_acq_rel);
     const auto all_left = [&] { return gate.load(std::memory_order_acquire) == 0; };
     if (!spin_until(all_left)) {
@@ -210,13 +210,12 @@ struct ThreadPool::Crew {
 
   const pid_t pid;
   FunctionRef<void(int64_t)>* task = nullptr;
-  int64_t count = 0;
+  TaskRanges* ranges = nullptr;
   std::exception_ptr error;
   std::mutex error_mutex;
   std::atomic<bool> stop{false};
   std::atomic<uint32_t> sleeping{0};
-  // Each on a cache line of its own: `next` is written by all threads all the time.
-  alignas(64) std::atomic<int64_t> next{0};
+  // Each on a cache line of its own.
   alignas(64) std::atomic<uint32_t> gate{0};
   alignas(64) std::atomic<uint32_t> signal{0};
   std::vector<std::thread> threads;
