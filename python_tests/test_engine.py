@@ -412,6 +412,43 @@ def test_errors():
         engine.search([[5, 3]])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"beam_size": 6, "num_hypotheses": 2, "return_attention": True},
+        {"sampling": True, "num_hypotheses": 8, "top_k": 9},
+    ],
+)
+def test_teams_of_threads_find_the_same(options):
+    # So many hypotheses that the threads form teams, of one thread, of two, and of unequal size.
+    model = make_model()
+    options = SearchOptions(max_length_b=5, **options)
+    sources = random_sources(model, count=70)
+    prefixes = [source[:1] if i % 3 == 0 else [] for i, source in enumerate(sources)]
+    found = [
+        Engine(model.config, weights_of(model), threads=threads).search(
+            sources, options, prefixes=prefixes, batch_size=70
+        )
+        for threads in (1, 2, 3, 8)
+    ]
+    for other in found[1:]:
+        assert other == found[0]
+        for ours, theirs in zip(other, found[0], strict=True):
+            for a, b in zip(ours.hypotheses, theirs.hypotheses, strict=True):
+                if a.attention is not None:
+                    np.testing.assert_array_equal(a.attention, b.attention)
+
+
+def test_an_error_in_a_team_is_raised_and_the_engine_goes_on():
+    model = make_model(positions="learned", max_positions=20)
+    engine = Engine(model.config, weights_of(model), threads=2)
+    sources = random_sources(model, count=64)
+    broken = [*sources[:-1], [5, 999, 3]]
+    with pytest.raises(ValueError, match="source ids: got 999, expected 0 to 36"):
+        engine.search(broken, SearchOptions(beam_size=6, max_length=8))
+    assert len(engine.search(sources, SearchOptions(beam_size=6, max_length=8))) == 64
+
+
 def test_nan_weights_are_an_error():
     model = make_model()
     weights = weights_of(model)

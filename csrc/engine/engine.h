@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -22,6 +23,9 @@ struct Ensemble {
 
 // Any number of threads may call one engine at once: the weights are only read, each call has a
 // workspace of its own, and the pool's threads go to the call that comes first.
+//
+// The threads share out the work within a step of all sentences, or, where these are many, form
+// teams that each have sentences of their own.
 class Engine {
  public:
   Engine(const ModelConfig& config, Weights weights, int threads)
@@ -41,11 +45,16 @@ class Engine {
  private:
   class Lease;
   class Leases;
+  using Teams = std::vector<std::unique_ptr<ThreadPool>>;
+
+  // All threads, as so many pools.
+  Teams& teams(int count);
 
   ThreadPool pool_;
   Model model_;
   std::mutex mutex_;
   std::vector<std::unique_ptr<Workspace>> idle_;
+  std::map<int, Teams> teams_;  // by their number
 };
 
 }  // namespace transformer_ext::engine
