@@ -12,7 +12,7 @@ namespace {
 
 // Few sentences are cut into parts, of heads: tasks of at least so many elements of keys and
 // values, about a microsecond of work, until there are kTasks. For one sentence without a beam the
-// attention of a step on two threads takes 26 microseconds instead of 43.
+// attention of a step on two threads takes 25 microseconds instead of 32.
 constexpr int64_t kTaskElements = 4096;
 constexpr int64_t kTasks = 8;
 
