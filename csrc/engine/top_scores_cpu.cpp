@@ -47,19 +47,40 @@ uint32_t lanes_above(VecF v, VecF bound) {
 #endif
 }
 
+VecF load_block_vector(const float* scores, int64_t n, int64_t at) {
+  const int64_t lanes = n - at;
+  return lanes >= kWidth ? load(scores + at)
+         : lanes > 0     ? first_or_infinity(scores + at, lanes)
+                         : broadcast(-__builtin_inff());
+}
+
+// The first scores of a row. As many lanes as entries are wanted have a score that is not below the
+// n-th highest of the lanes' maxima: what is lower need not be looked at. (Otherwise most of the
+// first few dozen scores are entered, only to be pushed out again.)
+void raise_floor(const float* scores, int64_t n, TopScores* top) {
+  if (top->capacity > kWidth) return;
+  VecF lanes = broadcast(-__builtin_inff());
+  for (int64_t i = 0; i + kWidth <= n; i += kWidth) lanes = max(load(scores + i), lanes);
+  float highest[kWidth];
+  store(highest, lanes);
+  for (int i = 1; i < kWidth; ++i) {
+    const float score = highest[i];
+    int at = i;
+    for (; at > 0 && highest[at - 1] < score; --at) highest[at] = highest[at - 1];
+    highest[at] = score;
+  }
+  const float bound = __builtin_nextafterf(highest[top->capacity - 1], -__builtin_inff());
+  if (bound > top->floor) top->floor = bound;
+}
+
 void scan(const float* scores, int64_t n, int32_t first_id, TopScores* top) {
+  if (top->count == 0) raise_floor(scores, n, top);
   VecF highest = broadcast(-__builtin_inff());
   float threshold = threshold_of(*top);
   for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t left = n - begin;
     VecF v[kVectors];
 #pragma GCC unroll 4
-    for (int i = 0; i < kVectors; ++i) {
-      const int64_t lanes = left - i * kWidth;
-      v[i] = lanes >= kWidth ? load(scores + begin + i * kWidth)
-             : lanes > 0     ? first_or_infinity(scores + begin + i * kWidth, lanes)
-                             : broadcast(-__builtin_inff());
-    }
+    for (int i = 0; i < kVectors; ++i) v[i] = load_block_vector(scores, n, begin + i * kWidth);
     const VecF block = max(max(v[0], v[1]), max(v[2], v[3]));
     highest = max(block, highest);
     if (lanes_above(block, broadcast(threshold)) == 0) continue;

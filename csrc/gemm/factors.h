@@ -180,6 +180,26 @@ inline void store_integers(int8_t* p, VecI v) {
   std::memcpy(p, &bytes, sizeof bytes);
 }
 
+inline uint32_t largest_lane(VecU v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_epu32((__m512i)v);
+#else
+  uint32_t largest = v[0];
+  for (int lane = 1; lane < kWidth; ++lane) largest = v[lane] > largest ? v[lane] : largest;
+  return largest;
+#endif
+}
+
+inline int32_t sum_of_lanes(VecI v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_epi32((__m512i)v);
+#else
+  int32_t sum = 0;
+  for (int lane = 0; lane < kWidth; ++lane) sum += v[lane];
+  return sum;
+#endif
+}
+
 // Any part of a row that is not a finite number makes all results of the row NaN.
 inline void convert_row(const float* x, int64_t k, int8_t* out, GemmRowScale* scale) {
   // Compared as integers, NaN is above infinity and both above all numbers.
@@ -194,8 +214,7 @@ inline void convert_row(const float* x, int64_t k, int8_t* out, GemmRowScale* sc
     const VecU v = (VecU)load_partial(x + i, k - i) & magnitude;
     most = v > most ? v : most;
   }
-  uint32_t bits = 0;
-  for (int lane = 0; lane < kWidth; ++lane) bits = most[lane] > bits ? most[lane] : bits;
+  const uint32_t bits = largest_lane(most);
   float largest;
   std::memcpy(&largest, &bits, sizeof largest);
   const bool finite = bits < 0x7f800000u;
@@ -217,8 +236,7 @@ inline void convert_row(const float* x, int64_t k, int8_t* out, GemmRowScale* sc
     }
   }
   for (i = k; i % kWord<int8_t> != 0; ++i) out[i] = 0;
-  int32_t sum = 0;
-  for (int lane = 0; lane < kWidth; ++lane) sum += total[lane];
+  const int32_t sum = sum_of_lanes(total);
   *scale = {some     ? largest / kLargestInteger
             : finite ? 0.0f
                      : __builtin_nanf(""),

@@ -53,14 +53,14 @@ GemmInput GemmInput::rows_from(int64_t first) const {
 }
 
 void gemm_unpack(const PackedView& weight, int64_t column, float* out) {
-  const int64_t columns = gemm_panel_columns(), word = inputs_per_word(weight.type);
+  const int64_t columns = gemm_panel_columns();
   const char* const first = static_cast<const char*>(weight.data) +
                             panel_bytes(column / columns * columns, weight.k, weight.type) +
                             column % columns * 4;
   const auto unpack = [&](auto element) {
-    constexpr int64_t kSize = sizeof element;
+    constexpr int64_t kSize = sizeof element, kWord = 4 / kSize;
     for (int64_t i = 0; i < weight.k; ++i) {
-      std::memcpy(&element, first + i / word * columns * 4 + i % word * kSize, sizeof element);
+      std::memcpy(&element, first + i / kWord * columns * 4 + i % kWord * kSize, sizeof element);
       if constexpr (kSize == 4) {
         out[i] = element;
       } else if constexpr (kSize == 2) {
