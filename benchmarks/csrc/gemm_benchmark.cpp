@@ -92,6 +92,30 @@ void gemm_pack(benchmark::State& state) {
   });
 }
 
+// Rows of activations as factors of a product, which is done once for all tasks of it.
+void gemm_convert(benchmark::State& state) {
+  const GemmType type = static_cast<GemmType>(state.range(0));
+  if (!gemm_has(type)) return state.SkipWithError("no bfloat16 dot products");
+  const int64_t m = state.range(1), k = state.range(2);
+  Serial serial;
+  const Aligned<float> x = random<float>(m * k);
+  Aligned<char> out(gemm_converted_bytes(m, k, type));
+  against_copy(state, m * k * 4 + static_cast<int64_t>(out.size()), serial, [&] {
+    benchmark::DoNotOptimize(gemm_convert(x.data(), m, k, k, type, out.data(), serial));
+  });
+}
+
+void convert_shapes(benchmark::internal::Benchmark* b) {
+  in_turns(b);
+  b->ArgNames({"type", "m", "k"});
+  for (const int64_t type : {1, 2}) {
+    b->Args({type, 4, 512});
+    b->Args({type, 128, 256});
+    b->Args({type, 128, 512});
+    b->Args({type, 128, 2048});
+  }
+}
+
 void packed_shapes(benchmark::internal::Benchmark* b) {
   in_turns(b);
   b->ArgNames({"m", "n", "k", "threads"});
@@ -133,6 +157,7 @@ BENCHMARK_TEMPLATE(gemm_packed, bfloat16)->Apply(packed_shapes);
 BENCHMARK(gemm_int8)->Apply(packed_shapes);
 BENCHMARK_TEMPLATE(gemm_weight_gradient, float)->Apply(gradient_shapes);
 BENCHMARK_TEMPLATE(gemm_weight_gradient, bfloat16)->Apply(gradient_shapes);
+BENCHMARK(gemm_convert)->Apply(convert_shapes);
 BENCHMARK_TEMPLATE(gemm_pack, float)->Apply(pack_shapes);
 BENCHMARK_TEMPLATE(gemm_pack, bfloat16)->Apply(pack_shapes);
 
