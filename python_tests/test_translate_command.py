@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from decoding_helpers import SENTENCES, save_random_model
 
+from transformer_ext.inference.engine import resolve_compute_type
 from transformer_ext.inference.options import SearchOptions
 from transformer_ext.inference.translator import Translator
 
@@ -231,6 +232,18 @@ def test_wrong_arguments(model_dir, arguments, message):
 def test_no_such_model(tmp_path):
     done = run(tmp_path / "nothing")
     assert done.returncode == 2 and b"no such model directory" in done.stderr
+
+
+def test_compute_types(model_dir):
+    with Translator(model_dir, compute_type="int8") as translator:
+        expected = [t.text for t in translator.translate(SENTENCES, max_length=12)]
+    text = "".join(f"{line}\n" for line in SENTENCES).encode()
+    done = run(model_dir, *QUICK, "--compute-type", "int8", stdin=text)
+    assert done.stdout.decode().splitlines() == expected and done.stderr == b""
+    done = run(model_dir, *QUICK, "--compute-type", "auto", stdin=text)
+    assert done.stderr.decode() == f"compute type: {resolve_compute_type('auto')}\n"
+    done = run(model_dir, *QUICK, "--compute-type", "int9", stdin=text)
+    assert done.returncode == 2 and b"int9" in done.stderr and done.stdout == b""
 
 
 def test_ensemble(model_dir, tmp_path):

@@ -85,12 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"{reference_path}: has no lines")
         seconds = None
         if arguments.hyp is None:
-            from transformer_ext.inference.translator import Translator
+            from transformer_ext.inference.translator import open_translator
 
-            folders = [arguments.model, *arguments.ensemble]
-            with Translator(
-                folders, arguments.threads, compute_type=arguments.compute_type, options=options
-            ) as translator:
+            with open_translator(arguments, options) as translator:
                 start = time.perf_counter()
                 found = translator.translate(
                     lines, batch_size=arguments.batch_size, batch_tokens=arguments.batch_tokens

@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from transformer_ext.inference.lines import TextLines
         from transformer_ext.inference.shared import alignment_of
-        from transformer_ext.inference.translator import Translator
+        from transformer_ext.inference.translator import open_translator
 
         text = TextLines()
         sources, targets = text.read(arguments.src), text.read(arguments.tgt)
@@ -86,10 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{arguments.src} has {len(sources)} lines, {arguments.tgt} has {len(targets)}: "
                 "expected as many"
             )
-        folders = [arguments.model, *arguments.ensemble]
-        with Translator(
-            folders, arguments.threads, compute_type=arguments.compute_type
-        ) as translator:
+        with open_translator(arguments) as translator:
             batches = dict(batch_size=arguments.batch_size, batch_tokens=arguments.batch_tokens)
             attentions: list[Any] = [None] * len(sources)
             if attends:

@@ -250,12 +250,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--return-attention and --return-alignment: expected --format jsonl with them")
     try:
         from transformer_ext.inference.lines import TextLines
-        from transformer_ext.inference.translator import Translator
+        from transformer_ext.inference.translator import open_translator
 
-        folders = [arguments.model, *arguments.ensemble]
-        with Translator(
-            folders, arguments.threads, compute_type=arguments.compute_type, options=options
-        ) as translator:
+        with open_translator(arguments, options) as translator:
             _translate(
                 translator,
                 TextLines(),

@@ -162,6 +162,7 @@ class Engine:
                     )
         together = cls.__new__(cls)
         together.config = first.config
+        together.compute_type = first.compute_type
         together._engine = first._open()
         together._others = [*first._others, *others]
         return together

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,7 +68,7 @@ class Translator:
             as an ensemble: of each token counts the mean of the probabilities that they give to it.
         threads: threads at work on one call; None takes as many as there are physical cores that
             this process may use.
-        compute_type: ``float32`` or ``bfloat16``; see
+        compute_type: ``float32``, ``bfloat16``, ``int8`` or ``auto``; see
             :class:`transformer_ext.inference.engine.Engine`.
         options: how to search where a call does not say otherwise; the defaults if None.
 
@@ -165,6 +167,11 @@ class Translator:
         self.source_tokenizer = source_tokenizer
         self.target_tokenizer = target_tokenizer
         self.max_train_length = max_train_length
+
+    @property
+    def compute_type(self) -> str:
+        """What the matrix products multiply: ``auto`` resolved."""
+        return self._engine.compute_type
 
     @property
     def threads(self) -> int:
@@ -520,3 +527,24 @@ def _texts(name: str, value: str | Sequence[str], first: int = 0) -> list[str]:
                 "expected a text or a sequence of texts"
             )
     return texts
+
+
+def open_translator(
+    arguments: argparse.Namespace, options: SearchOptions | None = None
+) -> Translator:
+    """The translator that a command's arguments name (``add_engine_arguments``, and ``model``).
+
+    Which type ``auto`` became is said on stderr.
+
+    Raises:
+        As :class:`Translator`.
+    """
+    translator = Translator(
+        [arguments.model, *arguments.ensemble],
+        arguments.threads,
+        compute_type=arguments.compute_type,
+        options=options,
+    )
+    if arguments.compute_type == "auto":
+        print(f"compute type: {translator.compute_type}", file=sys.stderr)
+    return translator
