@@ -60,7 +60,6 @@ from decoding_peers import (
     Setting,
     Task,
     Turn,
-    ctranslate2_setting,
     decoder,
     start_up_commands,
 )
@@ -240,7 +239,7 @@ def measure_case(
         for key in keys:
             competitor = COMPETITORS[key]
             say(f"... {competitor.title}")
-            setting = ctranslate2_setting(competitor.type, task) if competitor.best else None
+            setting = competitor.setting(task)
             worker = Worker(
                 decoder,
                 key,

@@ -5,6 +5,7 @@ Nothing is imported here that a competitor would not import itself: its memory i
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import time
@@ -232,6 +233,7 @@ class Competitor:
         make: from the task and the setting of CTranslate2 to the decoder.
         type: asked for.
         best: whether CTranslate2 runs with the best settings found.
+        environment: whether with the variables of the environment among them.
         slow: warmed up by a part of a turn only.
         usual: runs where nothing else is asked for.
     """
@@ -241,8 +243,16 @@ class Competitor:
     make: Callable[[Task, Setting | None], Any]
     type: str
     best: bool = False
+    environment: bool = True
     slow: bool = False
     usual: bool = True
+
+    def setting(self, task: Task) -> Setting | None:
+        """Of CTranslate2, where it does not run with its defaults."""
+        if not self.best:
+            return None
+        setting = ctranslate2_setting(self.type, task)
+        return setting if self.environment else dataclasses.replace(setting, environment=())
 
     @property
     def missing(self) -> str | None:
@@ -273,14 +283,15 @@ def _ours(type: str) -> Competitor:
     )
 
 
-def _ctranslate2(type: str) -> Competitor:
+def _ctranslate2(type: str, environment: bool = True) -> Competitor:
     return Competitor(
-        f"CTranslate2, {type}, its best settings",
+        f"CTranslate2, {type}, its best {'settings' if environment else 'options alone'}",
         "ctranslate2",
         lambda task, setting: CTranslate2(task, type, setting or ctranslate2_setting(type, task)),
         type,
         best=True,
-        usual=type in ("int8", "float32", "bfloat16"),
+        environment=environment,
+        usual=environment and type in ("int8", "float32", "bfloat16"),
     )
 
 
@@ -307,6 +318,8 @@ CTRANSLATE2_TYPES = (
 COMPETITORS: dict[str, Competitor] = {
     **{f"ours-{type}": _ours(type) for type in COMPUTE_TYPES},
     **{f"ctranslate2-{type}": _ctranslate2(type) for type in CTRANSLATE2_TYPES},
+    # As its documents have it, without malloc's variables.
+    **{f"ctranslate2-{type}-options": _ctranslate2(type, False) for type in ("int8", "float32")},
     "ctranslate2-defaults": Competitor(
         "CTranslate2, int8, one worker with all threads",
         "ctranslate2",
