@@ -20,14 +20,17 @@ from pathlib import Path
 
 SHIMS = Path(__file__).resolve().parent.parent / "cmake" / "torch_2.11_shims.txt"
 
+VNNI = r"\bvpdp(busd|wssd)"
+BF16 = r"\bv(dpbf16|cvtne2?ps2?bf16|cvtneps2bf16)"
 MASKED = r"\{%k|%k[0-7]\b"
 UPPER_REGISTERS = r"%[xyz]mm(1[6-9]|2\d|3[01])\b"
-BEYOND_AVX512 = r"\bv(dpbf16|cvtne2?ps2?bf16|cvtneps2bf16|pdpbusd|pdpwssd)"
 # A regular expression over one line of disassembly, for what an instruction set lacks.
 FORBIDDEN = {
     "baseline": re.compile(r"%ymm|%zmm|:\tv[a-z]"),
-    "avx2": re.compile(rf"%zmm|{MASKED}|{UPPER_REGISTERS}"),
-    "avx512": re.compile(BEYOND_AVX512),
+    "avx2": re.compile(rf"%zmm|{MASKED}|{UPPER_REGISTERS}|{VNNI}"),
+    "avx2_vnni": re.compile(rf"%zmm|{MASKED}|{UPPER_REGISTERS}"),
+    "avx512": re.compile(rf"{BF16}|{VNNI}"),
+    "avx512_vnni": re.compile(BF16),
 }
 
 # Weak undefined symbols (null where torch has no CUDA) and what every library has.
@@ -83,7 +86,7 @@ def main() -> int:
     build, *folders = map(Path, sys.argv[1:])
     problems: list[str] = []
     count = 0
-    for isa in ("baseline", "avx2", "avx512", "avx512_bf16"):
+    for isa in ("baseline", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_bf16"):
         for path in kernel_objects(build, isa):
             count += 1
             problems += foreign_instructions(path, isa) + weak_symbols(path, isa)

@@ -11,6 +11,7 @@ import pytest
 
 from transformer_ext import __main__ as console
 from transformer_ext import __version__, _build_stamp, _native, info
+from transformer_ext.inference.engine import resolve_compute_type
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -99,6 +100,26 @@ def test_info_json():
     assert found["transformer_ext"]["version"] == __version__
     assert found["torch"]["cpu_ops"] is True
     assert found["cpu"]["isa"]
+    decoding = found["cpu"]["decoding"]
+    assert decoding["compute_type_auto"] == resolve_compute_type("auto")
+    assert decoding["int8_instruction"] == _native.native().int8_instruction()
+
+
+@pytest.mark.parametrize(("isa", "feature"), [("avx2", "avx_vnni"), ("avx512", "vnni")])
+def test_int8_takes_vnni_where_the_machine_has_it(isa, feature):
+    features = _native.native().cpu_features()
+    if not features[isa]:
+        pytest.skip(f"this machine does not have {isa}")
+    result = run_python(
+        "from transformer_ext._native import native; print(native().int8_instruction())",
+        TRANSFORMER_EXT_ISA=isa,
+    )
+    if not features[feature]:
+        assert result.stdout.startswith("vpmaddwd"), result.stderr
+    elif isa == "avx512":  # the compiler may be too old for AVX-VNNI
+        assert result.stdout == "vpdpbusd (AVX512_VNNI)\n", result.stderr
+    else:
+        assert result.stdout.split("(")[0].strip() in ("vpdpbusd", "vpmaddwd"), result.stderr
 
 
 def test_info_names_the_nearest_option(capsys):

@@ -76,6 +76,33 @@ def _compiled(problems: list[str]) -> dict[str, Any]:
     return {"folder": str(compiled.folder), "stale": compiled.stale, **compiled.info}
 
 
+def _other_state(what: str, error: Exception) -> str:
+    return (
+        f"The compiled {what} are not those that the Python files expect ({error}). "
+        f"To build them anew: {_native.repair_command()}"
+    )
+
+
+def _decoding(native: Any, problems: list[str]) -> dict[str, str]:
+    from transformer_ext.inference.engine import resolve_compute_type
+
+    try:
+        chosen = resolve_compute_type("auto")
+        return {
+            "compute_type_auto": chosen,
+            "compute_type_auto_reason": (
+                "the fastest" if chosen == "int8" else "int8 is slower without AVX2"
+            ),
+            "int8_instruction": native.int8_instruction(),
+            "bfloat16_instruction": (
+                "vdpbf16ps" if native.has_bfloat16() else "none: the engine needs AVX512_BF16"
+            ),
+        }
+    except AttributeError as error:
+        problems.append(_other_state("files", error))
+        return {}
+
+
 def _cpu(problems: list[str]) -> dict[str, Any]:
     try:
         native = _native.native()
@@ -92,6 +119,7 @@ def _cpu(problems: list[str]) -> dict[str, Any]:
         "isa": isa,
         "isa_reason": why,
         "features": native.cpu_features(),
+        "decoding": _decoding(native, problems),
         "default_threads": native.default_threads(),
     }
 
@@ -162,10 +190,7 @@ def _torch(problems: list[str], architectures: str) -> dict[str, Any]:
         try:
             result["gemm"] = _gemm()
         except (AttributeError, ImportError, RuntimeError) as error:
-            problems.append(
-                f"The compiled ops are not those that the Python files expect ({error}). "
-                f"To build them anew: {_native.repair_command()}"
-            )
+            problems.append(_other_state("ops", error))
     return result
 
 

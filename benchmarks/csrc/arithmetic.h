@@ -40,10 +40,10 @@ class Arithmetic {
         if (type == bfloat16) return {run_bf16, 32};
         return {run_avx512, 16};
       case Isa::avx512:
-        if (type == int8) return {run_avx512_bytes, 64};
+        if (type == int8) return {has_vnni(Isa::avx512) ? run_vnni : run_avx512_bytes, 64};
         return {run_avx512, 16};
       case Isa::avx2:
-        if (type == int8) return {run_avx2_bytes, 32};
+        if (type == int8) return {has_vnni(Isa::avx2) ? run_avx_vnni : run_avx2_bytes, 32};
         return {run_avx2, 8};
       case Isa::baseline:
         break;
@@ -111,6 +111,16 @@ class Arithmetic {
     TRANSFORMER_EXT_CHAINS(__m512i, one)
 #undef TRANSFORMER_EXT_STEP
   }
+#if __clang_major__ >= 12 || (!defined(__clang__) && __GNUC__ >= 11)
+  __attribute__((target("avx2,avxvnni"))) static void run_avx_vnni() {
+    const __m256i one = _mm256_set1_epi8(1);
+#define TRANSFORMER_EXT_STEP(x) _mm256_dpbusd_avx_epi32(x, one, one)
+    TRANSFORMER_EXT_CHAINS(__m256i, one)
+#undef TRANSFORMER_EXT_STEP
+  }
+#else
+  static void run_avx_vnni() { run_avx2_bytes(); }  // the kernels are without it too
+#endif
   // Without VNNI three instructions. The bytes are those of x, so that no product is computed once
   // for all.
   __attribute__((target("avx512f,avx512bw"))) static void run_avx512_bytes() {

@@ -24,6 +24,7 @@ PYBIND11_MODULE(_C, m) {
         py::dict features;
         features["avx2"] = f.avx2;
         features["avx512"] = f.avx512;
+        features["avx_vnni"] = f.avx_vnni;
         features["vnni"] = f.vnni;
         features["bf16"] = f.bf16;
         features["amx_bf16"] = f.amx_bf16;
@@ -34,8 +35,11 @@ PYBIND11_MODULE(_C, m) {
       "has_bfloat16", [] { return tx::gemm_has(tx::GemmType::bfloat16); },
       "Whether the instruction set in use multiplies bfloat16.");
   m.def(
-      "prefers_int8", [] { return tx::gemm_kernels().prefers_int8; },
+      "prefers_int8", [] { return tx::gemm_prefers_int8(); },
       "Whether 8-bit integers are the fastest that the instruction set in use multiplies.");
+  m.def(
+      "int8_instruction", [] { return tx::gemm_int8_instruction(); },
+      "Name of the instruction that multiplies 8-bit integers.");
   m.def("default_threads", &tx::default_thread_count,
         "min(physical cores, cores this process may run on, cgroup CPU quota), at least 1.");
   tx::bind_engine(m);

@@ -3,9 +3,23 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace transformer_ext {
 
 namespace {
+
+#if defined(__x86_64__)
+// By hand: not all compilers that we build with have a name for it in __builtin_cpu_supports.
+bool has_avx_vnni() {
+  unsigned eax, ebx, ecx, edx;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || eax < 1) return false;
+  __cpuid_count(7, 1, eax, ebx, ecx, edx);
+  return (eax >> 4 & 1) != 0;
+}
+#endif
 
 CpuFeatures detect() {
   CpuFeatures f;
@@ -15,6 +29,7 @@ CpuFeatures detect() {
   f.avx512 = f.avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
              __builtin_cpu_supports("avx512cd");
+  f.avx_vnni = f.avx2 && has_avx_vnni();
   f.vnni = f.avx512 && __builtin_cpu_supports("avx512vnni");
   f.bf16 = f.avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
@@ -57,6 +72,19 @@ Isa best_isa() {
 Isa active_isa() {
   static const Isa isa = choose();
   return isa;
+}
+
+bool has_vnni(Isa isa) {
+  switch (isa) {
+    case Isa::baseline:
+      return false;
+    case Isa::avx2:
+      return cpu_features().avx_vnni;
+    case Isa::avx512:
+    case Isa::avx512_bf16:
+      return cpu_features().vnni;
+  }
+  return false;
 }
 
 const char* isa_name(Isa isa) {

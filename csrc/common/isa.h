@@ -3,6 +3,8 @@
 // Every `csrc/<subject>/<subject>_cpu.cpp` is compiled once per instruction set, each time with
 // TRANSFORMER_EXT_ISA set to one of the names below, and puts its kernels into the namespace of
 // that name behind one constant table of function pointers. The table is chosen once, at start.
+// `csrc/<subject>/<subject>_int8_cpu.cpp` is compiled twice more, as avx2_vnni and avx512_vnni,
+// which stand in for avx2 and avx512 where the machine has_vnni().
 #pragma once
 
 #include <cstdint>
@@ -22,8 +24,9 @@ enum class Isa : int {
 struct CpuFeatures {
   bool avx2 = false;
   bool avx512 = false;
-  bool vnni = false;  // AVX512_VNNI
-  bool bf16 = false;  // AVX512_BF16
+  bool avx_vnni = false;  // AVX-VNNI: in 256 bits, without AVX-512
+  bool vnni = false;      // AVX512_VNNI
+  bool bf16 = false;      // AVX512_BF16
   bool amx_bf16 = false;
 };
 
@@ -34,6 +37,11 @@ const CpuFeatures& cpu_features();
 Isa active_isa();
 Isa best_isa();
 const char* isa_name(Isa isa);
+
+// Whether the machine has VNNI, the dot products of 8-bit integers, in vectors of the level. That
+// is no level of its own, because there would be no order: machines with it in AVX-512 lack it in
+// AVX2, and the other way round.
+bool has_vnni(Isa isa);
 
 }  // namespace transformer_ext
 
@@ -58,10 +66,39 @@ const char* isa_name(Isa isa);
                                          &avx512_bf16::name};                         \
     return *tables[static_cast<int>(active_isa())];                                   \
   }
+
+// The same for the table of a *_int8_cpu.cpp.
+#define TRANSFORMER_EXT_INT8_KERNELS(Type, name)                                       \
+  namespace baseline {                                                                 \
+  extern const Type name;                                                              \
+  }                                                                                    \
+  namespace avx2 {                                                                     \
+  extern const Type name;                                                              \
+  }                                                                                    \
+  namespace avx2_vnni {                                                                \
+  extern const Type name;                                                              \
+  }                                                                                    \
+  namespace avx512 {                                                                   \
+  extern const Type name;                                                              \
+  }                                                                                    \
+  namespace avx512_vnni {                                                              \
+  extern const Type name;                                                              \
+  }                                                                                    \
+  namespace avx512_bf16 {                                                              \
+  extern const Type name;                                                              \
+  }                                                                                    \
+  [[maybe_unused]] static const Type& name() {                                         \
+    static const Type* const tables[][2] = {{&baseline::name, &baseline::name},        \
+                                            {&avx2::name, &avx2_vnni::name},           \
+                                            {&avx512::name, &avx512_vnni::name},       \
+                                            {&avx512_bf16::name, &avx512_bf16::name}}; \
+    return *tables[static_cast<int>(active_isa())][has_vnni(active_isa()) ? 1 : 0];    \
+  }
 #else
 #define TRANSFORMER_EXT_KERNELS(Type, name) \
   namespace baseline {                      \
   extern const Type name;                   \
   }                                         \
   [[maybe_unused]] static const Type& name() { return baseline::name; }
+#define TRANSFORMER_EXT_INT8_KERNELS(Type, name) TRANSFORMER_EXT_KERNELS(Type, name)
 #endif

@@ -12,6 +12,11 @@ TEST(Isa, TheLevelInUseIsOneThatTheMachineHas) {
   }
   if (!cpu_features().avx512) {
     EXPECT_LE(best_isa(), Isa::avx2);
+    EXPECT_FALSE(has_vnni(Isa::avx512));
+  }
+  EXPECT_FALSE(has_vnni(Isa::baseline));
+  if (best_isa() == Isa::avx512_bf16) {
+    EXPECT_TRUE(has_vnni(Isa::avx512_bf16));
   }
 }
 

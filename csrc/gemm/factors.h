@@ -1,5 +1,6 @@
 // The types of a matrix product's factors: how a word of each is multiplied, and how rows of
-// float32 become one. Include it only from gemm_cpu.cpp.
+// float32 become one. Include it only from
+// *_cpu.cpp.
 //
 // Factors are taken word by word of 32 bits along k: one float32; two bfloat16 that the dot-product
 // instruction multiplies and adds to a float32 at once; or four 8-bit integers, added up in int32,
@@ -15,6 +16,26 @@
 
 namespace transformer_ext::TRANSFORMER_EXT_ISA {
 namespace {
+
+// Whether one instruction multiplies four integers and adds them up; what multiplies, for people.
+#if defined(__AVX512VNNI__)
+#define TRANSFORMER_EXT_DOTS 1
+[[maybe_unused]] constexpr char kInstruction[] = "vpdpbusd (AVX512_VNNI)";
+#elif defined(__AVXVNNI__)
+#define TRANSFORMER_EXT_DOTS 1
+[[maybe_unused]] constexpr char kInstruction[] = "vpdpbusd (AVX-VNNI)";
+#else
+#define TRANSFORMER_EXT_DOTS 0
+#if defined(__AVX512F__)
+[[maybe_unused]] constexpr char kInstruction[] = "vpmaddwd (AVX-512 without VNNI)";
+#elif defined(__AVX2__)
+[[maybe_unused]] constexpr char kInstruction[] = "vpmaddwd (AVX2 without VNNI)";
+#elif defined(__x86_64__)
+[[maybe_unused]] constexpr char kInstruction[] = "pmaddwd (SSE2)";
+#else
+[[maybe_unused]] constexpr char kInstruction[] = "multiplications of 32 bits";
+#endif
+#endif
 
 // Elements of T in a word.
 template <class T>
@@ -74,11 +95,15 @@ inline VecI broadcast_integers(const int8_t* p) {
   return word - VecI{};
 }
 
-#if defined(__AVX512VNNI__)
+#if TRANSFORMER_EXT_DOTS
 inline VecI load_words(const int8_t* p) { return load_integers(p); }
 inline VecI broadcast_word(const int8_t* p) { return broadcast_integers(p); }
 inline VecI multiply_add(VecI x, VecI weights, VecI sum, int8_t) {
+#if defined(__AVX512VNNI__)
   return (VecI)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)weights, (__m512i)x);
+#else
+  return (VecI)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)weights, (__m256i)x);
+#endif
 }
 #elif defined(__x86_64__)
 // Without the dot product: the four integers as two pairs of 16 bits, which are multiplied and

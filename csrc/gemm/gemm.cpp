@@ -20,6 +20,18 @@ int64_t inputs_per_word(GemmType type) {
   return type == GemmType::float32 ? 1 : type == GemmType::bfloat16 ? 2 : 4;
 }
 
+const GemmTypeKernels& kernels_of(GemmType type) {
+  switch (type) {
+    case GemmType::float32:
+      break;
+    case GemmType::bfloat16:
+      return gemm_kernels().bfloat16;
+    case GemmType::int8:
+      return gemm_int8_kernels().int8;
+  }
+  return gemm_kernels().float32;
+}
+
 // Without the scales.
 size_t panel_bytes(int64_t n, int64_t k, GemmType type) {
   const int64_t columns = gemm_panel_columns(), word = inputs_per_word(type);
@@ -35,7 +47,11 @@ PackedView PackedView::columns(int64_t begin, int64_t count) const {
 
 int64_t gemm_panel_columns() { return gemm_kernels().panel_columns; }
 
-bool gemm_has(GemmType type) { return gemm_kernels().gemm[static_cast<int>(type)] != nullptr; }
+bool gemm_has(GemmType type) { return kernels_of(type).gemm != nullptr; }
+
+bool gemm_prefers_int8() { return gemm_int8_kernels().preferred; }
+
+const char* gemm_int8_instruction() { return gemm_int8_kernels().instruction; }
 
 size_t gemm_packed_bytes(int64_t n, int64_t k, GemmType type) {
   const int64_t columns = gemm_panel_columns();
@@ -95,16 +111,16 @@ size_t gemm_converted_bytes(int64_t m, int64_t k, GemmType type) {
 GemmInput gemm_convert(const float* x, int64_t m, int64_t k, int64_t ldx, GemmType type, void* out,
                        Parallel& parallel) {
   if (type == GemmType::float32) return {x, type, ldx, 1};
-  return gemm_kernels().convert[static_cast<int>(type)](x, m, k, ldx, out, parallel);
+  return kernels_of(type).convert(x, m, k, ldx, out, parallel);
 }
 
 void gemm_pack(const float* w, int64_t n, int64_t k, int64_t n_stride, int64_t k_stride,
                GemmType type, void* out, Parallel& parallel) {
-  gemm_kernels().pack[static_cast<int>(type)](w, n, k, n_stride, k_stride, out, parallel);
+  kernels_of(type).pack(w, n, k, n_stride, k_stride, out, parallel);
 }
 
 void gemm(const GemmArguments& arguments, Parallel& parallel) {
-  gemm_kernels().gemm[static_cast<int>(arguments.weight.type)](arguments, parallel);
+  kernels_of(arguments.weight.type).gemm(arguments, parallel);
 }
 
 PackedMatrix::~PackedMatrix() { release(); }

@@ -25,7 +25,6 @@ namespace transformer_ext {
 // result. A row of x with a NaN or an infinity gives NaN. Weights must be packed; k at most
 // kGemmMostIntegers.
 enum class GemmType : int { float32 = 0, bfloat16 = 1, int8 = 2 };
-constexpr int kGemmTypes = 3;
 // 255 * 127 * k must fit into 31 bits.
 constexpr int64_t kGemmMostIntegers = 65536;
 
@@ -54,6 +53,9 @@ struct PackedView {
 
 int64_t gemm_panel_columns();
 bool gemm_has(GemmType type);
+// Whether int8 is the fastest type of this machine, and the instruction that multiplies it here.
+bool gemm_prefers_int8();
+const char* gemm_int8_instruction();
 size_t gemm_packed_bytes(int64_t n, int64_t k, GemmType type);
 
 // To out[gemm_packed_bytes(n, k, type)] from the weight at w[column * n_stride + input * k_stride]:
@@ -154,17 +156,27 @@ inline void gemm_matmul(const GemmInput& a, int64_t m, const void* b, int64_t n,
        parallel);
 }
 
+// Of one type; null where the instruction set lacks what it needs.
+struct GemmTypeKernels {
+  void (*pack)(const float* w, int64_t n, int64_t k, int64_t n_stride, int64_t k_stride, void* out,
+               Parallel& parallel);
+  GemmInput (*convert)(const float* x, int64_t m, int64_t k, int64_t ldx, void* out,
+                       Parallel& parallel);  // null for float32
+  void (*gemm)(const GemmArguments& arguments, Parallel& parallel);
+};
+
 struct GemmKernels {
-  int64_t panel_columns;
-  bool prefers_int8;  // int8 is its fastest type
-  // By GemmType; null where the instruction set lacks what the type needs.
-  void (*pack[kGemmTypes])(const float* w, int64_t n, int64_t k, int64_t n_stride, int64_t k_stride,
-                           void* out, Parallel& parallel);
-  GemmInput (*convert[kGemmTypes])(const float* x, int64_t m, int64_t k, int64_t ldx, void* out,
-                                   Parallel& parallel);
-  void (*gemm[kGemmTypes])(const GemmArguments& arguments, Parallel& parallel);
+  int64_t panel_columns;  // of int8 too
+  GemmTypeKernels float32, bfloat16;
+};
+
+struct GemmInt8Kernels {
+  GemmTypeKernels int8;
+  const char* instruction;  // what multiplies, for people
+  bool preferred;           // int8 is the fastest type
 };
 
 TRANSFORMER_EXT_KERNELS(GemmKernels, gemm_kernels)
+TRANSFORMER_EXT_INT8_KERNELS(GemmInt8Kernels, gemm_int8_kernels)
 
 }  // namespace transformer_ext

@@ -328,39 +328,100 @@ TEST(Gemm, IntegersOfZeroesAndOfWhatIsNotFinite) {
 }
 
 #if defined(__x86_64__)
-// The same bits with the dot products of VNNI, with AVX-512 and with AVX2. (Without FMA, scale and
-// bias are rounded one after the other.)
+struct Level {
+  Isa isa;
+  bool vnni;
+  const GemmKernels& kernels;
+  const GemmInt8Kernels& int8;
+
+  bool runs_here() const { return isa <= best_isa() && (!vnni || has_vnni(isa)); }
+};
+
+const Level kLevels[] = {
+    {Isa::baseline, false, baseline::gemm_kernels, baseline::gemm_int8_kernels},
+    {Isa::avx2, false, avx2::gemm_kernels, avx2::gemm_int8_kernels},
+    {Isa::avx2, true, avx2::gemm_kernels, avx2_vnni::gemm_int8_kernels},
+    {Isa::avx512, false, avx512::gemm_kernels, avx512::gemm_int8_kernels},
+    {Isa::avx512, true, avx512::gemm_kernels, avx512_vnni::gemm_int8_kernels},
+    {Isa::avx512_bf16, true, avx512_bf16::gemm_kernels, avx512_bf16::gemm_int8_kernels},
+};
+
+// The same bits with and without VNNI, with AVX-512 and with AVX2. (Without FMA, scale and bias are
+// rounded one after the other.)
 TEST(Gemm, IntegersAreTheSameOnEveryInstructionSet) {
   Serial serial;
-  const Shape s{23, 200, 333};
-  const Problem p(s);
-  const GemmKernels* const tables[] = {&baseline::gemm_kernels, &avx2::gemm_kernels,
-                                       &avx512::gemm_kernels, &avx512_bf16::gemm_kernels};
-  std::vector<float> first;
-  for (int isa = 0; isa <= static_cast<int>(best_isa()); ++isa) {
-    const GemmKernels& kernels = *tables[isa];
-    constexpr int kInt8 = static_cast<int>(GemmType::int8);
-    const int64_t columns =
-        (s.n + kernels.panel_columns - 1) / kernels.panel_columns * kernels.panel_columns;
-    const int64_t panels = columns * ((s.k + 3) / 4 * 4);
-    std::vector<char> packed(static_cast<size_t>(panels + columns * 4));
-    kernels.pack[kInt8](p.w.data(), s.n, s.k, s.k, 1, packed.data(), serial);
-    std::vector<float> y(static_cast<size_t>(s.m * s.n));
-    const PackedView view{packed.data(), s.n, s.k, GemmType::int8,
-                          reinterpret_cast<const float*>(packed.data() + panels)};
-    kernels.gemm[kInt8]({s.m,
-                         {p.x.data(), GemmType::float32, s.k, 1},
-                         view,
-                         nullptr,
-                         0,
-                         p.bias.data(),
-                         y.data(),
-                         GemmType::float32,
-                         s.n,
-                         {}},
-                        serial);
-    if (isa <= 1) first = y;
-    for (size_t i = 0; i < y.size(); ++i) ASSERT_NEAR(y[i], first[i], isa == 0 ? 1e-6 : 0.0);
+  // All heights of a tile; a part of a panel and of a word; one row, and two panels at once.
+  for (const Shape s : {Shape{23, 200, 333}, Shape{1, 130, 64}, Shape{3, 257, 31}, Shape{6, 64, 4},
+                        Shape{100, 70, 515}}) {
+    const Problem p(s);
+    std::vector<float> first;
+    for (const Level& level : kLevels) {
+      if (!level.runs_here()) continue;
+      const int64_t width = level.kernels.panel_columns;
+      const int64_t columns = (s.n + width - 1) / width * width;
+      const int64_t panels = columns * ((s.k + 3) / 4 * 4);
+      std::vector<char> packed(static_cast<size_t>(panels + columns * 4));
+      level.int8.int8.pack(p.w.data(), s.n, s.k, s.k, 1, packed.data(), serial);
+      std::vector<float> y(static_cast<size_t>(s.m * s.n));
+      const PackedView view{packed.data(), s.n, s.k, GemmType::int8,
+                            reinterpret_cast<const float*>(packed.data() + panels)};
+      level.int8.int8.gemm({s.m,
+                            {p.x.data(), GemmType::float32, s.k, 1},
+                            view,
+                            nullptr,
+                            0,
+                            p.bias.data(),
+                            y.data(),
+                            GemmType::float32,
+                            s.n,
+                            {}},
+                           serial);
+      if (level.isa <= Isa::avx2 && !level.vnni) first = y;
+      for (size_t i = 0; i < y.size(); ++i) {
+        ASSERT_NEAR(y[i], first[i], level.isa == Isa::baseline ? 1e-6 : 0.0)
+            << isa_name(level.isa) << ", " << level.int8.instruction << ": " << s.m << " " << s.n
+            << " " << s.k << " at " << i;
+      }
+    }
+  }
+}
+
+// Sums at their ends, where 16 bits would have overflowed and a saturating instruction stopped.
+TEST(Gemm, IntegersDoNotSaturateOnAnyInstructionSet) {
+  Serial serial;
+  const int64_t k = kGemmMostIntegers;
+  for (const Level& level : kLevels) {
+    if (!level.runs_here()) continue;
+    for (const float sign : {1.0f, -1.0f}) {
+      const std::vector<float> x(static_cast<size_t>(k), sign), w(static_cast<size_t>(k), 1.0f);
+      std::vector<char> packed(static_cast<size_t>(level.kernels.panel_columns * (k + 4)));
+      level.int8.int8.pack(w.data(), 1, k, k, 1, packed.data(), serial);
+      const PackedView view{
+          packed.data(), 1, k, GemmType::int8,
+          reinterpret_cast<const float*>(packed.data() + level.kernels.panel_columns * k)};
+      float y = 0;
+      level.int8.int8.gemm({1,
+                            {x.data(), GemmType::float32, k, 1},
+                            view,
+                            nullptr,
+                            0,
+                            nullptr,
+                            &y,
+                            GemmType::float32,
+                            1,
+                            {}},
+                           serial);
+      EXPECT_NEAR(y, sign * static_cast<float>(k), 0.1) << level.int8.instruction;
+    }
+  }
+}
+
+TEST(Gemm, IntegersAreMultipliedByVnniWhereTheMachineHasIt) {
+  for (const Level& level : kLevels) {
+    if (level.isa == active_isa() && level.vnni == has_vnni(active_isa())) {
+      EXPECT_STREQ(gemm_int8_instruction(), level.int8.instruction);
+      EXPECT_EQ(&gemm_int8_kernels(), &level.int8);
+    }
   }
 }
 #endif
