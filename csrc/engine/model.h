@@ -43,7 +43,10 @@ struct ModelConfig {
   int64_t query_width() const { return heads * head_dim; }
   int64_t kv_width() const { return kv_heads * head_dim; }
   // Keys and values that the decoder attends to are kept in bfloat16 where the products that make
-  // them are less exact than float32.
+  // them are less exact than float32. 8-bit integers with a scale for each vector of a head, half
+  // the bytes, gained too little for int8: base, 64 sentences, beam 4, one thread, 530 against 525
+  // microseconds of processor time a token (1.005 times, median of four turns; 1.03 by the clock on
+  // two threads that shared the cores with other work). BLEU of the shipped test text was 38.12.
   bool bfloat16_cache() const { return compute != GemmType::float32; }
   int64_t cache_element_bytes() const { return bfloat16_cache() ? 2 : 4; }
 };
