@@ -85,6 +85,7 @@ add_custom_command(
           "${CMAKE_SOURCE_DIR}" "${compiled_dir}/build_info.json"
           "isas=${isas}" "torch=${torch_version}" "build_type=${CMAKE_BUILD_TYPE}"
           "compiler=${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}"
+          "avx_vnni=$<BOOL:${TRANSFORMER_EXT_COMPILER_HAS_AVX_VNNI}>"
           "python=${Python_VERSION}" "platform=${CMAKE_SYSTEM_NAME} ${CMAKE_SYSTEM_PROCESSOR}"
           "cuda=${CMAKE_CUDA_COMPILER_VERSION}" "cuda_architectures=${cuda_architectures}"
           "cuda_reason=${cuda_reason}"

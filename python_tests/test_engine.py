@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -536,11 +540,27 @@ def test_int8_is_the_model_on_integers(monkeypatch, tie, norm_first):
     assert np.abs(got - expected).mean() < 0.2 * np.abs(exact - expected).mean()
 
 
-def test_auto_takes_what_the_machine_has():
-    expected = "int8" if native().prefers_int8() else "float32"
-    assert resolve_compute_type("auto") == expected
+@pytest.mark.parametrize(("isa", "expected"), [("baseline", "float32"), ("avx2", "int8")])
+def test_auto_takes_what_the_machine_has(isa, expected):
+    if isa == "avx2" and not native().cpu_features()["avx2"]:
+        pytest.skip("this machine does not have avx2")
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from transformer_ext.inference.engine import resolve_compute_type\n"
+            "print(resolve_compute_type('auto'))",
+        ],
+        env={**os.environ, "TRANSFORMER_EXT_ISA": isa},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.stdout == f"{expected}\n", result.stderr
     model = make_model()
-    assert Engine(model.config, weights_of(model), compute_type="auto").compute_type == expected
+    resolved = resolve_compute_type("auto")
+    assert Engine(model.config, weights_of(model), compute_type="auto").compute_type == resolved
 
 
 def test_an_unknown_compute_type_is_named():
