@@ -214,6 +214,8 @@ def test_files_of_other_writers(tmp_path) -> None:
     assert tensors["v"] == [3.5] and tensors.shapes["w"] == (2,)
     with pytest.raises(FileError, match="t.safetensors: w: got BF16, which numpy has not"):
         tensors["w"]
+    upper_halves = np.frombuffer(b"\0\0ab\0\0cd", "<f4")
+    np.testing.assert_array_equal(tensors.as_float32("w"), upper_halves)
 
 
 def test_tensors_are_written_without_another_copy_in_memory(tmp_path) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -223,10 +226,44 @@ def test_half_precision_becomes_float32(transformers, tmp_path):
     assert any("rounded" in message for message in done.messages)
     assert done.config.positions == "sinusoidal_halves"
     model = load_model_dir(tmp_path / "model")
-    assert model.training["stored_as"] == "float16"
     np.testing.assert_array_equal(
         model.weights["source_embedding.weight"], theirs.model.shared.weight.detach().float()
     )
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16", "float64"])
+def test_safetensors_of_other_types_become_float32(transformers, tmp_path, name):
+    theirs = write_marian_dir(tmp_path / "marian").to(getattr(torch, name))
+    theirs.save_pretrained(tmp_path / "marian")
+    # Nor is torch needed to read them.
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys\n"
+            "from transformer_ext.marian import from_marian\n"
+            "print(from_marian(sys.argv[1], sys.argv[2]).messages[0])\n"
+            "print('torch' in sys.modules, 'safetensors' in sys.modules)\n",
+            str(tmp_path / "marian"),
+            str(tmp_path / "model"),
+        ],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert f"in {name}, converted to float32\nFalse False\n" in result.stdout, result.stderr
+    weights = load_model_dir(tmp_path / "model").weights
+    state = theirs.state_dict()
+    for ours, whose in (
+        ("source_embedding.weight", "model.shared.weight"),
+        ("encoder.layers.1.feed_forward.in_projection.weight", "model.encoder.layers.1.fc1.weight"),
+        ("decoder.layers.0.feed_forward_norm.bias", "model.decoder.layers.0.final_layer_norm.bias"),
+        ("generator.bias", "final_logits_bias"),
+    ):
+        np.testing.assert_array_equal(
+            weights[ours], state[whose].float().reshape(weights[ours].shape)
+        )
 
 
 # --- import: tokenizers and search --------------------------------------------------------------

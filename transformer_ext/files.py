@@ -308,12 +308,24 @@ class Tensors(Mapping[str, "np.ndarray"]):
 
         When the array is gone, what was read of the file leaves the memory of the process.
         """
-        import numpy as np
-
-        begin, end = self._place(name)
         kind = _ELEMENTS[self.types[name]][1]
         if kind is None:
             raise FileError(f"{self.path}: {name}: got {self.types[name]}, which numpy has not")
+        return self._view(name, kind)
+
+    def as_float32(self, name: str) -> np.ndarray:
+        """A tensor of another type as float32; of bfloat16, which numpy has not, too."""
+        import numpy as np
+
+        if self.types[name] != "BF16":
+            return self.mapped(name).astype(np.float32)
+        # A bfloat16 is the upper half of a float32.
+        return np.left_shift(self._view(name, "<u2"), 16, dtype=np.uint32).view(np.float32)
+
+    def _view(self, name: str, kind: str) -> np.ndarray:
+        import numpy as np
+
+        begin, end = self._place(name)
         if begin == end:
             return np.empty(self.shapes[name], kind)
         shape = self.shapes[name]

@@ -21,7 +21,6 @@ from transformer_ext.config import ArgumentParser
 
 PACKAGES = (
     "numpy",
-    "safetensors",
     "sentencepiece",
     "sacrebleu",
     "PyYAML",

@@ -29,6 +29,7 @@ from transformer_ext.data.tokenizer import Tokenizer, TokenizerError
 from transformer_ext.files import (
     FileError,
     ModelDir,
+    Tensors,
     atomic_directory,
     load_model_dir,
     parameter_shapes,
@@ -54,6 +55,8 @@ _ACTIVATIONS = {
     "swish": "silu",
 }
 _THEIR_ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_new", "silu": "swish"}
+#: What safetensors calls a floating type -> what people call it.
+_FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 #: That of nn.LayerNorm, which MarianMTModel leaves as it is.
 _NORM_EPS = 1e-5
 #: Rows of the position tables, unless longer sentences were trained on.
@@ -158,8 +161,9 @@ def _sizes(config: TransformerConfig) -> list[str]:
 
 
 def from_marian(path: str | Path, output: str | Path, *, overwrite: bool = False) -> Conversion:
-    """Make a model directory of a MarianMT directory. Needs torch, but not ``transformers``.
+    """Make a model directory of a MarianMT directory. Needs no ``transformers``.
 
+    Weights in ``pytorch_model.bin`` are read by torch, those in ``model.safetensors`` without it.
     float16 and bfloat16 weights become float32. Token ids stay what they were.
 
     Args:
@@ -187,11 +191,7 @@ def from_marian(path: str | Path, output: str | Path, *, overwrite: bool = False
     with tempfile.TemporaryDirectory() as scratch:
         source, target = _import_tokenizers(path, Path(scratch), config)
         config = dataclasses.replace(config, unk_id=target.unk_id)
-        training: dict[str, Any] = {
-            "converted_from": "MarianMTModel",
-            "stored_as": types,
-            "search": _changes(search),
-        }
+        training: dict[str, Any] = {"converted_from": "MarianMTModel"}
         if config.positions != "learned":
             training["max_train_length"] = _integer(values, "max_position_embeddings", 1024)
         with _output(output, path, "config.json", overwrite) as folder:
@@ -211,21 +211,16 @@ def from_marian(path: str | Path, output: str | Path, *, overwrite: bool = False
     return Conversion(output, config, messages, search)
 
 
-def _read_weights(path: Path) -> tuple[_Tensors, str]:
+def _read_weights(path: Path) -> tuple[_Checkpoint, str]:
     """float32 arrays by their names, and the types of elements in the file."""
-    import torch
-
     file = path / "model.safetensors"
     if file.is_file():
-        import safetensors
-        from safetensors.torch import load_file
-
-        try:
-            found = load_file(file)
-        except safetensors.SafetensorError as error:
-            size = file.stat().st_size
-            raise FileError(f"{file}: broken or cut off ({size:,} bytes): {error}") from None
+        stored = Tensors(file)
+        arrays = {name: stored.as_float32(name) for name in stored}
+        floating = {_FLOATS[kind] for kind in stored.types.values() if kind in _FLOATS}
     elif (path / "pytorch_model.bin").is_file():
+        import torch
+
         file = path / "pytorch_model.bin"
         try:
             # Without weights_only a file may run any program.
@@ -238,14 +233,15 @@ def _read_weights(path: Path) -> tuple[_Tensors, str]:
             for name, value in found.items()
         ):
             raise FileError(f"{file}: expected tensors by name")
+        arrays = {name: value.float().numpy() for name, value in found.items()}
+        dtypes = {value.dtype for value in found.values() if value.is_floating_point()}
+        floating = {str(dtype).removeprefix("torch.") for dtype in dtypes}
     else:
         parts = next(path.glob("*.index.json"), None)
         more = f" (weights in several files, as {parts.name} lists, are not read)" if parts else ""
         raise FileError(f"{path}: has neither model.safetensors nor pytorch_model.bin{more}")
-    floating = [value for value in found.values() if value.is_floating_point()]
-    types = " and ".join(sorted({str(value.dtype).removeprefix("torch.") for value in floating}))
-    arrays = {name: value.float().numpy() for name, value in found.items()}
-    return _Tensors(file, arrays, types != "float32"), types
+    types = " and ".join(sorted(floating))
+    return _Checkpoint(file, arrays, types != "float32"), types
 
 
 def _integer(values: Mapping[str, Any], key: str, default: int | None = None) -> int:
@@ -258,8 +254,8 @@ def _integer(values: Mapping[str, Any], key: str, default: int | None = None) ->
     return value
 
 
-class _Tensors:
-    """The tensors of a checkpoint, and which of them nobody has asked for yet."""
+class _Checkpoint:
+    """Its tensors, and which of them nobody has asked for yet."""
 
     def __init__(self, file: Path, tensors: dict[str, np.ndarray], rounded: bool) -> None:
         self.file = file
@@ -286,7 +282,7 @@ def _imported(
     config_file: Path,
     values: Mapping[str, Any],
     generation: Mapping[str, Any],
-    found: _Tensors,
+    found: _Checkpoint,
 ) -> tuple[TransformerConfig, dict[str, np.ndarray], list[str]]:
     """Architecture, weights by our names, and what is worth saying."""
     try:
@@ -391,7 +387,7 @@ def _import_config(values: Mapping[str, Any], generation: Mapping[str, Any]) -> 
 
 
 def _import_tables(
-    values: Mapping[str, Any], fields: Mapping[str, Any], found: _Tensors
+    values: Mapping[str, Any], fields: Mapping[str, Any], found: _Checkpoint
 ) -> tuple[dict[str, np.ndarray], dict[str, Any], list[str]]:
     """Embeddings, output projection and positions; the fields that follow from them; notes."""
     shared, source, target, output = (
@@ -434,7 +430,7 @@ def _import_tables(
     return weights, changes, notes
 
 
-def _import_positions(width: int, found: _Tensors) -> tuple[dict[str, np.ndarray], list[str]]:
+def _import_positions(width: int, found: _Checkpoint) -> tuple[dict[str, np.ndarray], list[str]]:
     """Tables of positions that are not Marian's sinusoids, where the file has such."""
     stacks = [s for s in ("encoder", "decoder") if f"model.{s}.embed_positions.weight" in found]
     tables = {s: found.take(f"model.{s}.embed_positions.weight") for s in stacks}
