@@ -443,6 +443,29 @@ def test_teams_of_threads_find_the_same(options):
                     np.testing.assert_array_equal(a.attention, b.attention)
 
 
+@pytest.mark.parametrize("flush", [False, True])
+@pytest.mark.parametrize("scale", [0.0, 1e-17, 1.0])
+def test_parts_of_the_vocabulary_agree_about_ties(scale, flush):
+    # Scores that differ by less than log-probabilities can, or not at all. Which part of the
+    # vocabulary is searched first is a matter of chance, and must not decide.
+    model = make_model(tie="none", tgt_vocab_size=8192)
+    with torch.no_grad():
+        model.generator.weight.mul_(scale)
+    sources = random_sources(model, count=5)
+    options = SearchOptions(beam_size=3, max_length=4)
+    weights = weights_of(model)
+    expected = Engine(model.config, weights, threads=1).search(sources, options)
+    if scale == 0.0:  # all equal: the lowest ids that may be said
+        assert expected[0].hypotheses[0].stop == "eos" or expected[0].steps == 4
+    engine = Engine(model.config, weights, threads=4)
+    try:
+        torch.set_flush_denormal(flush)  # of this thread, which works too
+        for _ in range(10):
+            assert engine.search(sources, options) == expected
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def test_an_error_in_a_team_is_raised_and_the_engine_goes_on():
     model = make_model(positions="learned", max_positions=20)
     engine = Engine(model.config, weights_of(model), threads=2)

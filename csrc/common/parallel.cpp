@@ -9,7 +9,7 @@ namespace transformer_ext {
 namespace {
 
 constexpr size_t kAlignment = 64;
-constexpr int kSlots = 16;
+constexpr int kSlots = scratch_slot::count;
 
 class Scratch {
  public:

@@ -50,8 +50,20 @@ class Serial final : public Parallel {
   void for_each(int64_t count, FunctionRef<void(int64_t)> task) override;
 };
 
+// Slots of thread_scratch. Kernels that call no other kernel share those of their own; whoever
+// holds scratch memory while a kernel runs has one by itself.
+namespace scratch_slot {
+enum : int {
+  kernel = 0,  // to kernel + 3
+  embedding_places = 4,
+  cached_attention = 5,
+  vocabulary_scores = 6,
+  count = 7,
+};
+}  // namespace scratch_slot
+
 // Scratch memory of the calling thread, 64-byte aligned, grown on demand and kept until the thread
 // ends. Valid until the thread's next call with the same slot; the contents are undefined.
-void* thread_scratch(size_t bytes, int slot = 0);
+void* thread_scratch(size_t bytes, int slot = scratch_slot::kernel);
 
 }  // namespace transformer_ext

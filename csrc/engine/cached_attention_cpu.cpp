@@ -5,9 +5,6 @@
 namespace transformer_ext::TRANSFORMER_EXT_ISA {
 namespace {
 
-// A slot of thread_scratch that no kernel called by the engine's tasks uses.
-constexpr int kScratchSlot = 14;
-
 // Vectors of a head whose weighted sums, for four queries, are in registers at a time.
 constexpr int kHeld = kWidth == 16 ? 4 : 2;
 
@@ -252,7 +249,7 @@ void attend_as(const CachedAttention& a) {
   const int64_t padded = (a.length + 2 * kWidth - 1) / kWidth * kWidth;
   char* const scratch = static_cast<char*>(thread_scratch(
       static_cast<size_t>(count) * (static_cast<size_t>(padded) * sizeof(float) + sizeof(Query)),
-      kScratchSlot));
+      scratch_slot::cached_attention));
   float* const scores = reinterpret_cast<float*>(scratch);
   Query* const queries = reinterpret_cast<Query*>(scores + count * padded);
   for (int64_t n = 0; n < count; ++n) {

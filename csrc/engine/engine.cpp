@@ -27,6 +27,8 @@ class Engine::Lease {
  public:
   explicit Lease(Engine& engine) : engine_(engine) {
     const std::lock_guard<std::mutex> lock(engine_.mutex_);
+    // So that giving it back, in the destructor, cannot fail.
+    engine_.idle_.reserve(static_cast<size_t>(++engine_.leased_) + engine_.idle_.size());
     if (engine_.idle_.empty()) {
       workspace_ = std::make_unique<Workspace>();
     } else {
@@ -36,6 +38,7 @@ class Engine::Lease {
   }
   ~Lease() {
     const std::lock_guard<std::mutex> lock(engine_.mutex_);
+    --engine_.leased_;
     int64_t kept = workspace_->bytes();
     for (const auto& idle : engine_.idle_) kept += idle->bytes();
     if (kept <= kKeptBytes) engine_.idle_.push_back(std::move(workspace_));
@@ -127,11 +130,8 @@ std::vector<SearchResult> Engine::search(const std::vector<std::vector<int32_t>>
           std::to_string(request.limit) + ", its end of sentence counted)");
     }
   }
-  const int64_t hypotheses = static_cast<int64_t>(sources.size()) *
-                             (options.sampling ? options.num_hypotheses : options.beam_size);
-  const int64_t count = std::min<int64_t>(
-      {threads(), static_cast<int64_t>(sources.size()), hypotheses / kTeamHypotheses});
-  if (count <= 1) {
+  const int count = team_count(sources.size(), options);
+  if (count == 1) {
     const Leases leases(*this, ensemble);
     return engine::search(leases.members(), sources, requests, options, pool_);
   }
@@ -147,7 +147,7 @@ std::vector<SearchResult> Engine::search(const std::vector<std::vector<int32_t>>
     parts[i % parts_count].sources.push_back(sources[i]);
     parts[i % parts_count].requests.push_back(requests[i]);
   }
-  Teams& pools = teams(static_cast<int>(count));
+  Teams& pools = teams(count);
   pool_.for_each(count, [&](int64_t i) {
     Part& part = parts[static_cast<size_t>(i)];
     const Leases leases(*this, ensemble);
@@ -160,6 +160,14 @@ std::vector<SearchResult> Engine::search(const std::vector<std::vector<int32_t>>
     results.push_back(std::move(parts[i % parts_count].results[i / parts_count]));
   }
   return results;
+}
+
+int Engine::team_count(size_t sentences, const SearchOptions& options) const {
+  const int64_t count = static_cast<int64_t>(sentences);
+  const int64_t hypotheses =
+      count * (options.sampling ? options.num_hypotheses : options.beam_size);
+  const int64_t most = std::min(count, hypotheses / kTeamHypotheses);
+  return static_cast<int>(std::clamp<int64_t>(most, 1, threads()));
 }
 
 Engine::Teams& Engine::teams(int count) {

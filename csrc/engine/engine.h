@@ -38,6 +38,9 @@ class Engine {
   std::vector<SearchResult> search(const std::vector<std::vector<int32_t>>& sources,
                                    const std::vector<Request>& requests,
                                    const SearchOptions& options, const Ensemble& ensemble = {});
+  // As how many teams the threads search for so many sentences.
+  int team_count(size_t sentences, const SearchOptions& options) const;
+
   std::vector<TargetScores> score(const std::vector<std::vector<int32_t>>& sources,
                                   const std::vector<std::vector<int32_t>>& targets,
                                   int32_t start_id, const Ensemble& ensemble = {});
@@ -54,6 +57,7 @@ class Engine {
   Model model_;
   std::mutex mutex_;
   std::vector<std::unique_ptr<Workspace>> idle_;
+  int leased_ = 0;
   std::map<int, Teams> teams_;  // by their number
 };
 

@@ -255,6 +255,34 @@ TEST(TopScores, FindsTheHighestAndTheSum) {
   }
 }
 
+// The floor is inclusive, equal scores go to the lower id, and neither depends on how many entries
+// are wanted beside how many lanes there are.
+TEST(TopScores, LeavesOutWhatIsBelowTheFloor) {
+  std::vector<float> scores(300, 0.0f);
+  for (size_t i = 0; i < scores.size(); i += 7) scores[i] = static_cast<float>(i % 5);
+  for (const int32_t capacity : {1, 2, 8, 40}) {
+    for (const float floor : {-1.0f, 0.0f, 3.0f, 4.0f, 5.0f}) {
+      std::vector<int32_t> expected;
+      for (int32_t i = 0; i < 300; ++i) {
+        if (scores[static_cast<size_t>(i)] >= floor) expected.push_back(i);
+      }
+      std::stable_sort(expected.begin(), expected.end(), [&](int32_t a, int32_t b) {
+        return scores[static_cast<size_t>(a)] > scores[static_cast<size_t>(b)];
+      });
+      if (expected.size() > static_cast<size_t>(capacity)) {
+        expected.resize(static_cast<size_t>(capacity));
+      }
+      std::vector<float> top_scores(static_cast<size_t>(capacity));
+      std::vector<int32_t> ids(static_cast<size_t>(capacity));
+      TopScores top{-INFINITY, 0.0f, 0, capacity, top_scores.data(), ids.data(), floor};
+      top_scores_kernels().scan(scores.data(), 211, 0, &top);
+      top_scores_kernels().scan(scores.data() + 211, 89, 211, &top);
+      ids.resize(static_cast<size_t>(top.count));
+      EXPECT_EQ(ids, expected) << capacity << " above " << floor;
+    }
+  }
+}
+
 TEST(TopScores, KeepsNaNInTheSumAndLeavesOutMinusInfinity) {
   const std::vector<float> scores = {-INFINITY, 1.0f, -INFINITY, 0.0f};
   std::vector<float> top_scores(4);
@@ -488,6 +516,39 @@ TEST(Engine, ScoresAreThoseOfTheSearch) {
       std::vector<int32_t> target = hypothesis.tokens;
       if (hypothesis.end == End::eos) target.push_back(3);
       EXPECT_EQ(engine.score({kSources[i]}, {target}, 2)[0].log_probs, hypothesis.token_scores);
+    }
+  }
+}
+
+TEST(Engine, TeamsOfThreadsFindWhatOneThreadFinds) {
+  const TestModel model;
+  std::vector<std::vector<int32_t>> sources;
+  std::vector<Request> asked;
+  for (size_t i = 0; i < 110; ++i) {
+    sources.push_back(kSources[i % kSources.size()]);
+    asked.push_back(request(3 + static_cast<int64_t>(i % 4), i));
+  }
+  SearchOptions beam = options(16);
+  beam.beam_size = 4;
+  SearchOptions sampled = beam;
+  sampled.sampling = true;
+  sampled.num_hypotheses = 4;
+  Engine one(model.config, model, 1);
+  for (const SearchOptions& each : {beam, sampled}) {
+    EXPECT_EQ(one.team_count(sources.size(), each), 1);
+    const auto expected = one.search(sources, asked, each);
+    for (const int threads : {2, 3, 5}) {
+      Engine several(model.config, model, threads);
+      ASSERT_EQ(several.team_count(sources.size(), each), std::min(threads, 3));
+      EXPECT_EQ(several.team_count(2, each), 1);
+      const auto found = several.search(sources, asked, each);
+      ASSERT_EQ(found.size(), expected.size());
+      for (size_t i = 0; i < found.size(); ++i) expect_equal(found[i], expected[i]);
+      // An error in one team is the call's, and the next call is served.
+      auto broken = sources;
+      broken.back() = {9999};
+      EXPECT_THROW(several.search(broken, asked, each), std::invalid_argument);
+      expect_equal(several.search(sources, asked, each)[7], expected[7]);
     }
   }
 }

@@ -109,9 +109,6 @@ class Reader {
 // Rows of embeddings that one task unpacks: some microseconds.
 constexpr int64_t kRowsPerTask = 16;
 
-// A slot of thread_scratch that no kernel called meanwhile uses.
-constexpr int kPlacesSlot = 13;
-
 int64_t grown(int64_t rows, int64_t length) {
   rows = rows == 0 ? 128 : rows;
   while (rows < length) rows *= 2;
@@ -184,8 +181,8 @@ void Model::embed(const Stack& stack, const int32_t* ids, const int32_t* positio
   arguments.weight = stack.embedding;
   if (stack.embedding == nullptr) {
     // Each id's row where its result will lie.
-    int32_t* const places = static_cast<int32_t*>(
-        thread_scratch(static_cast<size_t>(rows + 1) * sizeof(int32_t), kPlacesSlot));
+    int32_t* const places = static_cast<int32_t*>(thread_scratch(
+        static_cast<size_t>(rows + 1) * sizeof(int32_t), scratch_slot::embedding_places));
     parallel.for_each((rows + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task) {
       const int64_t end = std::min((task + 1) * kRowsPerTask, rows);
       for (int64_t row = task * kRowsPerTask; row < end; ++row) {

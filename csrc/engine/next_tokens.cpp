@@ -24,9 +24,6 @@ constexpr int64_t kChunkRows = 128;
 // Rows that one task merges.
 constexpr int64_t kMergedRows = 16;
 
-// A slot of thread_scratch that no kernel called within these tasks uses.
-constexpr int kScoresSlot = 15;
-
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 }  // namespace
@@ -57,7 +54,7 @@ void NextTokens::scan(const Model& model, const float* states, int64_t rows, con
             ? nullptr
             : static_cast<float*>(thread_scratch(
                   static_cast<size_t>(std::min(rows, kChunkRows) * chunk) * sizeof(float),
-                  kScoresSlot));
+                  scratch_slot::vocabulary_scores));
     const int64_t end = std::min((part + 1) * part_columns, weight.n);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = part * rows + r;
@@ -82,14 +79,13 @@ void NextTokens::scan(const Model& model, const float* states, int64_t rows, con
         for (int64_t r = 0; r < block; ++r) {
           const float* const row = scores + r * stride;
           TopScores* const top = tops + part * rows + first + r;
-          // Whatever has count_ others above it in one part is not among the highest of all. (An
-          // equal one may be: its id may be lower.)
+          // What has count_ others above it in one part is not among the highest of all. Which part
+          // is first to say so is a matter of chance, but not the result: see merge_tops().
           const std::atomic_ref<float> floor(floors[first + r]);
           top->floor = floor.load(std::memory_order_relaxed);
           top_scores_kernels().scan(row, columns, static_cast<int32_t>(column), top);
           if (top->count == top->capacity && top->scores[top->capacity - 1] > top->floor) {
-            floor.store(std::nextafter(top->scores[top->capacity - 1], -HUGE_VALF),
-                        std::memory_order_relaxed);
+            floor.store(top->scores[top->capacity - 1], std::memory_order_relaxed);
           }
           if (tokens == nullptr || tokens[first + r] < column) continue;
           const int64_t token = tokens[first + r] - column;
@@ -120,24 +116,26 @@ double NextTokens::merged_log_sum(int64_t row) const {
 void NextTokens::merge_tops(int64_t row) {
   const double denominator = log_sums_.data()[row];
   // Parts and their entries come in ascending order of ids among equal scores: an entry goes behind
-  // those that are not lower.
+  // those that are not lower. Scores are compared as they are, as the parts did: two may become
+  // equal where the denominator is taken off, and parts leave out what is lower elsewhere.
   int64_t found = 0;
   int32_t* const ids = ids_.data() + row * count_;
   double* const log_probs = log_probs_.data() + row * count_;
   for (int64_t part = 0; part < parts_; ++part) {
     const TopScores& top = tops_.data()[part * rows_ + row];
     for (int32_t i = 0; i < top.count; ++i) {
-      const double log_prob = static_cast<double>(top.scores[i]) - denominator;
-      if (found == count_ && !(log_prob > log_probs[found - 1])) break;
+      const double score = static_cast<double>(top.scores[i]);
+      if (found == count_ && !(score > log_probs[found - 1])) break;
       int64_t at = found < count_ ? found++ : count_ - 1;
-      for (; at > 0 && log_probs[at - 1] < log_prob; --at) {
+      for (; at > 0 && log_probs[at - 1] < score; --at) {
         log_probs[at] = log_probs[at - 1];
         ids[at] = ids[at - 1];
       }
-      log_probs[at] = log_prob;
+      log_probs[at] = score;
       ids[at] = top.ids[i];
     }
   }
+  for (int64_t i = 0; i < found; ++i) log_probs[i] -= denominator;
   for (; found < count_; ++found) {
     log_probs[found] = kImpossible;
     ids[found] = 0;

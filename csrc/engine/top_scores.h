@@ -16,7 +16,7 @@ struct TopScores {
   int32_t capacity;
   float* scores;  // [capacity], highest first; of equal ones the lower id first
   int32_t* ids;   // [capacity]
-  float floor;    // only scores above this can be among the highest; -inf: nothing is known
+  float floor;    // lower scores are known not to be among the highest; -inf: nothing is known
 };
 
 struct TopScoresKernels {

@@ -25,24 +25,24 @@ VecF first_or_infinity(const float* p, int64_t lanes) {
   return load(values);
 }
 
-// A score is among the highest so far if it is above this.
-float threshold_of(const TopScores& top) {
-  const float floor = top.floor;
-  if (top.count < top.capacity) return floor;
-  const float lowest = top.scores[top.capacity - 1];
-  return lowest > floor ? lowest : floor;
+bool is_full(const TopScores& top) { return top.count == top.capacity; }
+
+// Lower scores are not among the highest so far; others may be.
+float bound_of(const TopScores& top) {
+  const float lowest = is_full(top) ? top.scores[top.capacity - 1] : -__builtin_inff();
+  return lowest > top.floor ? lowest : top.floor;
 }
 
 // A bit for each lane.
-uint32_t lanes_above(VecF v, VecF bound) {
+uint32_t lanes_not_below(VecF v, VecF bound) {
 #if defined(__AVX512F__)
-  return _mm512_cmp_ps_mask((__m512)v, (__m512)bound, _CMP_GT_OQ);
+  return _mm512_cmp_ps_mask((__m512)v, (__m512)bound, _CMP_GE_OQ);
 #elif defined(__AVX2__)
   return static_cast<uint32_t>(
-      _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, (__m256)bound, _CMP_GT_OQ)));
+      _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, (__m256)bound, _CMP_GE_OQ)));
 #else
   uint32_t bits = 0;
-  for (int lane = 0; lane < kWidth; ++lane) bits |= v[lane] > bound[lane] ? 1u << lane : 0u;
+  for (int lane = 0; lane < kWidth; ++lane) bits |= v[lane] >= bound[lane] ? 1u << lane : 0u;
   return bits;
 #endif
 }
@@ -69,35 +69,39 @@ void raise_floor(const float* scores, int64_t n, TopScores* top) {
     for (; at > 0 && highest[at - 1] < score; --at) highest[at] = highest[at - 1];
     highest[at] = score;
   }
-  const float bound = __builtin_nextafterf(highest[top->capacity - 1], -__builtin_inff());
-  if (bound > top->floor) top->floor = bound;
+  const float floor = highest[top->capacity - 1];
+  if (floor > top->floor) top->floor = floor;
 }
 
 void scan(const float* scores, int64_t n, int32_t first_id, TopScores* top) {
   if (top->count == 0) raise_floor(scores, n, top);
   VecF highest = broadcast(-__builtin_inff());
-  float threshold = threshold_of(*top);
+  float bound = bound_of(*top);
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     VecF v[kVectors];
 #pragma GCC unroll 4
     for (int i = 0; i < kVectors; ++i) v[i] = load_block_vector(scores, n, begin + i * kWidth);
     const VecF block = max(max(v[0], v[1]), max(v[2], v[3]));
     highest = max(block, highest);
-    if (lanes_above(block, broadcast(threshold)) == 0) continue;
+    if (lanes_not_below(block, broadcast(bound)) == 0) continue;
     for (int i = 0; i < kVectors; ++i) {
-      uint32_t bits = lanes_above(v[i], broadcast(threshold));
+      uint32_t bits = lanes_not_below(v[i], broadcast(bound));
       for (; bits != 0; bits &= bits - 1) {
         const int64_t at = begin + i * kWidth + __builtin_ctz(bits);
-        if (!(scores[at] > threshold)) continue;
-        insert(top, scores[at], first_id + static_cast<int32_t>(at));
-        threshold = threshold_of(*top);
+        if (at >= n) break;  // a lane behind the last score
+        const float score = scores[at];
+        // An equal one comes behind, with its higher id.
+        const float lowest = is_full(*top) ? top->scores[top->capacity - 1] : -__builtin_inff();
+        if (score < top->floor || !(score > lowest)) continue;
+        insert(top, score, first_id + static_cast<int32_t>(at));
+        bound = bound_of(*top);
       }
     }
   }
   const float old = top->maximum;
   float maximum = old;
-  if (lanes_above(highest, broadcast(old)) != 0) {
-    maximum = reduce_max(highest);
+  if (const float most = reduce_max(highest); most > old) {
+    maximum = most;
     const VecF rescale = exp(broadcast(old) - broadcast(maximum));
     top->sum *= rescale[0];
     top->maximum = maximum;

@@ -37,9 +37,8 @@ struct Epilogue {
 
 // Weights in the order in which the kernel of the active instruction set reads them: panels of
 // `gemm_panel_columns()` output columns, the last one padded with zeros; each holds, for every word
-// of inputs (one float32, two bfloat16, four integers), the columns side by
-// side. Packed data is private to the
-// process that packed it: never store it in a file.
+// of inputs (one float32, two bfloat16, four integers), the columns side by side. Packed data is
+// private to the process that packed it: never store it in a file.
 struct PackedView {
   const void* data = nullptr;  // 64-byte aligned
   int64_t n = 0;               // output columns

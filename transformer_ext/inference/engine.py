@@ -75,9 +75,10 @@ class Engine:
             happens to them afterwards has no effect.
         threads: threads at work on one call; None takes as many as there are physical cores that
             this process may use.
-        compute_type: of the factors of the matrix products, one of :data:`transformer_ext.inference.options.COMPUTE_TYPES`; sums and
-            all else are float32, but for the cached keys and values, which are bfloat16 where the
-            factors are not float32. ``bfloat16`` halves the memory of the weights and takes
+        compute_type: of the factors of the matrix products, one of
+            :data:`transformer_ext.inference.options.COMPUTE_TYPES`. Sums and all else are float32;
+            where the factors are not, the cached keys and values are bfloat16, and tied embeddings
+            what the products hold of them. ``bfloat16`` halves the memory of the weights and takes
             AVX512_BF16. ``int8`` quarters it, on any machine: weights are rounded to 8-bit integers
             with a scale for each output, their inputs with a scale for each row as they come.
             ``auto`` is what is fastest here: see :func:`resolve_compute_type`.
@@ -221,8 +222,8 @@ class Engine:
 
         Raises:
             ValueError: an id that is not in the vocabulary, a source longer than the model's
-                positions or ``max_source_length``, a prefix as long as the longest output, numbers of prefixes and sources
-                that differ, or weights that give NaN.
+                positions or ``max_source_length``, a prefix as long as the longest output, numbers
+                of prefixes and sources that differ, or weights that give NaN.
         """
         options = options or SearchOptions()
         engine = self._open()
