@@ -498,6 +498,14 @@ def test_a_broken_vocabulary_is_one_error(vocabulary_model, changes, message):
         Tokenizer(*vocabulary_model)
 
 
+def test_a_piece_that_is_no_utf8_is_one_error(vocabulary_model):
+    model, vocabulary = vocabulary_model
+    piece = "\u2581".encode()
+    model.write_bytes(model.read_bytes().replace(piece, b"\x99" + piece[1:]))
+    with pytest.raises(TokenizerError, match="not a SentencePiece model: a piece is not UTF-8"):
+        Tokenizer(model, vocabulary)
+
+
 def test_a_model_directory_is_bound_to_its_vocabulary(plain_marian, tmp_path):
     folder = from_marian(plain_marian, tmp_path / "model").path
     names = {path.name for path in folder.iterdir()}

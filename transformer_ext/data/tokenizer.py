@@ -78,7 +78,13 @@ class Tokenizer:
         self._vocabulary: _Vocabulary | None = None
         if self.vocabulary is not None:
             content = _read(self.vocabulary)
-            self._vocabulary = _Vocabulary(self.vocabulary, content, self._processor)
+            try:
+                pieces = [self._processor.id_to_piece(id) for id in range(size)]
+            except UnicodeDecodeError:
+                raise TokenizerError(
+                    f"{path}: not a SentencePiece model: a piece is not UTF-8"
+                ) from None
+            self._vocabulary = _Vocabulary(self.vocabulary, content, self._processor, pieces)
             digest = hashlib.sha256(content).hexdigest()
             self.sha256 = hashlib.sha256(f"{self.sha256} {digest}".encode()).hexdigest()
             size = self._pieces = len(self._vocabulary.pieces)
@@ -162,7 +168,7 @@ class Tokenizer:
 class _Vocabulary:
     """Other ids for the pieces of a SentencePiece model; see :class:`Tokenizer` for the file."""
 
-    def __init__(self, path: Path, content: bytes, processor: Any) -> None:
+    def __init__(self, path: Path, content: bytes, processor: Any, pieces: list[str]) -> None:
         try:
             values = json.loads(content)
         except (ValueError, RecursionError) as error:
@@ -192,8 +198,8 @@ class _Vocabulary:
         self._processor = processor
         self._unknown: int = processor.unk_id()
         unknown = self.special["unk"]
-        size = processor.get_piece_size()
-        self._table = [self._ids.get(processor.id_to_piece(id), unknown) for id in range(size)]
+        size = len(pieces)
+        self._table = [self._ids.get(piece, unknown) for piece in pieces]
         # The two of one model share almost all: a piece can be missing that no training text had.
         found = size - self._table.count(unknown)
         if 2 * found < size:
