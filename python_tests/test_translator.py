@@ -8,6 +8,7 @@ import math
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -25,6 +26,7 @@ from transformer_ext.inference.engine import UnsupportedModelError
 from transformer_ext.inference.options import SearchOptions
 from transformer_ext.inference.translator import Translation, Translator
 
+ROOT = Path(__file__).parents[1]
 OPTIONS = SearchOptions(max_length=12)
 
 
@@ -398,3 +400,27 @@ def test_translating_imports_neither_torch_nor_numpy(model_dir):
     assert modules == []
     with Translator(model_dir) as translator:
         assert translator.translate("Open the file.", max_length=12).text == text
+
+
+def test_ctrl_c_ends_a_long_search(tmp_path):
+    # One sentence whose translation would take minutes; alone, and so many that teams are formed.
+    folder = save_random_model(tmp_path / "model")
+    script = """
+import sys, time
+from transformer_ext import Translator
+with Translator(sys.argv[1], threads=2) as translator:
+    texts = ["open the file"] * int(sys.argv[2])
+    print("begins", flush=True)
+    try:
+        translator.translate(texts, max_length=200_000, min_length=199_999, beam_size=4)
+    except KeyboardInterrupt:
+        print("ended", flush=True)
+    print(len(translator.translate(texts[:1], max_length=4)[0].tokens) <= 4)
+"""
+    for count in (1, 64):
+        command = [sys.executable, "-c", script, str(folder), str(count)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+            assert process.stdout.readline() == "begins\n"
+            time.sleep(0.5)
+            process.send_signal(signal.SIGINT)
+            assert process.communicate(timeout=60)[0] == "ended\nTrue\n"

@@ -7,6 +7,7 @@
 #include <malloc.h>
 #endif
 
+#include <chrono>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -143,6 +144,19 @@ SearchOptions search_options(const py::dict& fields) {
   return options;
 }
 
+// So that Ctrl-C ends a long call: asks the interpreter, at most ten times a second, because
+// another thread may hold its lock for long.
+engine::BeforeStep signals() {
+  using Clock = std::chrono::steady_clock;
+  return [next = Clock::now() + std::chrono::milliseconds(100)]() mutable {
+    const Clock::time_point now = Clock::now();
+    if (now < next) return;
+    next = now + std::chrono::milliseconds(100);
+    const py::gil_scoped_acquire acquire;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  };
+}
+
 // [rows, ...] of the values, or None without any.
 py::object matrix(const std::vector<float>& values, size_t rows) {
   if (values.empty()) return py::none();
@@ -227,7 +241,7 @@ void bind_engine(py::module_& m) {
             }
             const py::gil_scoped_release release;
             return engine.search(sources, requests, parsed,
-                                 {std::move(others), std::move(attention_layers)});
+                                 {std::move(others), std::move(attention_layers), signals()});
           },
           py::kw_only(), py::arg("sources"), py::arg("prefixes"), py::arg("limits"),
           py::arg("minima"), py::arg("numbers"), py::arg("options"), py::arg("others"),
@@ -239,7 +253,7 @@ void bind_engine(py::module_& m) {
              std::vector<Engine*> others, std::vector<int64_t> attention_layers) {
             const py::gil_scoped_release release;
             return engine.score(sources, targets, start_id,
-                                {std::move(others), std::move(attention_layers)});
+                                {std::move(others), std::move(attention_layers), signals()});
           },
           py::kw_only(), py::arg("sources"), py::arg("targets"), py::arg("start_id"),
           py::arg("others"), py::arg("attention_layers"),

@@ -14,6 +14,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -147,7 +148,11 @@ struct ThreadPool::Crew {
 
   explicit Crew(int workers) : pid(getpid()) {
     threads.reserve(static_cast<size_t>(workers));
-    for (int i = 1; i <= workers; ++i) threads.emplace_back([this, i] { work(i); });
+    try {
+      for (int i = 1; i <= workers; ++i) threads.emplace_back([this, i] { work(i); });
+    } catch (const std::system_error&) {
+      // The system gives no more: those that there are do the work.
+    }
   }
 
   ~Crew() {

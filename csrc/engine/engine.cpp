@@ -1,8 +1,11 @@
 #include "engine/engine.h"
 
 #include <algorithm>
+#include <atomic>
+#include <exception>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <utility>
 
 namespace transformer_ext::engine {
@@ -133,12 +136,14 @@ std::vector<SearchResult> Engine::search(const std::vector<std::vector<int32_t>>
   const int count = team_count(sources.size(), options);
   if (count == 1) {
     const Leases leases(*this, ensemble);
-    return engine::search(leases.members(), sources, requests, options, pool_);
+    return engine::search(leases.members(), sources, requests, options, pool_,
+                          ensemble.before_step);
   }
   struct Part {
     std::vector<std::vector<int32_t>> sources;
     std::vector<Request> requests;
     std::vector<SearchResult> results;
+    std::exception_ptr error;
   };
   // In turns, because the sources come in the order of their lengths.
   const size_t parts_count = static_cast<size_t>(count);
@@ -148,12 +153,28 @@ std::vector<SearchResult> Engine::search(const std::vector<std::vector<int32_t>>
     parts[i % parts_count].requests.push_back(requests[i]);
   }
   Teams& pools = teams(count);
+  struct OtherFailed {};
+  const std::thread::id caller = std::this_thread::get_id();
+  std::atomic<bool> failed{false};
+  const BeforeStep before_step = [&] {
+    if (failed.load(std::memory_order_relaxed)) throw OtherFailed();
+    if (ensemble.before_step && std::this_thread::get_id() == caller) ensemble.before_step();
+  };
   pool_.for_each(count, [&](int64_t i) {
     Part& part = parts[static_cast<size_t>(i)];
-    const Leases leases(*this, ensemble);
-    part.results = engine::search(leases.members(), part.sources, part.requests, options,
-                                  *pools[static_cast<size_t>(i)]);
+    try {
+      const Leases leases(*this, ensemble);
+      part.results = engine::search(leases.members(), part.sources, part.requests, options,
+                                    *pools[static_cast<size_t>(i)], before_step);
+    } catch (const OtherFailed&) {
+    } catch (...) {
+      part.error = std::current_exception();
+      failed.store(true, std::memory_order_relaxed);
+    }
   });
+  for (const Part& part : parts) {
+    if (part.error) std::rethrow_exception(part.error);
+  }
   std::vector<SearchResult> results;
   results.reserve(sources.size());
   for (size_t i = 0; i < sources.size(); ++i) {
@@ -184,7 +205,7 @@ std::vector<TargetScores> Engine::score(const std::vector<std::vector<int32_t>>&
                                         int32_t start_id, const Ensemble& ensemble) {
   check_sources(sources, targets.size(), "targets");
   const Leases leases(*this, ensemble);
-  return engine::score(leases.members(), sources, targets, start_id, pool_);
+  return engine::score(leases.members(), sources, targets, start_id, pool_, ensemble.before_step);
 }
 
 }  // namespace transformer_ext::engine

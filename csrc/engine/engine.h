@@ -19,6 +19,9 @@ class Engine;
 struct Ensemble {
   std::vector<Engine*> others;            // that have a say in each token
   std::vector<int64_t> attention_layers;  // of this engine and of each other one; empty: none
+  // Before each step, on the thread that called: what it throws ends the call, and the engine
+  // serves the next.
+  BeforeStep before_step = nullptr;
 };
 
 // Any number of threads may call one engine at once: the weights are only read, each call has a

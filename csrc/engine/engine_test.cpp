@@ -553,6 +553,28 @@ TEST(Engine, TeamsOfThreadsFindWhatOneThreadFinds) {
   }
 }
 
+TEST(Engine, ACallIsEndedBeforeAStep) {
+  const TestModel model;
+  Engine engine(model.config, model, 3);
+  const SearchOptions beam = options(16);
+  for (const size_t copies : {1, 100}) {  // alone, and in teams
+    std::vector<std::vector<int32_t>> sources;
+    std::vector<Request> asked;
+    for (size_t i = 0; i < copies; ++i) {
+      sources.push_back(kSources[0]);
+      asked.push_back(request(16, i));
+    }
+    int steps = 0;
+    Ensemble ended;
+    ended.before_step = [&] {
+      if (++steps == 3) throw std::runtime_error("ended");
+    };
+    EXPECT_THROW(engine.search(sources, asked, beam, ended), std::runtime_error);
+    EXPECT_EQ(steps, 3);
+    EXPECT_EQ(engine.search(sources, asked, beam).size(), copies);
+  }
+}
+
 TEST(Engine, ServesSeveralThreads) {
   const TestModel model;
   Engine engine(model.config, model, 2);

@@ -40,8 +40,8 @@ struct Live {
 class Step {
  public:
   Step(const std::vector<Member>& members, const std::vector<std::vector<int32_t>>& sources,
-       Parallel& parallel)
-      : members_(members), parallel_(parallel) {
+       Parallel& parallel, const BeforeStep& before_step)
+      : members_(members), parallel_(parallel), before_step_(before_step) {
     for (const std::vector<int32_t>& source : sources) {
       longest_source_ = std::max(longest_source_, static_cast<int64_t>(source.size()));
     }
@@ -55,6 +55,7 @@ class Step {
   // See NextTokens::find.
   const NextTokens& find(const std::vector<Row>& rows, int64_t count, const int32_t* tokens,
                          bool keep) {
+    if (before_step_) before_step_();
     const int64_t n = static_cast<int64_t>(rows.size());
     const bool alone = members_.size() == 1;
     std::vector<const NextTokens*> found;
@@ -96,6 +97,7 @@ class Step {
 
   const std::vector<Member>& members_;
   Parallel& parallel_;
+  const BeforeStep& before_step_;
   int64_t longest_source_ = 0;
   std::vector<float> attention_;  // of an ensemble, [rows][longest_source_]
 };
@@ -400,11 +402,11 @@ void check_ids(const char* name, const std::vector<int32_t>& ids, int64_t vocabu
 std::vector<SearchResult> search(const std::vector<Member>& members,
                                  const std::vector<std::vector<int32_t>>& sources,
                                  const std::vector<Request>& requests, const SearchOptions& options,
-                                 Parallel& parallel) {
+                                 Parallel& parallel, const BeforeStep& before_step) {
   const int64_t vocabulary = members[0].model.config().target_vocabulary;
   check_ids("suppressed_tokens", options.tokens.suppressed, vocabulary);
   for (const Request& request : requests) check_ids("prefix ids", request.prefix, vocabulary);
-  Step step(members, sources, parallel);
+  Step step(members, sources, parallel, before_step);
   std::vector<SentenceSearch> searches;
   searches.reserve(sources.size());
   for (size_t i = 0; i < sources.size(); ++i) {
@@ -481,11 +483,11 @@ std::vector<SearchResult> search(const std::vector<Member>& members,
 std::vector<TargetScores> score(const std::vector<Member>& members,
                                 const std::vector<std::vector<int32_t>>& sources,
                                 const std::vector<std::vector<int32_t>>& targets, int32_t start_id,
-                                Parallel& parallel) {
+                                Parallel& parallel, const BeforeStep& before_step) {
   for (const std::vector<int32_t>& target : targets) {
     check_ids("target ids", target, members[0].model.config().target_vocabulary);
   }
-  Step step(members, sources, parallel);
+  Step step(members, sources, parallel, before_step);
   std::vector<TargetScores> scores(targets.size());
   std::vector<int32_t> row_of(targets.size(), 0);
   std::vector<Row> rows;

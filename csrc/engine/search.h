@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "common/parallel.h"
@@ -83,13 +84,16 @@ struct Member {
   int64_t attention_layer;  // -1: none
 };
 
+// Called before each step on the thread that searches; what it throws ends the search. Null: none.
+using BeforeStep = std::function<void()>;
+
 // A result for each source (at least one token each). Limits are at least 1 and within the
 // penalties. Throws std::invalid_argument for ids out of range and sequences longer than the
 // model's positions.
 std::vector<SearchResult> search(const std::vector<Member>& members,
                                  const std::vector<std::vector<int32_t>>& sources,
                                  const std::vector<Request>& requests, const SearchOptions& options,
-                                 Parallel& parallel);
+                                 Parallel& parallel, const BeforeStep& before_step = nullptr);
 
 // What the model thinks of given targets.
 struct TargetScores {
@@ -102,6 +106,6 @@ struct TargetScores {
 std::vector<TargetScores> score(const std::vector<Member>& members,
                                 const std::vector<std::vector<int32_t>>& sources,
                                 const std::vector<std::vector<int32_t>>& targets, int32_t start_id,
-                                Parallel& parallel);
+                                Parallel& parallel, const BeforeStep& before_step = nullptr);
 
 }  // namespace transformer_ext::engine
