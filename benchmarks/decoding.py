@@ -1,4 +1,4 @@
-"""Output tokens a second of decoding: the engine, CTranslate2 at its best, Hugging Face's generate.
+"""Output tokens a second of decoding: the engine, CTranslate2, Hugging Face's generate.
 
     python benchmarks/decoding.py                                  # base, random weights, all cases
     python benchmarks/decoding.py --model runs/001/model           # a trained model, the shipped test text
@@ -24,8 +24,9 @@ to sleep. Ratios are medians over the rounds of the ratio in one round.
 - start-up: from the start of a fresh process to the first line printed, the files in the page cache;
   one sentence, beam 4. Medians of ``--start-ups`` runs, in turns; memory is that process's peak.
 
-CTranslate2's best settings are those of ``ctranslate2_setting`` in ``decoding_peers.py``, found by
-``--search-ctranslate2``, which tries workers and threads, sizes of batches in sentences and in
+CTranslate2's settings are those of ``ctranslate2_setting`` in ``decoding_peers.py``: where a case and
+type was searched, the best found, else by rule; what is printed below a table says which. They are
+searched by ``--search-ctranslate2``, which tries workers and threads, sizes of batches in sentences and in
 tokens, and variables of the environment, for each case and type, and names the winner. What it has
 tried stands in the file of ``--save``: it goes on from there.
 
@@ -57,6 +58,7 @@ from decoding_peers import (
     HUGE_PAGES,
     KEEP_MEMORY,
     ONE_ARENA,
+    Command,
     Setting,
     Task,
     Turn,
@@ -340,13 +342,14 @@ def finish(
 # ---- Start-up ---------------------------------------------------------------------------------
 
 
-def start(arguments: Sequence[str]) -> tuple[float, int]:
+def start(command: Command) -> tuple[float, int]:
     """Seconds to the first line of a fresh Python that gets a line, and its peak memory."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+    environment |= dict(command.environment)
     began = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, *arguments],
+        [sys.executable, *command.arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -58,6 +58,7 @@ class Setting:
         divisor: ``max_batch_size`` is the batch divided by it.
         tokens: ``max_batch_size`` counts tokens (of padded source), 32 for each sentence.
         environment: variables of its process.
+        searched: found by ``--search-ctranslate2`` for this very case; else taken by rule.
     """
 
     workers: int
@@ -65,6 +66,7 @@ class Setting:
     divisor: int = 1
     tokens: bool = False
     environment: tuple[tuple[str, str], ...] = ()
+    searched: bool = True
 
     def __str__(self) -> str:
         size = f"batch/{self.divisor}" if self.divisor > 1 else "batch"
@@ -73,6 +75,7 @@ class Setting:
                 f"{self.workers}x{self.threads}",
                 f"{size} as tokens" if self.tokens else size,
                 *(f"{name}={value}" for name, value in self.environment),
+                *([] if self.searched else ["(by rule, not searched)"]),
             ]
         )
 
@@ -103,14 +106,18 @@ CTRANSLATE2_SETTINGS: dict[tuple[str, str, int, int], Setting] = {
 
 
 def ctranslate2_setting(type: str, task: Task) -> Setting:
-    """The best that was found for a case, see ``--search-ctranslate2``; else what is good for all."""
+    """The best that was found for a case, see ``--search-ctranslate2``; else what is good for all.
+
+    The rule: for each sentence alone, one worker; else a worker for each thread, with its share of
+    the batch.
+    """
     found = CTRANSLATE2_SETTINGS.get((task.kind, type, task.batch, task.beam))
     if found and task.threads == 2:
         return found
     if task.batch == 1:
         # A second thread makes int8 slower, up to 12 times, and float32 1.6 times as fast.
-        return Setting(1, task.threads if type == "float32" else 1)
-    return Setting(task.threads, 1, task.threads)
+        return Setting(1, task.threads if type == "float32" else 1, searched=False)
+    return Setting(task.threads, 1, task.threads, searched=False)
 
 
 class Ours:
@@ -232,8 +239,9 @@ class Competitor:
         program: its package.
         make: from the task and the setting of CTranslate2 to the decoder.
         type: asked for.
-        best: whether CTranslate2 runs with the best settings found.
-        environment: whether with the variables of the environment among them.
+        best: whether CTranslate2 runs with the settings of :func:`ctranslate2_setting`.
+        environment: whether with the variables of the environment among them; those of a search are
+            searched with them.
         slow: warmed up by a part of a turn only.
         usual: runs where nothing else is asked for.
     """
@@ -285,7 +293,7 @@ def _ours(type: str) -> Competitor:
 
 def _ctranslate2(type: str, environment: bool = True) -> Competitor:
     return Competitor(
-        f"CTranslate2, {type}, its best {'settings' if environment else 'options alone'}",
+        f"CTranslate2, {type}, settings as printed{'' if environment else ', options alone'}",
         "ctranslate2",
         lambda task, setting: CTranslate2(task, type, setting or ctranslate2_setting(type, task)),
         type,
@@ -397,7 +405,7 @@ _CTRANSLATE2 = """
 import sys
 import ctranslate2, sentencepiece
 tokenizer = sentencepiece.SentencePieceProcessor(model_file=sys.argv[2])
-translator = ctranslate2.Translator(sys.argv[1], compute_type=sys.argv[3], intra_threads={threads})
+translator = ctranslate2.Translator(sys.argv[1], compute_type=sys.argv[3], {threads})
 pieces = tokenizer.encode(sys.stdin.readline(), out_type=str)
 found = translator.translate_batch([[*pieces, "</s>"]], beam_size=4{options})
 print(tokenizer.decode(found[0].hypotheses[0]), flush=True)
@@ -418,8 +426,16 @@ sys.stdin.read()
 """
 
 
-def start_up_commands(key: str, task: Task) -> dict[str, list[str]]:
-    """Arguments of Python by title: read a line, translate it with a beam of 4, print it."""
+@dataclass(frozen=True)
+class Command:
+    """A fresh Python that reads a line, translates it with a beam of 4 and prints it."""
+
+    arguments: list[str]
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+def start_up_commands(key: str, task: Task) -> dict[str, Command]:
+    """What is started, by title; the task is that of single sentences."""
     competitor = COMPETITORS[key]
     length, type, threads = task.length, competitor.type, str(task.threads)
     ours = task.folder / "ours"
@@ -432,18 +448,22 @@ def start_up_commands(key: str, task: Task) -> dict[str, list[str]]:
             command += ["--max-length", str(length), "--min-length", str(length)]
         script = _API.format(options=options)
         return {
-            f"{competitor.title}, command": command,
-            f"{competitor.title}, Translator": ["-c", script, str(ours), threads, type],
+            f"{competitor.title}, command": Command(command),
+            f"{competitor.title}, Translator": Command(["-c", script, str(ours), threads, type]),
         }
     if competitor.program == "ctranslate2":
         options = ""
         if length is not None:
             options = f", max_decoding_length={length}, min_decoding_length={length}"
-        one = 1 if competitor.best else task.threads
-        script = _CTRANSLATE2.format(threads=one, options=options)
+        setting = competitor.setting(task) or Setting(1, task.threads)
+        title = f"{competitor.title}: {setting}" if competitor.best else competitor.title
+        workers = f"inter_threads={setting.workers}, intra_threads={setting.threads}"
+        script = _CTRANSLATE2.format(threads=workers, options=options)
         stored = "int8" if type.startswith("int8") else "float32"
         folder = str(task.folder / f"ctranslate2-{stored}")
-        return {competitor.title: ["-c", script, folder, pieces, type]}
+        return {title: Command(["-c", script, folder, pieces, type], setting.environment)}
     options = "" if length is None else f", max_new_tokens={length}, min_new_tokens={length}"
     script = _HUGGINGFACE.format(threads=threads, options=options)
-    return {competitor.title: ["-c", script, str(task.folder / "huggingface"), pieces, type]}
+    return {
+        competitor.title: Command(["-c", script, str(task.folder / "huggingface"), pieces, type])
+    }
