@@ -113,13 +113,13 @@ def prepare(options: argparse.Namespace) -> Subject:
     import numpy as np
     from decoding_models import (
         ctranslate2_tokens,
-        huggingface_model,
         random_model,
         write_for_ctranslate2,
     )
 
     from transformer_ext.data.corpus import read_lines, shipped_corpus
     from transformer_ext.files import load_model_dir
+    from transformer_ext.marian import to_marian
     from transformer_ext.model.config import preset
 
     if options.model:
@@ -159,7 +159,7 @@ def prepare(options: argparse.Namespace) -> Subject:
                     lambda path, q=quantization: write_for_ctranslate2(model, path, q),
                 )
         if competitor.program == "huggingface" and not model.config.norm_first:
-            made("huggingface", lambda path: huggingface_model(model.config, model.weights, path))
+            made("marian", lambda path: to_marian(folder / "ours", path))
 
     if options.model:
         test = shipped_corpus().test

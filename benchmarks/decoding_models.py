@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +57,6 @@ def random_model(config: TransformerConfig, folder: Path) -> None:
     save_model_dir(folder, config, random_weights(config), tokenizer, tokenizer)
 
 
-def position_table(config: TransformerConfig, halves: bool = False) -> np.ndarray:
-    """Section 3.5 of the paper: sine and cosine interleaved, or (``halves``) one after the other."""
-    width = config.d_model
-    angles = np.arange(POSITIONS)[:, None] / 10000 ** (np.arange(0, width, 2) / width)
-    parts = np.stack([np.sin(angles), np.cos(angles)], 1 if halves else -1)
-    return parts.reshape(POSITIONS, width).astype(np.float32)
-
-
 def _refuse(program: str, config: TransformerConfig, wanted: dict[str, tuple[Any, ...]]) -> None:
     for name, values in wanted.items():
         if getattr(config, name) not in values:
@@ -103,6 +96,8 @@ def ctranslate2_model(
     """
     from ctranslate2.specs import common_spec, transformer_spec
 
+    from transformer_ext.ops import sinusoidal_positions
+
     _refuse(
         "ctranslate2",
         config,
@@ -124,7 +119,8 @@ def ctranslate2_model(
         activation=common_spec.Activation.RELU,
     )
     table = weights["source_embedding.weight"]
-    positions = position_table(config, config.positions == "sinusoidal_halves")
+    halves = config.positions == "sinusoidal_halves"
+    positions = sinusoidal_positions(POSITIONS, config.d_model, halves=halves).numpy()
     spec.encoder.embeddings[0].weight = table
     spec.decoder.embeddings.weight = table
     spec.encoder.position_encodings.encodings = positions
@@ -156,80 +152,11 @@ def ctranslate2_model(
     spec.save(str(folder))
 
 
-def huggingface_model(config: TransformerConfig, weights: Any, folder: Path) -> None:
-    """Write a ``MarianMTModel``, whose positions :func:`huggingface_positions` mends once loaded.
-
-    Raises:
-        ValueError: an architecture that Marian has not, as pre-norm.
-    """
-    import torch
-    from transformers import MarianConfig, MarianMTModel
-
-    _refuse("MarianMTModel", config, {**_COMMON, "norm_first": (False,), "final_norm": (False,)})
-    _refuse("MarianMTModel", config, {"num_kv_heads": (config.nhead,), "layer_norm_eps": (1e-5,)})
-    model = MarianMTModel(
-        MarianConfig(
-            vocab_size=config.src_vocab_size,
-            d_model=config.d_model,
-            encoder_layers=config.num_encoder_layers,
-            decoder_layers=config.num_decoder_layers,
-            encoder_attention_heads=config.nhead,
-            decoder_attention_heads=config.nhead,
-            encoder_ffn_dim=config.dim_feedforward,
-            decoder_ffn_dim=config.dim_feedforward,
-            activation_function="relu",
-            max_position_embeddings=POSITIONS,
-            scale_embedding=True,
-            pad_token_id=config.pad_id,
-            bos_token_id=config.bos_id,
-            eos_token_id=config.eos_id,
-            decoder_start_token_id=config.decoder_start_id,
-            forced_eos_token_id=None,
-        )
-    )
-
-    def copy(module: Any, name: str, part: slice = slice(None)) -> None:
-        for kind in ("weight", "bias"):
-            getattr(module, kind).copy_(torch.from_numpy(weights[f"{name}.{kind}"][part].copy()))
-
-    width = config.d_model
-    with torch.no_grad():
-        inner: Any = model.model
-        inner.shared.weight.copy_(torch.from_numpy(weights["source_embedding.weight"].copy()))
-        for stack in ("encoder", "decoder"):
-            for number, layer in enumerate(getattr(inner, stack).layers):
-                ours = f"{stack}.layers.{number}"
-                for i, side in enumerate(("q_proj", "k_proj", "v_proj")):
-                    part = slice(i * width, (i + 1) * width)
-                    copy(
-                        getattr(layer.self_attn, side), f"{ours}.self_attention.in_projection", part
-                    )
-                copy(layer.self_attn.out_proj, f"{ours}.self_attention.out_projection")
-                copy(layer.self_attn_layer_norm, f"{ours}.self_attention_norm")
-                copy(layer.fc1, f"{ours}.feed_forward.in_projection")
-                copy(layer.fc2, f"{ours}.feed_forward.out_projection")
-                copy(layer.final_layer_norm, f"{ours}.feed_forward_norm")
-                if stack == "decoder":
-                    cross = f"{ours}.cross_attention"
-                    copy(layer.encoder_attn.q_proj, f"{cross}.query_projection")
-                    for i, side in enumerate(("k_proj", "v_proj")):
-                        part = slice(i * width, (i + 1) * width)
-                        copy(
-                            getattr(layer.encoder_attn, side), f"{cross}.key_value_projection", part
-                        )
-                    copy(layer.encoder_attn.out_proj, f"{cross}.out_projection")
-                    copy(layer.encoder_attn_layer_norm, f"{cross}_norm")
-    model.save_pretrained(folder)
-
-
-def huggingface_positions(model: Any, config: TransformerConfig) -> None:
-    """Give a loaded ``MarianMTModel`` our positions: its own are not in its files."""
-    import torch
-
-    table = torch.from_numpy(position_table(config, config.positions == "sinusoidal_halves"))
-    with torch.no_grad():
-        for stack in (model.model.encoder, model.model.decoder):
-            stack.embed_positions.weight.copy_(table)
+def marian_ids(folder: Path, tokenizer: Tokenizer) -> dict[int, int]:
+    """Our id of each id of a MarianMT directory that a text can have."""
+    vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    ours = {tokenizer.piece(id): id for id in range(tokenizer.vocab_size)}
+    return {id: ours[piece] for piece, id in vocabulary.items() if piece in ours}
 
 
 def ctranslate2_tokens(model: ModelDir) -> list[str]:

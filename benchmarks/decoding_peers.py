@@ -193,25 +193,26 @@ class HuggingFace:
 
     def __init__(self, task: Task, type: str) -> None:
         import torch
-        from decoding_models import huggingface_positions
+        from decoding_models import marian_ids
         from transformers import MarianMTModel
 
         from transformer_ext.files import load_model_dir
 
         torch.set_num_threads(task.threads)
-        config = load_model_dir(task.folder / "ours").config
-        self._model = MarianMTModel.from_pretrained(
-            task.folder / "huggingface", dtype=getattr(torch, type)
-        ).eval()
-        huggingface_positions(self._model, config)
+        folder = task.folder / "marian"
+        self._model = MarianMTModel.from_pretrained(folder, dtype=getattr(torch, type)).eval()
         self.type = type
-        self._pad, self._end = config.pad_id, config.eos_id
+        self._ours = marian_ids(folder, load_model_dir(task.folder / "ours").target_tokenizer)
+        self._theirs = {ours: id for id, ours in self._ours.items()}
+        self._pad, self._end = self._model.config.pad_token_id, self._model.config.eos_token_id
         self._options: dict[str, Any] = {"num_beams": task.beam, "do_sample": False}
         if task.length is not None:
             self._options["min_new_tokens"] = self._options["max_new_tokens"] = task.length
+            # Beside that of the model's file there would be a warning in each call.
+            self._options["max_length"] = None
 
     def inputs(self, call: Call) -> Any:
-        return call
+        return [[self._theirs[id] for id in source] for source in call]
 
     def translate(self, call: Any) -> Any:
         import torch
@@ -226,7 +227,8 @@ class HuggingFace:
     def ids(self, results: Any) -> list[list[int]]:
         # The first is the start of the sentence.
         return [
-            [id for id in row[1:] if id not in (self._pad, self._end)] for row in results.tolist()
+            [self._ours.get(id, -1) for id in row[1:] if id not in (self._pad, self._end)]
+            for row in results.tolist()
         ]
 
 
@@ -413,15 +415,20 @@ sys.stdin.read()
 """
 
 _HUGGINGFACE = """
-import sys
+import json, sys
 import sentencepiece, torch
 from transformers import MarianMTModel
 torch.set_num_threads({threads})
 tokenizer = sentencepiece.SentencePieceProcessor(model_file=sys.argv[2])
 model = MarianMTModel.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[3]))
-ids = torch.tensor([[*tokenizer.encode(sys.stdin.readline()), model.config.eos_token_id]])
-found = model.generate(input_ids=ids, num_beams=4{options})
-print(tokenizer.decode(found[0].tolist()), flush=True)
+with open(sys.argv[1] + "/vocab.json", encoding="utf-8") as file:
+    ids = json.load(file)
+names = dict(zip(ids.values(), ids))
+pieces = tokenizer.encode(sys.stdin.readline(), out_type=str)
+source = torch.tensor([[*map(ids.get, pieces), model.config.eos_token_id]])
+found = model.generate(input_ids=source, num_beams=4{options})
+left_out = (model.config.pad_token_id, model.config.eos_token_id)
+print(tokenizer.decode([names[i] for i in found[0].tolist() if i not in left_out]), flush=True)
 sys.stdin.read()
 """
 
@@ -462,8 +469,8 @@ def start_up_commands(key: str, task: Task) -> dict[str, Command]:
         stored = "int8" if type.startswith("int8") else "float32"
         folder = str(task.folder / f"ctranslate2-{stored}")
         return {title: Command(["-c", script, folder, pieces, type], setting.environment)}
-    options = "" if length is None else f", max_new_tokens={length}, min_new_tokens={length}"
+    options = ""
+    if length is not None:
+        options = f", max_length=None, max_new_tokens={length}, min_new_tokens={length}"
     script = _HUGGINGFACE.format(threads=threads, options=options)
-    return {
-        competitor.title: Command(["-c", script, str(task.folder / "huggingface"), pieces, type])
-    }
+    return {competitor.title: Command(["-c", script, str(task.folder / "marian"), pieces, type])}

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "python_tests"))
-from marian_helpers import differences, model_in_float64, score_in_float64
+from decoding_models import marian_ids
+from rescoring import differences, model_in_float64, score_in_float64
 
 from transformer_ext.data.corpus import read_lines, shipped_corpus
 from transformer_ext.inference.options import SearchOptions
@@ -68,7 +67,7 @@ def compare(model_dir: Path, lines: Sequence[str], threads: int, scratch: Path) 
     ours = Translator(model_dir, threads)
     imported = Translator(scratch / "back", threads)
     tokenizer = transformers.MarianTokenizer.from_pretrained(scratch / "plain")
-    ids = our_ids(scratch / "plain", ours)
+    ids = marian_ids(scratch / "plain", ours.target_tokenizer)
     sources = ours.encode(lines)
     their_sources = [tokenizer(line).input_ids for line in lines]
     check("token ids of MarianTokenizer", [[ids[i] for i in s] for s in their_sources], sources)
@@ -131,14 +130,6 @@ def compare(model_dir: Path, lines: Sequence[str], threads: int, scratch: Path) 
             ]
             print(f"{'':34} its scores are within {max(gaps):.1e} of {name}")
     return int(worst >= GAP)
-
-
-def our_ids(folder: Path, translator: Translator) -> dict[int, int]:
-    """Our id of each of theirs that a text can have."""
-    vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-    tokenizer = translator.target_tokenizer
-    ours = {tokenizer.piece(id): id for id in range(tokenizer.vocab_size)}
-    return {id: ours[piece] for piece, id in vocabulary.items() if piece in ours}
 
 
 def check(name: str, found: list[list[int]], expected: list[list[int]]) -> None:

@@ -7,13 +7,11 @@ the model is seen in test_engine.py, for which some options are repeated there.
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
+from benchmark_files import benchmark
 from decoding_helpers import random_engine
 
 hypothesis = pytest.importorskip("hypothesis")
@@ -323,16 +321,6 @@ def test_sampling_from_a_large_vocabulary():
         expected = [draw(log_probs, options, uniform_number(3, 8, i, 0)) for i in range(300)]
         assert drawn == sorted(expected)
         assert len(set(drawn)) > 3
-
-
-def benchmark(name):
-    file = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", file)
-    module = importlib.util.module_from_spec(spec)
-    # A dataclass looks its module up.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("norm_first", [False, True])

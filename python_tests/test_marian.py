@@ -12,14 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from benchmark_files import benchmark
 from decoding_helpers import SENTENCES, save_random_model
 from marian_helpers import (
     ENGLISH,
     GERMAN,
-    differences,
-    model_in_float64,
     pieces_of,
-    score_in_float64,
     sentencepiece_model,
     write_marian_dir,
     write_tokenizers,
@@ -33,6 +31,8 @@ from transformer_ext.inference.engine import Engine
 from transformer_ext.inference.options import SearchOptions
 from transformer_ext.marian import MarianError, from_marian, to_marian
 from transformer_ext.model.transformer import Transformer
+
+rescoring = benchmark("rescoring")
 
 SOURCES = [[5, 6, 7, 8, 9, 10, 0], [11, 0], [4, 8, 15, 3, 0]]
 TARGETS = [[12, 5, 5, 7], [9], [3, 4, 5, 6, 7, 8, 9]]
@@ -723,7 +723,7 @@ def test_translations_are_those_of_generate(transformers, trained, beam_size, ze
         ended = 0 in row
         theirs.append(([ids[id] for id in row[: row.index(0) if ended else 60]], ended))
     mine = [(t.tokens, t.hypotheses[0].ended) for t in ours]
-    for number, gap in differences(trained, sources, mine, theirs, options):
+    for number, gap in rescoring.differences(trained, sources, mine, theirs, options):
         assert abs(gap) < 1e-4, (number, gap)
     texts = tokenizer.batch_decode(found, skip_special_tokens=True)
     for our, (tokens, _), text in zip(ours, theirs, texts, strict=True):
@@ -739,8 +739,8 @@ def test_a_difference_is_measured_in_float64(trained):
     best, second = (
         [(r.hypotheses[i].tokens, r.hypotheses[i].ended) for r in results] for i in (0, 1)
     )
-    assert differences(trained, sources, best, best, options) == []
-    found = differences(trained, sources, best, second, options)
+    assert rescoring.differences(trained, sources, best, best, options) == []
+    found = rescoring.differences(trained, sources, best, second, options)
     assert [number for number, _ in found] == [0, 1]
     for number, gap in found:
         scores = [hypothesis.score for hypothesis in results[number].hypotheses]
@@ -767,11 +767,11 @@ def test_ctranslate2s_converter_reads_an_export(transformers, trained, beam_size
             return_scores=True,
         )
         sources = translator.encode(LINES)
-    model = model_in_float64(trained)
+    model = rescoring.model_in_float64(trained)
     for source, mine, other in zip(sources, ours, found, strict=True):
         assert tokenizer.pieces(mine.tokens) == other.hypotheses[0]
         # CTranslate2 has no row for the start token.
-        score = score_in_float64(
+        score = rescoring.score_in_float64(
             model, source, mine.tokens, mine.hypotheses[0].ended, options, absent=[2]
         )
         assert other.scores[0] == pytest.approx(score, abs=1e-5)
