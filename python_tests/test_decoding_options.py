@@ -89,6 +89,8 @@ def search_options(draw):
         return_attention=draw(st.booleans()),
         return_alignment=draw(st.booleans()),
     )
+    if fields["max_length"] is not None:
+        fields["min_length"] = min(fields["min_length"], fields["max_length"])
     if fields["return_attention"] or fields["return_alignment"] or fields["coverage_penalty"]:
         fields["attention_layer"] = draw(st.sampled_from([None, 0, 1]))
     if sampling:
@@ -263,7 +265,12 @@ def test_random_batches_and_threads_change_no_bit(wide_engines, data):
     )
     numbers = list(range(count))
     options = data.draw(search_options())
-    options = options.replace(max_length=min(8, options.max_length or 8), suppressed_tokens=())
+    longest_output = min(8, options.max_length or 8)
+    options = options.replace(
+        max_length=longest_output,
+        min_length=min(longest_output, options.min_length),
+        suppressed_tokens=(),
+    )
     first = wide_engines[0]
     expected = first.search(sources, options, batch_size=1)
     scores = first.score(sources, targets, batch_size=1)
@@ -442,7 +449,7 @@ def test_errors_leave_the_engine_as_it_was(engine):
             dict(options=SearchOptions(return_attention=True, attention_layer=2)),
             "attention_layer: got 2, but the decoder has 2 layers",
         ),
-        (dict(batch_tokens=0), "batch_tokens: got 0, expected at least 1"),
+        (dict(batch_tokens=0), "batch_tokens: got 0, expected an integer from 1 to 1000000000"),
     ):
         with pytest.raises(ValueError, match=message):
             engine.search(SOURCES, **arguments)

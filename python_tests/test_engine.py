@@ -166,7 +166,7 @@ def test_finds_what_the_python_search_finds(variant):
         {"length_penalty_kind": "none", "length_counts_eos": False},
         {"early_stopping": "first", "num_hypotheses": 4},
         {"min_length": 6, "num_hypotheses": 2},
-        {"min_length": 99, "num_hypotheses": 2},
+        {"max_length": 15, "min_length": 15, "num_hypotheses": 2},
         {"max_length": 1, "num_hypotheses": 4},
         {"max_length": None, "max_length_a": 0.5, "max_length_b": 2},
         {"beam_size": 60, "num_hypotheses": 60, "max_length": 3},

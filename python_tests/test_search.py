@@ -184,24 +184,63 @@ def test_nan_is_an_error():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"beam_size": 0}, "beam_size: got 0, expected an integer of at least 1"),
+        ({"beam_size": 0}, "beam_size: got 0, expected an integer from 1 to 1000"),
         ({"beam_size": 2, "num_hypotheses": 3}, "num_hypotheses: got 3, expected at most beam"),
         ({"length_penalty": -1.0}, "length_penalty: got -1.0"),
         ({"length_penalty_kind": "gnm"}, "did you mean 'gnmt'"),
         ({"beam": 3}, "unknown search option 'beam'; did you mean"),
         ({"max_length": 0}, "max_length: got 0"),
         ({"early_stopping": True}, "early_stopping: got True, expected one of exact, first"),
-        ({"coverage_penalty": -0.1}, "coverage_penalty: got -0.1, expected a number of at least 0"),
-        ({"repetition_penalty": 0.9}, "repetition_penalty: got 0.9, expected a number of at least"),
+        (
+            {"coverage_penalty": -0.1},
+            "coverage_penalty: got -0.1, expected a number from 0.0 to 1000.0",
+        ),
+        ({"repetition_penalty": 0.9}, "repetition_penalty: got 0.9, expected a number from 1.0"),
         ({"no_repeat_ngram_size": 1.5}, "no_repeat_ngram_size: got 1.5, expected an integer"),
         ({"suppressed_tokens": [3, -1]}, r"suppressed_tokens: got \[3, -1\], expected a list"),
         ({"top_k": 5}, "top_k: got 5 without sampling"),
         ({"top_p": 0.5}, "top_p: got 0.5 without sampling"),
         ({"temperature": 0.5}, "temperature: got 0.5 without sampling"),
-        ({"sampling": True, "temperature": 0.0}, "temperature: got 0.0, expected a number of at"),
+        (
+            {"sampling": True, "temperature": 0.0},
+            "temperature: got 0.0, expected a number from 0.001",
+        ),
         ({"sampling": True, "top_p": 1.1}, "top_p: got 1.1, expected a number from 0.0 to 1.0"),
         ({"beam_patience": 2.0}, "beam_patience: got 2.0 with early_stopping 'exact'"),
         ({"seed": -1}, "seed: got -1"),
+        ({"max_length": 5, "min_length": 6}, "min_length: got 6, expected at most max_length"),
+        ({"beam_size": 1001}, "beam_size: got .*, expected an integer .*to 1000"),
+        ({"beam_size": 10**400}, "beam_size: got .*, expected an integer .*to 1000"),
+        ({"num_hypotheses": 1001}, "num_hypotheses: got .*, expected an integer .*to 1000"),
+        ({"length_penalty": 1e300}, "length_penalty: got .*, expected a number .*to 50.0"),
+        ({"length_penalty": 10**400}, "length_penalty: got .*, expected a number .*to 50.0"),
+        ({"coverage_penalty": 1e300}, "coverage_penalty: got .*, expected a number .*to 1000.0"),
+        ({"max_length": 1_000_001}, "max_length: got .*, expected an integer .*to 1000000"),
+        ({"max_length_a": 1e300}, "max_length_a: got .*, expected a number .*to 1000.0"),
+        ({"max_length_b": 1_000_001}, "max_length_b: got .*, expected an integer .*to 1000000"),
+        (
+            {"max_source_length": 10**10},
+            "max_source_length: got .*, expected an integer .*to 1000000",
+        ),
+        ({"min_length": 10**20}, "min_length: got .*, expected an integer .*to 1000000"),
+        ({"min_length_a": 1e300}, "min_length_a: got .*, expected a number .*to 1000.0"),
+        ({"beam_patience": 1e300}, "beam_patience: got .*, expected a number .*to 1000.0"),
+        (
+            {"no_repeat_ngram_size": 10**20},
+            "no_repeat_ngram_size: got .*, expected an integer .*to 1000000",
+        ),
+        (
+            {"repetition_penalty": 1e300},
+            "repetition_penalty: got .*, expected a number .*to 1000.0",
+        ),
+        ({"top_k": 2**31}, "top_k: got .*, expected an integer .*to 2147483647"),
+        ({"temperature": 1e300}, "temperature: got .*, expected a number .*to 1000.0"),
+        ({"seed": 2**63}, "seed: got .*, expected an integer .*to 9223372036854775807"),
+        (
+            {"attention_layer": 2**31},
+            "attention_layer: got .*, expected an integer .*to 2147483647",
+        ),
+        ({"suppressed_tokens": [2**31]}, "suppressed_tokens: got .* from 0 to 2147483647"),
     ],
 )
 def test_wrong_options(changes, message):
@@ -215,6 +254,9 @@ def test_length_limit():
     assert SearchOptions(max_length_a=0.0, max_length_b=0).length_limit(7) == 1
     assert SearchOptions(max_length=5).length_limit(7) == 5
     assert SearchOptions().length_limit(7, positions=20) == 20
+    largest = SearchOptions(max_length_a=1000, min_length_a=1000, length_penalty=50.0)
+    assert largest.length_limit(10**7) == largest.length_minimum(10**7) == 1_000_000
+    assert largest.replace(length_penalty_kind="divide").penalty(10**6, ended=True) > 1e300
 
 
 def fixed_model(probabilities):

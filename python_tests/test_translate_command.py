@@ -210,13 +210,19 @@ def test_learned_positions(tmp_path):
     ("arguments", "message"),
     [
         (["--beam-sise", "3"], b"unknown option '--beam-sise'; did you mean '--beam-size'?"),
-        (["--beam-size", "none"], b"--beam-size: got 'none', expected an integer of at least 1"),
+        (["--beam-size", "none"], b"--beam-size: got 'none', expected an integer from 1 to 1000"),
         (["--num-hypotheses", "9"], b"num_hypotheses: got 9, expected at most beam_size (4)"),
         (["--format", "xml"], b"--format"),
-        (["--batch-size", "0"], b"--batch-size: got 0, expected at least 1"),
-        (["--threads", "0"], b"threads: got 0, expected an integer of at least 1"),
+        (["--batch-size", "0"], b"--batch-size: got 0, expected an integer from 1 to 1000000"),
+        (["--threads", "0"], b"--threads: got 0, expected an integer from 1 to 1024"),
         (["a", "-"], b"standard input cannot be one of several files"),
-        (["--batch-tokens", "0"], b"--batch-tokens: got 0, expected at least 1"),
+        (["--batch-tokens", "0"], b"--batch-tokens: got 0, expected an integer from 1 to"),
+        (["--batch-size", "9" * 20], b"expected an integer from 1 to 1000000"),
+        (["--batch-tokens", "9" * 20], b"expected an integer from 1 to 1000000000"),
+        (["--threads", "1025"], b"--threads: got 1025, expected an integer from 1 to 1024"),
+        (["--beam-size", "9" * 400], b"expected an integer from 1 to 1000"),
+        (["--min-length", "9" * 20], b"expected an integer from 0 to 1000000"),
+        (["--max-length", "5", "--min-length", "9"], b"min_length: got 9, expected at most"),
         (["--top-k", "3"], b"top_k: got 3 without sampling"),
         (["--return-alignment"], b"expected --format jsonl with them"),
         (["--search-preset", "marian"], b"--search-preset"),
@@ -289,7 +295,7 @@ def test_score_with_attention(model_dir, tmp_path):
         (["--return-alignment"], b"expected --format jsonl with them"),
         (["--attention-layer", "0"], b"expected --return-attention or --return-alignment with it"),
         (["--srk", "x"], b"unknown option '--srk'; did you mean '--src'?"),
-        (["--batch-tokens", "0"], b"batch_tokens: got 0, expected at least 1"),
+        (["--batch-tokens", "0"], b"--batch-tokens: got 0, expected an integer from 1 to"),
     ):
         done = run(model_dir, *files, *wrong, module="score")
         assert done.returncode == 2 and message in done.stderr

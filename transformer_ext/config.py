@@ -207,13 +207,16 @@ class Option:
             if isinstance(value, str) and re.fullmatch(r"[-+]?[0-9.]+e[-+]?[0-9]+", value.lower()):
                 value = float(value)
             elif isinstance(value, int):
-                value = float(value)
+                try:
+                    value = float(value)
+                except OverflowError:
+                    self._refuse(whole, where, absent)
         if type(value) is not self.kind:
             self._refuse(whole, where, absent)
         if self.choices and value not in self.choices:
             self._refuse(whole, where, absent)
         if isinstance(value, (int, float)) and not (
-            math.isfinite(value)
+            (isinstance(value, int) or math.isfinite(value))
             and (self.minimum is None or value >= self.minimum)
             and (self.maximum is None or value <= self.maximum)
         ):
@@ -809,10 +812,20 @@ class TrainingConfig:
 class EvaluationConfig:
     """How validation and the final test translate."""
 
-    beam_size: int = option(4, help="beam size of the final test", unit="hypotheses", minimum=1)
-    length_penalty: float = option(0.6, help="GNMT length penalty of the final test", minimum=0.0)
+    # The same ranges as in SearchOptions, so that a mistake is found before the training.
+
+    beam_size: int = option(
+        4, help="beam size of the final test", unit="hypotheses", minimum=1, maximum=1000
+    )
+    length_penalty: float = option(
+        0.6, help="GNMT length penalty of the final test", minimum=0.0, maximum=50.0
+    )
     validation_beam_size: int = option(
-        1, help="beam size at each validation; 1 is greedy", unit="hypotheses", minimum=1
+        1,
+        help="beam size at each validation; 1 is greedy",
+        unit="hypotheses",
+        minimum=1,
+        maximum=1000,
     )
     validation_sentences: int = option(
         300, help="dev sentences translated at each validation", unit="sentences", minimum=0

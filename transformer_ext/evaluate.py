@@ -8,7 +8,11 @@ import time
 from collections.abc import Sequence
 
 from transformer_ext.config import ArgumentParser, ConfigError, add_arguments, from_dict, given
-from transformer_ext.inference.options import SearchOptions, add_engine_arguments
+from transformer_ext.inference.options import (
+    SearchOptions,
+    add_batch_arguments,
+    add_engine_arguments,
+)
 
 
 def _parser() -> ArgumentParser:
@@ -26,20 +30,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--output", metavar="FILE", help="write the model's translations here")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_engine_arguments(parser)
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        default=64,
-        metavar="N",
-        help="sentences decoded together (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--batch-tokens",
-        type=int,
-        default=4096,
-        metavar="N",
-        help="most source tokens decoded together, which bounds memory (default: %(default)s)",
-    )
+    add_batch_arguments(parser, "sentences decoded")
     add_arguments(parser, SearchOptions)
     return parser
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from transformer_ext.config import ArgumentParser
-from transformer_ext.inference.options import add_engine_arguments
+from transformer_ext.inference.options import add_batch_arguments, add_engine_arguments
 
 
 def _parser() -> ArgumentParser:
@@ -32,20 +32,7 @@ def _parser() -> ArgumentParser:
         "each token (default: %(default)s)",
     )
     add_engine_arguments(parser)
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        default=64,
-        metavar="N",
-        help="most pairs scored together (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--batch-tokens",
-        type=int,
-        default=4096,
-        metavar="N",
-        help="most source tokens scored together, which bounds memory (default: %(default)s)",
-    )
+    add_batch_arguments(parser, "pairs scored")
     parser.add_argument(
         "--return-alignment",
         action="store_true",

@@ -14,7 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from transformer_ext.config import ArgumentParser, ConfigError, add_arguments, given
-from transformer_ext.inference.options import PRESETS, SearchOptions, add_engine_arguments
+from transformer_ext.inference.options import (
+    PRESETS,
+    SearchOptions,
+    add_batch_arguments,
+    add_engine_arguments,
+)
 
 if TYPE_CHECKING:
     from transformer_ext.inference.lines import TextLines
@@ -47,20 +52,10 @@ def _parser() -> ArgumentParser:
         "nbest: a line for each hypothesis, 'number ||| text ||| score' (default: %(default)s)",
     )
     add_engine_arguments(parser)
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        default=64,
-        metavar="N",
-        help="most sentences decoded together; up to four times as many lines are read ahead where "
-        "they are there to be read (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--batch-tokens",
-        type=int,
-        default=4096,
-        metavar="N",
-        help="most source tokens decoded together, which bounds memory (default: %(default)s)",
+    add_batch_arguments(
+        parser,
+        "sentences decoded",
+        "; up to four times as many lines are read ahead where they are there to be read",
     )
     parser.add_argument(
         "--target-prefix",
@@ -242,10 +237,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = SearchOptions.preset(arguments.search_preset, **values)
     except ConfigError as error:
         parser.error(str(error))
-    for name in ("batch_size", "batch_tokens"):
-        if getattr(arguments, name) < 1:
-            flag = name.replace("_", "-")
-            parser.error(f"argument --{flag}: got {getattr(arguments, name)}, expected at least 1")
     if (options.return_attention or options.return_alignment) and arguments.format != "jsonl":
         parser.error("--return-attention and --return-alignment: expected --format jsonl with them")
     try:

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from transformer_ext._native import native
 from transformer_ext.files import Tensors, parameter_shapes
-from transformer_ext.inference.options import COMPUTE_TYPES, SearchOptions, SearchResult
+from transformer_ext.inference.options import (
+    COMPUTE_TYPES,
+    MOST_AT_ONCE,
+    SearchOptions,
+    SearchResult,
+    check_at_once,
+)
 from transformer_ext.inference.shared import (
     attention_layer,
     check_source_lengths,
@@ -127,9 +133,8 @@ class Engine:
             return np.require(array, requirements=["C", "A"])
 
         if threads is None:
-            threads = compiled.default_threads()
-        if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
-            raise ValueError(f"threads: got {threads!r}, expected an integer of at least 1")
+            threads = min(compiled.default_threads(), MOST_AT_ONCE["threads"])
+        check_at_once("threads", threads)
         try:
             self._engine: Any = compiled.Engine(config.to_dict(), find, threads, self.compute_type)
         except compiled.UnsupportedModel as error:
@@ -382,9 +387,8 @@ def _batches(
     sources: Sequence[Sequence[int]], batch_size: int, batch_tokens: int
 ) -> Iterator[list[int]]:
     """Numbers of the sources that are not empty, longest first, in batches."""
-    for name, value in (("batch_size", batch_size), ("batch_tokens", batch_tokens)):
-        if value < 1:
-            raise ValueError(f"{name}: got {value}, expected at least 1")
+    check_at_once("batch_size", batch_size)
+    check_at_once("batch_tokens", batch_tokens)
     order = sorted(
         (i for i, source in enumerate(sources) if len(source)), key=lambda i: -len(sources[i])
     )

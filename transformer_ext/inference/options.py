@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +21,20 @@ HypothesisStop = Literal["eos", "max_length", "no_token"]
 
 #: What an engine may multiply in, see :class:`transformer_ext.inference.engine.Engine`.
 COMPUTE_TYPES = ("auto", "float32", "bfloat16", "int8")
+
+#: Most hypotheses, or samples, of a sentence: the memory and time of a step grow with them.
+MOST_HYPOTHESES = 1_000
+#: Longest output: far beyond any sentence, and each token keeps its keys and values.
+LONGEST_OUTPUT = 1_000_000
+#: Largest factor of the options that are one. With it and :data:`LONGEST_OUTPUT` no score overflows.
+LARGEST_FACTOR = 1_000.0
+#: Largest exponent of the length penalty: 10^6 to the power of 50 is a double, to that of 52 not.
+LARGEST_EXPONENT = 50.0
+#: Token ids are 32-bit integers in the engine.
+LARGEST_ID = 2**31 - 1
+
+#: Most of what every command and the engine can be told of how much is worked on at once.
+MOST_AT_ONCE = {"threads": 1_024, "batch_size": 1_000_000, "batch_tokens": 1_000_000_000}
 
 #: The least attention to a source token that the coverage penalty sees.
 LEAST_COVERAGE = 1e-10
@@ -47,15 +62,24 @@ class SearchOptions:
         ConfigError: a value of a wrong type or out of its range, or two that exclude each other.
     """
 
-    beam_size: int = option(4, help="hypotheses kept at each step; 1 is greedy search", minimum=1)
+    beam_size: int = option(
+        4,
+        help="hypotheses kept at each step; 1 is greedy search",
+        minimum=1,
+        maximum=MOST_HYPOTHESES,
+    )
     num_hypotheses: int = option(
         1,
         help="hypotheses returned per sentence, best first: at most the beam size, or any number "
         "of samples",
         minimum=1,
+        maximum=MOST_HYPOTHESES,
     )
     length_penalty: float = option(
-        0.6, help="exponent alpha of the length penalty; 0 is no penalty", minimum=0.0
+        0.6,
+        help="exponent alpha of the length penalty; 0 is no penalty",
+        minimum=0.0,
+        maximum=LARGEST_EXPONENT,
     )
     length_penalty_kind: Literal["gnmt", "divide", "none"] = option(
         "gnmt",
@@ -70,34 +94,48 @@ class SearchOptions:
         help="beta of the coverage penalty, for source tokens that got little attention "
         "(Wu et al. 2016, equation 14); 0 is none",
         minimum=0.0,
+        maximum=LARGEST_FACTOR,
     )
     max_length: int | None = option(
         None,
         help="longest output, its end of sentence counted",
         unit="tokens",
         minimum=1,
+        maximum=LONGEST_OUTPUT,
         auto="max_length_a times the source's length plus max_length_b",
     )
     max_length_a: float = option(
         1.0,
         help="tokens of output allowed per token of source (end of sentence counted)",
         minimum=0.0,
+        maximum=LARGEST_FACTOR,
     )
-    max_length_b: int = option(50, help="tokens of output allowed beside those", minimum=0)
+    max_length_b: int = option(
+        50,
+        help="tokens of output allowed beside those",
+        minimum=0,
+        maximum=LONGEST_OUTPUT,
+    )
     max_source_length: int | None = option(
         None,
         help="a longer source is an error (the translate command cuts it, and says so)",
         unit="tokens, end of sentence counted",
         minimum=1,
+        maximum=LONGEST_OUTPUT,
         auto="any length; for the command, 1024 or twice the longest trained on",
     )
     min_length: int = option(
-        0, help="tokens that come before the end of sentence at least", unit="tokens", minimum=0
+        0,
+        help="tokens that come before the end of sentence at least",
+        unit="tokens",
+        minimum=0,
+        maximum=LONGEST_OUTPUT,
     )
     min_length_a: float = option(
         0.0,
         help="the same per token of source; the longer of the two counts",
         minimum=0.0,
+        maximum=LARGEST_FACTOR,
     )
     early_stopping: Literal["exact", "first", "heuristic"] = option(
         "exact",
@@ -111,6 +149,7 @@ class SearchOptions:
         help="for early_stopping first: how many hypotheses must have ended, in beam sizes "
         "(Kasai et al. 2022)",
         minimum=0.0,
+        maximum=LARGEST_FACTOR,
     )
     rank_unfinished: bool = option(
         False,
@@ -123,15 +162,20 @@ class SearchOptions:
         "section 2.5); 0 is off",
         unit="tokens",
         minimum=0,
+        maximum=LONGEST_OUTPUT,
     )
     repetition_penalty: float = option(
         1.0,
         help="factor on the log-probability of a token that the hypothesis holds already "
         "(Keskar et al. 2019, section 4.1); 1 is none",
         minimum=1.0,
+        maximum=LARGEST_FACTOR,
     )
     suppressed_tokens: tuple[int, ...] = option(
-        (), help="ids of target tokens that are never proposed", minimum=0
+        (),
+        help="ids of target tokens that are never proposed",
+        minimum=0,
+        maximum=LARGEST_ID,
     )
     sampling: bool = option(
         False, help="draw num_hypotheses translations at random, instead of searching for the best"
@@ -141,6 +185,7 @@ class SearchOptions:
         help="sampling: draw among the so many most probable tokens (Fan et al. 2018)",
         unit="tokens",
         minimum=1,
+        maximum=LARGEST_ID,
         auto="all tokens",
     )
     top_p: float = option(
@@ -154,6 +199,7 @@ class SearchOptions:
         1.0,
         help="sampling: log-probabilities are divided by it; near 0 takes the best token",
         minimum=0.001,
+        maximum=LARGEST_FACTOR,
     )
     seed: int = option(
         0,
@@ -172,6 +218,7 @@ class SearchOptions:
         None,
         help="decoder layer, from 0, whose attention is given, and counted by coverage_penalty",
         minimum=0,
+        maximum=LARGEST_ID,
         auto="the last",
     )
 
@@ -185,6 +232,11 @@ class SearchOptions:
             raise ConfigError(
                 f"num_hypotheses: got {self.num_hypotheses}, expected at most beam_size "
                 f"({self.beam_size})"
+            )
+        if self.max_length is not None and self.min_length > self.max_length:
+            raise ConfigError(
+                f"min_length: got {self.min_length}, expected at most max_length "
+                f"({self.max_length})"
             )
         # What would have no effect. (Options that another one overrides are let be: a preset, or the
         # options of a translator, have them for the calls that do not say otherwise.)
@@ -244,11 +296,13 @@ class SearchOptions:
             limit = self.max_length
         else:
             limit = max(1, int(self.max_length_a * source_length) + self.max_length_b)
+            limit = min(limit, LONGEST_OUTPUT)
         return limit if positions is None else min(limit, positions)
 
     def length_minimum(self, source_length: int) -> int:
         """Tokens that come before the end of sentence at least."""
-        return max(self.min_length, int(self.min_length_a * source_length))
+        least = max(self.min_length, int(self.min_length_a * source_length))
+        return min(least, LONGEST_OUTPUT)
 
     def penalty(self, tokens: int, ended: bool) -> float:
         """What the log-probability of ``tokens`` tokens, end of sentence excluded, is divided by.
@@ -355,11 +409,64 @@ class SearchResult:
     steps: int
 
 
+def check_at_once(name: str, value: Any) -> int:
+    """The value of an argument that :data:`MOST_AT_ONCE` names.
+
+    Raises:
+        ConfigError: it is no integer from 1 to the most.
+    """
+    most = MOST_AT_ONCE[name]
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise ConfigError(f"{name}: got {value!r}, expected an integer from 1 to {most}")
+    return value
+
+
+def _at_once(name: str) -> Callable[[str], int]:
+    """What argparse reads such an argument with."""
+
+    def parse(text: str) -> int:
+        try:
+            value: Any = int(text)
+        except ValueError:
+            value = text
+        try:
+            return check_at_once(name, value)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error).removeprefix(f"{name}: ")) from None
+
+    return parse
+
+
+def add_batch_arguments(parser: argparse.ArgumentParser, what: str, more: str = "") -> None:
+    """``batch_size`` and ``batch_tokens`` of a command.
+
+    Args:
+        parser: of the command.
+        what: is done with how many together, "sentences decoded".
+        more: to say of the first.
+    """
+    parser.add_argument(
+        "--batch-size",
+        type=_at_once("batch_size"),
+        default=64,
+        metavar="N",
+        help=f"most {what} together{more} (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch-tokens",
+        type=_at_once("batch_tokens"),
+        default=4096,
+        metavar="N",
+        help=f"most source tokens {what.split()[-1]} together, which bounds memory "
+        "(default: %(default)s)",
+    )
+
+
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """What every command that decodes says of its engine: ``threads``, ``compute_type``, ``ensemble``."""
     parser.add_argument(
         "--threads",
-        type=int,
+        type=_at_once("threads"),
         metavar="N",
         help="CPU threads (default: the physical cores that the process may use)",
     )
