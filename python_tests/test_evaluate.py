@@ -61,6 +61,13 @@ def test_a_model(files, capsys):
         (["model", "--src", "src"], "--src FILE and --ref FILE belong together"),
         (["--hyp", "hyp", "--ref", "ref", "--output", "x"], "--output FILE needs a model"),
         (["--hyp", "hyp", "--ref", "ref", "--ensemble", "x"], "--ensemble MODEL_DIR needs a first"),
+        (["--hyp", "hyp", "--ref", "ref", "--beam-size", "2"], "--beam-size needs a model"),
+        (["--hyp", "hyp", "--ref", "ref", "--threads", "2"], "--threads needs a model"),
+        (["model", "--return-alignment"], "--return-alignment: only translate and score write it"),
+        (
+            ["model", "--output", "no/such/x"],
+            "--output no/such/x: its folder is not there",
+        ),
         (["--hyp", "short", "--ref", "ref"], "short has 1 lines, ref has 3"),
         (["--hyp", "empty", "--ref", "empty"], "empty: has no lines"),
         (["--hyp", "nothing", "--ref", "ref"], "nothing: cannot be read"),

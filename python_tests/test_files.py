@@ -350,6 +350,10 @@ def edit_config(model: Path, /, **changes) -> None:
     [
         ({"format_version": 2}, "format_version is 2, expected 1; a newer version"),
         ({"format_version": None}, "format_version is None, expected 1"),
+        (
+            {"format_version": None, "model_type": "marian"},
+            "MarianMT, which is to be converted first: python -m transformer_ext.convert --from-marian ",
+        ),
         ({"model": None}, "the part 'model' is missing"),
         ({"tokenizer": None}, "the part 'tokenizer' is missing"),
         ({"model__d_model": 16}, "does not fit the model's configuration"),

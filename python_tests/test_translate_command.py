@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib
 import json
 import os
 import subprocess
@@ -326,3 +327,93 @@ def test_score(model_dir, tmp_path):
     target.write_text("one line")
     done = run(model_dir, "--src", source, "--tgt", target, module="score")
     assert done.returncode == 2 and b"has 3 lines" in done.stderr
+
+
+def test_wide_text_on_standard_input_is_refused(model_dir):
+    for code in ("utf-16", "utf-32"):
+        done = run(model_dir, *QUICK, stdin="open\n".encode(code))
+        assert done.returncode == 2 and done.stdout == b""
+        assert f"standard input: is {code.upper()}, expected UTF-8".encode() in done.stderr
+
+
+def every_command(model_dir, folder):
+    """Arguments of the commands that print."""
+    for name in ("source", "target"):
+        (folder / name).write_text("\n".join(SENTENCES[:3]))
+    source, target = folder / "source", folder / "target"
+    return {
+        "translate": [model_dir, source, *QUICK],
+        "score": [model_dir, "--src", source, "--tgt", target],
+        "evaluate": [model_dir, "--src", source, "--ref", target, *QUICK],
+        "info": [],
+    }
+
+
+@pytest.mark.parametrize("module", ["translate", "score", "evaluate"])
+def test_an_instruction_set_that_there_is_not(model_dir, tmp_path, module):
+    done = subprocess.run(
+        command(*every_command(model_dir, tmp_path)[module], module=module),
+        env={**os.environ, "TRANSFORMER_EXT_ISA": "nonsense"},
+        capture_output=True,
+        cwd=ROOT,
+        timeout=300,
+    )
+    assert done.returncode == 2 and done.stdout == b""
+    message = done.stderr.decode().splitlines()[-1]
+    assert message.startswith("error: TRANSFORMER_EXT_ISA=nonsense: expected one of baseline, ")
+    assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+@pytest.mark.parametrize("module", ["translate", "score", "evaluate", "info"])
+@pytest.mark.parametrize(
+    ("streams", "message"),
+    [
+        (">/dev/full", "standard output: No space left on device"),
+        (">&-", "standard output: is closed"),
+    ],
+)
+def test_output_that_cannot_be_written(model_dir, tmp_path, module, streams, message):
+    arguments = command(*every_command(model_dir, tmp_path)[module], module=module)
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {streams}', "sh", *arguments],
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        timeout=300,
+    )
+    assert done.returncode == 2
+    lines = done.stderr.decode().splitlines()
+    assert lines[-1] == f"error: {message}" and "Traceback" not in done.stderr.decode()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="streams of a POSIX shell")
+@pytest.mark.parametrize(
+    ("streams", "message"),
+    [
+        ("<&-", "standard input: is closed"),
+        ("0>/dev/null", "standard input: cannot be read: Bad file descriptor"),
+    ],
+)
+def test_input_that_cannot_be_read(model_dir, streams, message):
+    arguments = command(model_dir, *QUICK)
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {streams}', "sh", *arguments],
+        capture_output=True,
+        cwd=ROOT,
+        timeout=300,
+    )
+    assert done.returncode == 2 and done.stdout == b""
+    assert done.stderr.decode() == f"error: {message}\n"
+
+
+@pytest.mark.parametrize("module", ["translate", "score", "evaluate"])
+def test_an_interrupt_ends_without_a_word(model_dir, tmp_path, monkeypatch, capsys, module):
+    def interrupted(*arguments, **keywords):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("transformer_ext.inference.engine.Engine.__init__", interrupted)
+    arguments = every_command(model_dir, tmp_path)[module]
+    main = importlib.import_module(f"transformer_ext.{module}").main
+    assert main(list(map(str, arguments))) == 130
+    assert capsys.readouterr() == ("", "")

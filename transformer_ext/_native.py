@@ -121,7 +121,8 @@ def native() -> ModuleType:
     """The module `_C`: everything compiled that does not need torch.
 
     Raises:
-        NativeError: it is missing, or does not load in this Python.
+        NativeError: it is missing, or does not load in this Python; TRANSFORMER_EXT_ISA asks for an
+            instruction set that there is not.
     """
     compiled = _compiled()
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
@@ -141,6 +142,11 @@ def native() -> ModuleType:
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
         spec.loader.exec_module(module)
+        # The instruction set is chosen here, so that a wrong choice is met here.
+        module.isa()
+    except RuntimeError as error:
+        sys.modules.pop(name, None)
+        raise NativeError(str(error)) from None
     except ImportError as error:
         sys.modules.pop(name, None)
         raise NativeError(

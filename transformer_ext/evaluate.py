@@ -6,7 +6,9 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
+from transformer_ext._command import command
 from transformer_ext.config import ArgumentParser, ConfigError, add_arguments, from_dict, given
 from transformer_ext.inference.options import (
     SearchOptions,
@@ -35,6 +37,7 @@ def _parser() -> ArgumentParser:
     return parser
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = _parser()
@@ -51,55 +54,64 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--src FILE and --ref FILE belong together")
     if arguments.output is not None and arguments.hyp is not None:
         parser.error("--output FILE needs a model to write the translations of")
+    if arguments.hyp is not None:
+        engine = ("threads", "compute_type", "batch_size", "batch_tokens")
+        names = [n for n in engine if getattr(arguments, n) != parser.get_default(n)]
+        for name in (*given(arguments, SearchOptions), *names):
+            parser.error(f"--{name.replace('_', '-')} needs a model to translate with, got --hyp")
+    for name in ("return_alignment", "return_attention"):
+        if getattr(options, name):
+            parser.error(f"--{name.replace('_', '-')}: only translate and score write it")
     if arguments.ensemble and arguments.model is None:
         parser.error("--ensemble MODEL_DIR needs a first model")
-    try:
-        from transformer_ext.data.corpus import shipped_corpus
-        from transformer_ext.inference.lines import TextLines
-        from transformer_ext.training.scoring import score
+    from transformer_ext.data.corpus import shipped_corpus
+    from transformer_ext.inference.lines import TextLines
+    from transformer_ext.training.scoring import score
 
-        text = TextLines()
-        if arguments.ref is None:
-            test = shipped_corpus().test
-            sources_path, reference_path = test.src[0], test.tgt[0]
-        else:
-            sources_path, reference_path = arguments.src, arguments.ref
-        references = text.read(reference_path)
-        read_path = arguments.hyp or sources_path
-        lines = text.read(read_path)
-        if len(lines) != len(references):
-            raise ValueError(
-                f"{read_path} has {len(lines)} lines, {reference_path} has {len(references)}: "
-                "expected as many"
+    # Before the work whose result it is to hold.
+    if arguments.output is not None and not Path(arguments.output).parent.is_dir():
+        raise ValueError(f"--output {arguments.output}: its folder is not there")
+    text = TextLines()
+    if arguments.ref is None:
+        test = shipped_corpus().test
+        sources_path, reference_path = test.src[0], test.tgt[0]
+    else:
+        sources_path, reference_path = arguments.src, arguments.ref
+    references = text.read(reference_path)
+    read_path = arguments.hyp or sources_path
+    lines = text.read(read_path)
+    if len(lines) != len(references):
+        raise ValueError(
+            f"{read_path} has {len(lines)} lines, {reference_path} has {len(references)}: "
+            "expected as many"
+        )
+    if not references:
+        raise ValueError(f"{reference_path}: has no lines")
+    seconds = None
+    if arguments.hyp is None:
+        from transformer_ext.inference.translator import open_translator
+
+        with open_translator(arguments, options) as translator:
+            start = time.perf_counter()
+            found = translator.translate(
+                lines, batch_size=arguments.batch_size, batch_tokens=arguments.batch_tokens
             )
-        if not references:
-            raise ValueError(f"{reference_path}: has no lines")
-        seconds = None
-        if arguments.hyp is None:
-            from transformer_ext.inference.translator import open_translator
-
-            with open_translator(arguments, options) as translator:
-                start = time.perf_counter()
-                found = translator.translate(
-                    lines, batch_size=arguments.batch_size, batch_tokens=arguments.batch_tokens
-                )
-                seconds = time.perf_counter() - start
-            outputs = [translation.text for translation in found]
-            if arguments.output is not None:
+            seconds = time.perf_counter() - start
+        outputs = [translation.text for translation in found]
+        if arguments.output is not None:
+            try:
                 with open(arguments.output, "w", encoding="utf-8", newline="\n") as file:
                     file.writelines(f"{line}\n" for line in outputs)
-        else:
-            outputs = lines
-        if text.undecodable:
-            print(
-                "warning: lines with bytes that are not UTF-8, replaced by U+FFFD: "
-                f"{text.undecodable}",
-                file=sys.stderr,
-            )
-        scores = score(outputs, references)
-    except (ImportError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+            except OSError as error:
+                raise OSError(f"--output {arguments.output}: {error.strerror}") from None
+    else:
+        outputs = lines
+    if text.undecodable:
+        print(
+            f"warning: lines with bytes that are not UTF-8, replaced by U+FFFD: {text.undecodable}",
+            file=sys.stderr,
+        )
+    scores = score(outputs, references)
     if arguments.json:
         values = {
             "bleu": scores.bleu,

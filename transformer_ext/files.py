@@ -634,6 +634,13 @@ def load_model_dir(path: str | Path) -> ModelDir:
     values = read_json(config_path)
     version = values.get("format_version")
     if version != FORMAT_VERSION:
+        if version is None and values.get("model_type") == "marian":
+            import shlex
+
+            raise FileError(
+                f"{path}: a folder of Hugging Face's MarianMT, which is to be converted first: "
+                f"python -m transformer_ext.convert --from-marian {shlex.quote(str(path))} --output NEW_DIR"
+            )
         advice = "; a newer version of this package wrote it" if _is_newer(version) else ""
         raise FileError(
             f"{config_path}: format_version is {reprlib.repr(version)}, expected "

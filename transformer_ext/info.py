@@ -13,10 +13,12 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformer_ext import __version__, _native
+from transformer_ext._command import command
 from transformer_ext.config import ArgumentParser
 
 PACKAGES = (
@@ -225,7 +227,8 @@ def _lines(value: Any, indent: str = "") -> list[str]:
     return lines
 
 
-def main(argv: list[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = ArgumentParser(
         prog="python -m transformer_ext.info",

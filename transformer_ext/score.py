@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from transformer_ext._command import command
 from transformer_ext.config import ArgumentParser
 from transformer_ext.inference.options import add_batch_arguments, add_engine_arguments
 
@@ -52,6 +53,7 @@ def _parser() -> ArgumentParser:
     return parser
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = _parser()
@@ -61,55 +63,51 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--return-attention and --return-alignment: expected --format jsonl with them")
     if arguments.attention_layer is not None and not attends:
         parser.error("--attention-layer: expected --return-attention or --return-alignment with it")
-    try:
-        from transformer_ext.inference.lines import TextLines
-        from transformer_ext.inference.shared import alignment_of
-        from transformer_ext.inference.translator import open_translator
+    from transformer_ext.inference.lines import TextLines
+    from transformer_ext.inference.shared import alignment_of
+    from transformer_ext.inference.translator import open_translator
 
-        text = TextLines()
-        sources, targets = text.read(arguments.src), text.read(arguments.tgt)
-        if len(sources) != len(targets):
-            raise ValueError(
-                f"{arguments.src} has {len(sources)} lines, {arguments.tgt} has {len(targets)}: "
-                "expected as many"
-            )
-        with open_translator(arguments) as translator:
-            batches = dict(batch_size=arguments.batch_size, batch_tokens=arguments.batch_tokens)
-            attentions: list[Any] = [None] * len(sources)
-            if attends:
-                layer = arguments.attention_layer
-                aligned = translator.align(sources, targets, layer=layer, **batches)
-                scores = [row for row, _ in aligned]
-                attentions = [attention for _, attention in aligned]
+    text = TextLines()
+    sources, targets = text.read(arguments.src), text.read(arguments.tgt)
+    if len(sources) != len(targets):
+        raise ValueError(
+            f"{arguments.src} has {len(sources)} lines, {arguments.tgt} has {len(targets)}: "
+            "expected as many"
+        )
+    with open_translator(arguments) as translator:
+        batches = dict(batch_size=arguments.batch_size, batch_tokens=arguments.batch_tokens)
+        attentions: list[Any] = [None] * len(sources)
+        if attends:
+            layer = arguments.attention_layer
+            aligned = translator.align(sources, targets, layer=layer, **batches)
+            scores = [row for row, _ in aligned]
+            attentions = [attention for _, attention in aligned]
+        else:
+            scores = translator.score(sources, targets, **batches)
+        for source, target, row, attention in zip(
+            sources, targets, scores, attentions, strict=True
+        ):
+            # No token is scored where the source is empty.
+            log_prob = sum(row) if row or not target.strip() else -math.inf
+            if arguments.format == "jsonl":
+                ids = translator.target_tokenizer.encode(target)
+                pieces = translator.target_tokenizer.pieces([*ids, translator.config.eos_id])
+                values: dict[str, Any] = {
+                    "log_prob": log_prob if math.isfinite(log_prob) else None,
+                    "tokens": pieces if row else [],
+                    "token_scores": row,
+                }
+                if attends:
+                    values["source_tokens"] = translator.source_tokenizer.pieces(
+                        translator.encode([source])[0]
+                    )
+                if arguments.return_alignment:
+                    values["alignment"] = alignment_of(attention)
+                if arguments.return_attention:
+                    values["attention"] = attention.tolist()
+                print(json.dumps(values, ensure_ascii=False))
             else:
-                scores = translator.score(sources, targets, **batches)
-            for source, target, row, attention in zip(
-                sources, targets, scores, attentions, strict=True
-            ):
-                # No token is scored where the source is empty.
-                log_prob = sum(row) if row or not target.strip() else -math.inf
-                if arguments.format == "jsonl":
-                    ids = translator.target_tokenizer.encode(target)
-                    pieces = translator.target_tokenizer.pieces([*ids, translator.config.eos_id])
-                    values: dict[str, Any] = {
-                        "log_prob": log_prob if math.isfinite(log_prob) else None,
-                        "tokens": pieces if row else [],
-                        "token_scores": row,
-                    }
-                    if attends:
-                        values["source_tokens"] = translator.source_tokenizer.pieces(
-                            translator.encode([source])[0]
-                        )
-                    if arguments.return_alignment:
-                        values["alignment"] = alignment_of(attention)
-                    if arguments.return_attention:
-                        values["attention"] = attention.tolist()
-                    print(json.dumps(values, ensure_ascii=False))
-                else:
-                    print(f"{log_prob:.6f}")
-    except (ImportError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+                print(f"{log_prob:.6f}")
     return 0
 
 

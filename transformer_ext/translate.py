@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from transformer_ext._command import command
 from transformer_ext.config import ArgumentParser, ConfigError, add_arguments, given
 from transformer_ext.inference.options import (
     PRESETS,
@@ -139,6 +139,8 @@ def _blocks(text: TextLines, files: Sequence[str], limit: int) -> Iterator[list[
             raise ValueError("-: standard input cannot be one of several files")
         yield from text.file_blocks(files, limit)
         return
+    if sys.stdin is None:
+        raise ValueError("standard input: is closed")
     terminal = sys.stdin.isatty()
     if terminal:
         print(
@@ -228,6 +230,7 @@ def _translate(
         )
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = _parser()
@@ -239,29 +242,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     if (options.return_attention or options.return_alignment) and arguments.format != "jsonl":
         parser.error("--return-attention and --return-alignment: expected --format jsonl with them")
-    try:
-        from transformer_ext.inference.lines import TextLines
-        from transformer_ext.inference.translator import open_translator
+    from transformer_ext.inference.lines import TextLines
+    from transformer_ext.inference.translator import open_translator
 
-        with open_translator(arguments, options) as translator:
-            _translate(
-                translator,
-                TextLines(),
-                arguments.files,
-                arguments.format,
-                arguments.batch_size,
-                arguments.batch_tokens,
-                arguments.target_prefix,
-            )
-    except BrokenPipeError:
-        # The reader has gone, which is no mistake; Python's own flush at exit must not meet it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except KeyboardInterrupt:
-        return 130
-    except (ImportError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    with open_translator(arguments, options) as translator:
+        _translate(
+            translator,
+            TextLines(),
+            arguments.files,
+            arguments.format,
+            arguments.batch_size,
+            arguments.batch_tokens,
+            arguments.target_prefix,
+        )
     return 0
 
 

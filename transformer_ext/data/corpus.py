@@ -148,9 +148,25 @@ def open_text(path: str) -> BinaryIO | gzip.GzipFile | lzma.LZMAFile:
         return gzip.open(path, "rb")
     if start == b"\xfd7zXZ\x00":
         return lzma.open(path, "rb")
-    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise CorpusError(f"{path}: is UTF-16, expected UTF-8 (iconv -f UTF-16 -t UTF-8 converts)")
+    refuse_wide(path, start)
     return open(path, "rb")
+
+
+def refuse_wide(name: str, start: bytes) -> None:
+    """Refuse a text whose first bytes are the byte order mark of UTF-16 or UTF-32.
+
+    Raises:
+        CorpusError: they are.
+    """
+    for code, marks in (
+        # That of UTF-32 begins with that of UTF-16.
+        ("UTF-32", (b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff")),
+        ("UTF-16", (b"\xff\xfe", b"\xfe\xff")),
+    ):
+        if start.startswith(marks):
+            raise CorpusError(
+                f"{name}: is {code}, expected UTF-8 (iconv -f {code} -t UTF-8 converts)"
+            )
 
 
 def read_lines(path: str) -> Iterator[bytes]:

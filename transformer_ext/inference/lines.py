@@ -55,6 +55,10 @@ class TextLines:
         Args:
             descriptor: of the open stream.
             limit: most lines held.
+
+        Raises:
+            CorpusError: the text is UTF-16 or UTF-32.
+            OSError: it cannot be read.
         """
         rest = b""
         ended = False
@@ -64,11 +68,18 @@ class TextLines:
                 b"\n" not in rest or (_ready(descriptor) and rest.count(b"\n") < limit)
             ):
                 # Bounded, so that lines already read never exceed the limit by much.
-                chunk = os.read(descriptor, 1 << 16)
+                try:
+                    chunk = os.read(descriptor, 1 << 16)
+                except OSError as error:
+                    raise OSError(f"standard input: cannot be read: {error.strerror}") from None
                 ended = not chunk
                 rest += chunk
             if first and rest.startswith(b"\xef\xbb\xbf"):
                 rest = rest[3:]
+            elif first and rest[:1] in (b"\xff", b"\xfe", b"\x00"):
+                from transformer_ext.data.corpus import refuse_wide
+
+                refuse_wide("standard input", rest[:4])
             first = False
             *lines, rest = rest.split(b"\n", limit)
             if ended and rest and len(lines) < limit:

@@ -1,0 +1,58 @@
+"""What the commands have in common: how they end."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+#: Why a write can fail: no room, a limit, or a broken or read-only descriptor.
+_FULL = (errno.ENOSPC, errno.EFBIG, errno.EIO, errno.EBADF)
+
+Main = Callable[[Sequence[str] | None], int]
+
+
+def command(main: Main) -> Callable[..., int]:
+    """``main`` of a command, with one line on stderr and a status for what a user can run into.
+
+    The status is 2 for an error, 130 for Ctrl-C, and 141, without a word, where the reader of the
+    output has gone. An output that cannot be written is an error.
+    """
+
+    @functools.wraps(main)
+    def run(argv: Sequence[str] | None = None) -> int:
+        # Python has None for a stream that is closed, and print() takes None for stdout.
+        if sys.stderr is None:
+            sys.stderr = open(os.devnull, "w", encoding="utf-8")
+        if sys.stdout is None:
+            print("error: standard output: is closed", file=sys.stderr)
+            return 2
+        try:
+            try:
+                return main(argv)
+            finally:
+                sys.stdout.flush()
+        except BrokenPipeError:
+            _discard_output()
+            return 141
+        except KeyboardInterrupt:
+            return 130
+        except (ImportError, OSError, ValueError) as error:
+            message = str(error)
+            # Other files that cannot be written are in the error by name.
+            if isinstance(error, OSError) and error.errno in _FULL and error.filename is None:
+                _discard_output()
+                message = f"standard output: {error.strerror}"
+            print(f"error: {message}", file=sys.stderr)
+            return 2
+
+    return run
+
+
+def _discard_output() -> None:
+    """So that Python's own flush at exit does not fail."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
