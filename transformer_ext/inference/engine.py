@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 BATCH_SIZE = 64
 BATCH_TOKENS = 4096
 
+#: Most hypotheses that are searched for together, whatever the batch: memory grows with them too.
+MOST_HYPOTHESES = 2048
+
 
 class UnsupportedModelError(ValueError):
     """A model with a part that the compiled engine does not have; the message names it.
@@ -218,7 +221,8 @@ class Engine:
             prefixes: for each source, ids that its output begins with.
             numbers: for each source, the number that its random numbers depend on; its place in
                 ``sources`` if None.
-            batch_size: most sentences decoded together, those of similar length.
+            batch_size: most sentences decoded together, those of similar length; fewer where they
+                would have more than :data:`MOST_HYPOTHESES` hypotheses.
             batch_tokens: most source tokens decoded together; a longer sentence is alone.
 
         Returns:
@@ -241,7 +245,9 @@ class Engine:
         layers = self._attention_layers(options)
         check_source_lengths(sources, options.max_source_length)
         results = [empty_result(options) for _ in sources]
-        for batch in _batches(sources, batch_size, batch_tokens):
+        width = options.num_hypotheses if options.sampling else options.beam_size
+        narrow = min(batch_size, max(1, MOST_HYPOTHESES // width)) if batch_size > 0 else batch_size
+        for batch in _batches(sources, narrow, batch_tokens):
             lengths = [len(sources[i]) for i in batch]
             limits = [options.length_limit(length, self.positions) for length in lengths]
             found = engine.search(
