@@ -11,6 +11,10 @@
 // of the other factor's row, is taken off at its start (GemmRowScale::offset).
 #pragma once
 
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
 #include "common/simd.h"
 #include "gemm/gemm.h"
 
@@ -189,8 +193,13 @@ inline VecI nearest(VecF v) {
   return (VecI)_mm256_cvtps_epi32((__m256)v);
 #elif defined(__x86_64__)
   return (VecI)_mm_cvtps_epi32((__m128)v);
+#elif defined(__aarch64__)
+  return (VecI)vcvtnq_s32_f32((float32x4_t)v);
 #else
-  const VecF magic = broadcast(12582912.0f);  // 1.5 * 2^23: |v| is at most 127
+  // |v| is at most 127, so adding 1.5 * 2^23 rounds; but not as one operation with the product that
+  // v is, which would round once instead of twice and give other integers than elsewhere.
+  asm volatile("" : "+m"(v));
+  const VecF magic = broadcast(12582912.0f);
   return __builtin_convertvector((v + magic) - magic, VecI);
 #endif
 }
