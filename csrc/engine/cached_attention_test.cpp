@@ -5,21 +5,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <random>
 #include <vector>
 
 #include "common/bfloat16.h"
+#include "engine/testing.h"
 
 namespace transformer_ext {
 namespace {
-
-std::vector<float> random(size_t n, uint32_t seed, float scale = 1.0f) {
-  std::mt19937 generator(seed);
-  std::normal_distribution<float> normal(0.0f, scale);
-  std::vector<float> values(n);
-  for (float& value : values) value = normal(generator);
-  return values;
-}
 
 // Rows of one sentence with a cache each for its own positions. What the kernel must not read is
 // NaN.

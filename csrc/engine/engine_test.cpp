@@ -5,22 +5,15 @@
 #include <algorithm>
 #include <cmath>
 #include <map>
-#include <random>
 #include <string>
 #include <thread>
 #include <utility>
 #include <vector>
 
+#include "engine/testing.h"
+
 namespace transformer_ext::engine {
 namespace {
-
-std::vector<float> random(size_t n, uint32_t seed, float scale = 1.0f) {
-  std::mt19937 generator(seed);
-  std::normal_distribution<float> normal(0.0f, scale);
-  std::vector<float> values(n);
-  for (float& value : values) value = normal(generator);
-  return values;
-}
 
 // A small model with random weights, kept alive beside the views of them.
 struct TestModel {

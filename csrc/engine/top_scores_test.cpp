@@ -4,19 +4,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <random>
 #include <vector>
+
+#include "engine/testing.h"
 
 namespace transformer_ext {
 namespace {
-
-std::vector<float> random(size_t n, uint32_t seed, float scale = 1.0f) {
-  std::mt19937 generator(seed);
-  std::normal_distribution<float> normal(0.0f, scale);
-  std::vector<float> values(n);
-  for (float& value : values) value = normal(generator);
-  return values;
-}
 
 TEST(TopScores, FindsTheHighestAndTheSum) {
   for (const size_t n : {1, 3, 17, 64, 200, 1000}) {
