@@ -6,6 +6,8 @@ Without torchrun's environment variables everything here does nothing for a worl
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -78,6 +80,15 @@ class World:
         dist.broadcast_object_list(box, src=0, device=self.device)
         assert isinstance(box[0], str)
         return box[0]
+
+    @contextmanager
+    def first_goes_first(self) -> Iterator[None]:
+        """Runs the block on the first rank, then on the others, which find what it has written."""
+        if not self.first:
+            self.barrier()
+        yield
+        if self.first:
+            self.barrier()
 
     def barrier(self) -> None:
         """Waits until all ranks are here."""

@@ -1,0 +1,381 @@
+"""One training from its data to the final model: what is the same for every task.
+
+A task derives from :class:`Run` and says what it learns from, which model learns it, and how that is
+judged; steps, checkpoints, resuming, averaging and the results are here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shlex
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from transformer_ext.average import average_weights
+from transformer_ext.config import TrainConfig, to_dict
+from transformer_ext.files import atomic_directory, write_json
+from transformer_ext.ops import backend
+from transformer_ext.training.batches import BatchStream, Position
+from transformer_ext.training.checkpoint import Checkpoints
+from transformer_ext.training.distributed import World
+from transformer_ext.training.environment import peak_memory_bytes
+from transformer_ext.training.machine import Machine
+from transformer_ext.training.optimizer import Optimizer, parameters_by_name
+from transformer_ext.training.report import Console, JsonLog, duration, read_log, save_loss_curve
+from transformer_ext.training.schedules import Schedule
+from transformer_ext.training.sizing import Recipe, fill
+from transformer_ext.training.trainer import Plan, Progress, Trainer, evaluate_loss
+
+__all__ = ["Run"]
+
+
+class Run(ABC):
+    """One training, to be derived from for each task.
+
+    Args:
+        config: What the user asked for.
+        machine: What to train on.
+        console: Where people read.
+        recipe: Fills in what the configuration leaves open.
+        epoch_tokens: Labels in one pass over the training data.
+
+    Attributes:
+        config: With the recipe's values filled in.
+        max_steps: Optimizer steps of the whole training.
+        model: The model, on the device.
+        parameters: Its parameters by name.
+        folder: Where results go; None before :meth:`use_folder`.
+        checkpoints: The checkpoints there.
+    """
+
+    #: The command that trains.
+    command: ClassVar[str] = "python -m transformer_ext.train"
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        machine: Machine,
+        console: Console,
+        recipe: Recipe,
+        epoch_tokens: int,
+    ) -> None:
+        self.machine = machine
+        self.console = console
+        self.epoch_tokens = epoch_tokens
+        self.folder: Path | None = None
+        self.checkpoints: Checkpoints | None = None
+        self.config = fill(config, recipe)
+        self.max_steps = self._max_steps()
+        self._shorten_warmup(config.optimizer.warmup_steps is not None)
+        torch.manual_seed(self.config.training.seed)
+        # As LossModule wants it, and with its configuration.
+        self.model: Any = self.make_model()
+        self.parameters = parameters_by_name(self.model)
+
+    # What a task defines --------------------------------------------------------------------------
+
+    @abstractmethod
+    def make_model(self) -> nn.Module:
+        """The model with its first weights, on the device; the generator is seeded before."""
+
+    @abstractmethod
+    def describe(self) -> Sequence[str]:
+        """Lines on the data, then on the model, for people."""
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """What ``results.json`` says of the data, the name of the corpus among it."""
+
+    @abstractmethod
+    def make_stream(self, start: Position | None) -> BatchStream:
+        """The batches, from a position on."""
+
+    @abstractmethod
+    def validation_batches(self) -> list[Callable[[], Any]]:
+        """Each gives one batch of held-out data; empty if there are none."""
+
+    def make_scorer(self) -> Callable[[Path], float | None] | None:
+        """Judges the checkpoint in the directory it is given; see :class:`Trainer`."""
+        return None
+
+    @abstractmethod
+    def write_model(self, folder: Path, weights: Mapping[str, Any], notes: dict[str, Any]) -> None:
+        """Writes weights as the files of a model directory; ``notes`` go into its config.json."""
+
+    @abstractmethod
+    def read_model(self, folder: Path) -> Mapping[str, Any]:
+        """Weights of a model directory of this run.
+
+        Raises:
+            ValueError: It is one of another model or other data.
+        """
+
+    @abstractmethod
+    def test(self, model: Path) -> dict[str, Any]:
+        """Judges the final model, says so, and returns what belongs into ``results.json``."""
+
+    def farewell(self, model: Path) -> Sequence[str]:
+        """Last lines, for people: what can be done with the model now."""
+        return ()
+
+    # ----------------------------------------------------------------------------------------------
+
+    def use_folder(self, folder: Path) -> None:
+        """Writes into this folder from now on."""
+        self.folder = folder
+        self.checkpoints = Checkpoints(
+            folder / "checkpoints", keep=self.config.output.keep_checkpoints
+        )
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Optimizer steps in one pass over the data, about."""
+        training = self.config.training
+        assert training.max_tokens is not None
+        per_step = training.max_tokens * training.accum_steps * self.machine.world.size
+        return max(1.0, self.epoch_tokens / per_step)
+
+    def _max_steps(self) -> int:
+        """Optimizer steps of the whole training; passes over the data count by their mean length."""
+        training = self.config.training
+        limits = [] if training.max_steps is None else [training.max_steps]
+        if training.max_epochs is not None:
+            limits.append(math.ceil(training.max_epochs * self.steps_per_epoch))
+        return min(limits)
+
+    def _shorten_warmup(self, chosen: bool) -> None:
+        """Keeps the recipe's warm-up to a tenth of a training that the user made shorter."""
+        optimizer, most = self.config.optimizer, max(1, self.max_steps // 10)
+        self.shortened_from: int | None = None
+        if chosen or optimizer.warmup_steps is None or optimizer.warmup_steps <= most:
+            return
+        self.shortened_from = optimizer.warmup_steps
+        self.config = dataclasses.replace(
+            self.config, optimizer=dataclasses.replace(optimizer, warmup_steps=most)
+        )
+
+    def print_plan(self) -> None:
+        """Data, model and schedule, for people."""
+        config, say = self.config, self.console.print
+        training, optimizer = config.training, config.optimizer
+        for line in self.describe():
+            say(line)
+        batch = f"{training.max_tokens:,} target tokens"
+        ranks = self.machine.world.size
+        if training.accum_steps * ranks > 1:
+            assert training.max_tokens is not None
+            total = training.max_tokens * training.accum_steps * ranks
+            batch = f"{total:,} target tokens ({training.accum_steps} x {ranks} batches)"
+        epochs = self.max_steps / self.steps_per_epoch
+        at_most = "at most " if training.early_stop_patience else ""
+        say(
+            f"training   {at_most}{self.max_steps:,} steps of {batch} ({epochs:.1f} passes over "
+            f"the data); {optimizer.schedule}, learning rate {optimizer.learning_rate:g}, warm-up "
+            f"{optimizer.warmup_steps} steps"
+            + (
+                ""
+                if self.shortened_from is None
+                else f" (a tenth of the training, for the {self.shortened_from} of the recipe)"
+            )
+            + f"; validation every {training.validate_every} steps"
+            + (
+                f", ends after {training.early_stop_patience} without a better one"
+                if training.early_stop_patience
+                else ""
+            )
+        )
+        say()
+
+    # Training -------------------------------------------------------------------------------------
+
+    def make_trainer(self, log: JsonLog, resume_from: int | None) -> Trainer:
+        """Everything put together, at the beginning or at a checkpoint."""
+        config, machine = self.config, self.machine
+        training = config.training
+        assert training.validate_every is not None
+        assert config.optimizer.schedule is not None
+        assert config.optimizer.learning_rate is not None
+        assert config.optimizer.warmup_steps is not None
+        start = None
+        if resume_from is not None:
+            assert self.checkpoints is not None
+            start = Progress.from_dict(self.checkpoints.load(resume_from)[1]["progress"]).position
+            self._set_weights(self.read_model(self.checkpoints.path(resume_from)))
+        optimizer = Optimizer(
+            self.parameters.items(),
+            betas=config.optimizer.betas,
+            eps=config.optimizer.eps,
+            weight_decay=config.optimizer.weight_decay,
+            clip_norm=config.optimizer.clip_norm,
+            loss_scale=2.0**16 if machine.precision == "float16" else None,
+        )
+        trainer = Trainer(
+            self.model,
+            self.make_stream(start),
+            optimizer,
+            Schedule(
+                config.optimizer.schedule,
+                config.optimizer.learning_rate,
+                config.optimizer.warmup_steps,
+                self.max_steps,
+                d_model=self.model.config.d_model,
+            ),
+            Plan(
+                max_steps=self.max_steps,
+                log_every=training.log_every,
+                validate_every=training.validate_every,
+                checkpoint_every=config.output.checkpoint_every or 0,
+                early_stop_patience=training.early_stop_patience or 0,
+                max_seconds=None if training.max_minutes is None else 60 * training.max_minutes,
+                label_smoothing=config.optimizer.label_smoothing,
+                seed=training.seed,
+            ),
+            world=machine.world,
+            validation_batches=self.validation_batches(),
+            score=self.make_scorer(),
+            checkpoints=self.checkpoints,
+            write_model=self._write_current_model,
+            console=self.console,
+            log=log,
+            run_facts=machine.facts(),
+        )
+        if resume_from is not None:
+            for warning in trainer.restore(resume_from):
+                self.console.print(f"warning: {warning}")
+        return trainer
+
+    def _write_current_model(self, folder: Path) -> None:
+        weights = {name: parameter.detach() for name, parameter in self.parameters.items()}
+        self.write_model(folder, weights, {})
+
+    def _set_weights(self, weights: Any) -> None:
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(torch.from_numpy(np.asarray(weights[name])))
+
+    def go_on_command(self) -> str:
+        """The command that resumes this run."""
+        return f"{self.command} --output {shlex.quote(str(self.folder))} --resume"
+
+    # The end --------------------------------------------------------------------------------------
+
+    def final_model(self, trainer: Trainer) -> tuple[Path, str]:
+        """Writes ``model/``: the average of the last checkpoints, or the best of them if better.
+
+        Returns the folder and what was chosen.
+        """
+        assert self.folder is not None and self.checkpoints is not None
+        progress = trainer.progress
+        wanted = self.config.output.average_last
+        newest = self.checkpoints.newest(wanted)
+        best = self.checkpoints.pointed("best")
+        weights = None
+        if len(newest) > 1:
+            weights = average_weights(newest)
+            choice = f"average of the last {len(newest)} checkpoints"
+            if trainer.validation_batches and best is not None:
+                self._set_weights(weights)
+                _, nll, _ = evaluate_loss(
+                    trainer.losses, trainer.validation_batches, World(0, 1, self.machine.device)
+                )
+                if nll > progress.best_loss:
+                    self.console.print(
+                        f"the {choice} has validation perplexity {math.exp(nll):.3f}, the best "
+                        f"checkpoint {math.exp(progress.best_loss):.3f}: the best one is kept"
+                    )
+                    weights = None
+                else:
+                    self.console.print(
+                        f"{choice}: validation perplexity {math.exp(nll):.3f} "
+                        f"(best single one {math.exp(progress.best_loss):.3f})"
+                    )
+        if weights is None:
+            step = best if best is not None else progress.step
+            choice = f"checkpoint of step {step}"
+            weights = dict(self.read_model(self.checkpoints.path(step)))
+        self._set_weights(weights)
+        output = self.folder / "model"
+        with atomic_directory(output, overwrite=True) as folder:
+            self.write_model(folder, weights, {"steps": progress.step, "weights": choice})
+        return output, choice
+
+    def finish(self, trainer: Trainer, reason: str, log: JsonLog) -> None:
+        """Averages, tests, draws, writes the results, and says how to go on from here."""
+        assert self.folder is not None
+        say, progress = self.console.print, trainer.progress
+        say()
+        why = {
+            "finished": f"all {progress.step:,} steps are done",
+            "early stop": "validation got no better",
+            "time": "the time is up",
+        }[reason]
+        say(f"training ends after {duration(progress.seconds)}: {why}")
+        model, choice = self.final_model(trainer)
+        results: dict[str, Any] = {
+            "ended": reason,
+            "steps": progress.step,
+            "target_tokens": progress.target_tokens,
+            "seconds": round(progress.seconds, 1),
+            "tokens_per_second": round(progress.target_tokens / max(1e-9, progress.seconds), 1),
+            "best_step": progress.best_step,
+            "validation_nll": progress.best_loss if progress.best_step else None,
+            "weights": choice,
+            "model": str(model),
+            **self.facts(),
+            "parameters": sum(p.numel() for p in self.parameters.values()),
+            "peak_memory_bytes": peak_memory_bytes(self.machine.device),
+            "seed": self.config.training.seed,
+            "versions": self.machine.versions(),
+            "machine": {
+                "device": self.machine.device_name,
+                "threads": self.machine.threads,
+                "processes": self.machine.world.size,
+                "precision": self.machine.precision,
+                "backend": backend(),
+            },
+            "config": to_dict(self.config),
+        }
+        results |= self.test(model)
+        log.write("end", **{k: v for k, v in results.items() if k not in ("config", "versions")})
+        write_json(self.folder / "results.json", results)
+        save_loss_curve(read_log(self.folder / "log.jsonl"), self.folder / "loss.png")
+        say(f"model      {model}")
+        say(f"results    {self.folder / 'results.json'}")
+        say(f"pictures   {', '.join(map(str, sorted(self.folder.glob('*.png'), reverse=True)))}")
+        for line in self.farewell(model):
+            say(line)
+
+    def dry_run(self, steps: int = 20) -> None:
+        """Trains some steps and says what the whole training would take."""
+        trainer = self.make_trainer(JsonLog(None), None)
+        times = []
+        for _ in range(steps):
+            began = time.monotonic()
+            trainer.train_step()
+            if self.machine.device.type == "cuda":
+                torch.cuda.synchronize(self.machine.device)
+            times.append(time.monotonic() - began)
+        trainer.progress.seconds = sum(times)
+        trainer.report()
+        step = sorted(times[steps // 4 :])[len(times[steps // 4 :]) // 2]
+        training = self.config.training
+        assert training.validate_every is not None
+        began = time.monotonic()
+        if trainer.validation_batches:
+            evaluate_loss(trainer.losses, trainer.validation_batches, self.machine.world)
+        validation = time.monotonic() - began
+        total = self.max_steps * (step + validation / training.validate_every)
+        self.console.print(
+            f"dry run    {steps} steps: {1000 * step:.0f} ms a step, validation loss "
+            f"{validation:.1f} s; all {self.max_steps:,} steps: {duration(total)} and what each "
+            "validation decodes; most memory "
+            f"{peak_memory_bytes(self.machine.device) / (1 << 30):.2f} GiB; nothing was written"
+        )

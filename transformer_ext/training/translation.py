@@ -1,0 +1,264 @@
+"""Translation: from parallel text to a model directory, judged by BLEU and chrF."""
+
+from __future__ import annotations
+
+import functools
+import shlex
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformer_ext.config import ConfigError, TrainConfig
+from transformer_ext.data import BatchSampler, collate
+from transformer_ext.data.preparation import PreparedData, prepare_data
+from transformer_ext.files import atomic_write, load_model_dir, write_model_files
+from transformer_ext.model import Transformer, preset
+from transformer_ext.training.batches import BatchStream, Position
+from transformer_ext.training.machine import Machine
+from transformer_ext.training.report import Console, duration
+from transformer_ext.training.run import Run
+from transformer_ext.training.scoring import (
+    Decoder,
+    Scorer,
+    pick_evenly,
+    pick_samples,
+    print_samples,
+    score,
+)
+from transformer_ext.training.sizing import fill, recipe_for, shipped_recipe
+
+__all__ = ["TranslationRun"]
+
+#: Validation loss reads at most so many pairs, spread evenly over the held-out text.
+_VALIDATION_PAIRS = 2000
+
+
+class TranslationRun(Run):
+    """Learns to translate.
+
+    Args:
+        config: What the user asked for.
+        machine: What to train on.
+        console: Where people read.
+        prepared: The text as token ids.
+    """
+
+    def __init__(
+        self, config: TrainConfig, machine: Machine, console: Console, prepared: PreparedData
+    ) -> None:
+        self.prepared = prepared
+        self.shipped = not config.data.src_train
+        self.pairs = len(prepared.train)
+        device, tokens = machine.device.type, int(prepared.train.target_lengths.sum())
+        recipe = (
+            shipped_recipe(device, config.preset)
+            if self.shipped
+            else recipe_for(self.pairs, tokens / self.pairs, device, config.preset)
+        )
+        super().__init__(config, machine, console, recipe, tokens)
+        self.decoder = Decoder(
+            self.model,
+            prepared.source_tokenizer,
+            prepared.target_tokenizer,
+            console,
+            length_penalty=config.evaluation.length_penalty,
+            threads=machine.threads,
+        )
+
+    @staticmethod
+    def prepare(config: TrainConfig, machine: Machine, console: Console) -> TranslationRun:
+        """Reads the text, trains the tokenizer, makes the token ids, or finds them done.
+
+        Raises:
+            ValueError: The text cannot be used.
+        """
+        data = config.data
+        if not data.src_train:
+            data = fill(config, shipped_recipe(machine.device.type, config.preset)).data
+        with machine.world.first_goes_first():
+            prepared = prepare_data(data, lambda text: console.print(f"data       {text} ..."))
+        return TranslationRun(config, machine, console, prepared)
+
+    def make_model(self) -> Transformer:
+        """The encoder-decoder of the preset, with the options' changes."""
+        source, target = self.prepared.source_tokenizer, self.prepared.target_tokenizer
+        changes = dict(self.config.model)
+        if source is not target:
+            changes.setdefault("tie", "target")
+        for name in ("pad_id", "unk_id", "bos_id", "eos_id"):
+            changes[name] = getattr(target, name)
+        assert self.config.preset is not None
+        self.architecture = preset(
+            self.config.preset, source.vocab_size, target.vocab_size, **changes
+        )
+        model = Transformer(self.architecture)
+        return model.to(self.machine.device).set_precision(self.machine.precision)
+
+    def describe(self) -> Sequence[str]:
+        """What was read and skipped; size and kind of the model."""
+        c, preset_name = self.architecture, self.config.preset
+        count = sum(p.numel() for p in self.parameters.values())
+        why = "" if self.shipped else f" (for {self.pairs:,} pairs; --preset chooses another size)"
+        return [
+            *(f"data       {message}" for message in self.prepared.messages),
+            f"model      {preset_name}: {c.num_encoder_layers}+{c.num_decoder_layers} layers, "
+            f"width {c.d_model}, {c.nhead} heads, feed-forward {c.dim_feedforward}, "
+            f"{'pre' if c.norm_first else 'post'}-norm, dropout {c.dropout}; "
+            f"{count / 1e6:.1f} million parameters{why}",
+        ]
+
+    def facts(self) -> dict[str, Any]:
+        """Name and number of pairs of the text."""
+        return {"corpus": self.prepared.name, "pairs": self.pairs}
+
+    # Training -------------------------------------------------------------------------------------
+
+    def make_stream(self, start: Position | None) -> BatchStream:
+        """Batches of a budget of target tokens."""
+        training, world, train = self.config.training, self.machine.world, self.prepared.train
+        assert training.max_tokens is not None
+        return BatchStream(
+            functools.partial(collate, train, start_id=self.architecture.decoder_start_id),
+            BatchSampler(
+                train.source_lengths, train.target_lengths, training.max_tokens, training.seed
+            ),
+            train.target_lengths,
+            accum_steps=training.accum_steps,
+            rank=world.rank,
+            world_size=world.size,
+            start=start,
+        )
+
+    def validation_batches(self) -> list[Callable[[], Any]]:
+        """At most some thousand pairs of the held-out text."""
+        max_tokens, dev = self.config.training.max_tokens, self.prepared.dev_set
+        assert max_tokens is not None
+        if dev is None:
+            return []
+        rows = pick_evenly(len(dev), _VALIDATION_PAIRS)
+        source, target = dev.source_lengths[rows], dev.target_lengths[rows]
+        sampler = BatchSampler(
+            source,
+            target,
+            max(max_tokens, int(target.max())),
+            max_source_tokens=max(2 * max_tokens, int(source.max())),
+        )
+        start_id = self.architecture.decoder_start_id
+        return [
+            functools.partial(collate, dev, rows[indices], start_id) for indices in sampler.epoch(0)
+        ]
+
+    def make_scorer(self) -> Scorer:
+        """Translates some of the held-out text."""
+        evaluation = self.config.evaluation
+        return Scorer(
+            self.prepared.dev,
+            self.decoder,
+            self.console,
+            beam_size=evaluation.validation_beam_size,
+            sentences=evaluation.validation_sentences,
+        )
+
+    def write_model(self, folder: Path, weights: Mapping[str, Any], notes: dict[str, Any]) -> None:
+        """As ``translate`` reads it."""
+        train = self.prepared.train
+        longest = max(int(train.source_lengths.max()), int(train.target_lengths.max()))
+        write_model_files(
+            folder,
+            self.architecture,
+            weights,
+            self.prepared.source_tokenizer,
+            self.prepared.target_tokenizer,
+            {
+                "max_train_length": longest,
+                **self.facts(),
+                "precision": self.machine.precision,
+                **notes,
+            },
+        )
+
+    def read_model(self, folder: Path) -> Mapping[str, Any]:
+        """Checks that architecture and tokenizers are those of this run."""
+        saved = load_model_dir(folder)
+        if saved.config != self.architecture:
+            raise ConfigError(f"{folder}: its model differs from the one described by the options")
+        tokenizers = (self.prepared.source_tokenizer, self.prepared.target_tokenizer)
+        if [t.sha256 for t in tokenizers] != [
+            saved.source_tokenizer.sha256,
+            saved.target_tokenizer.sha256,
+        ]:
+            raise ConfigError(f"{folder}: its tokenizer differs: the training text has changed")
+        return saved.weights
+
+    # The end --------------------------------------------------------------------------------------
+
+    def test(self, model: Path) -> dict[str, Any]:
+        """Translates the test text (or, without one, that for validation) and draws attention."""
+        assert self.folder is not None
+        say, evaluation = self.console.print, self.config.evaluation
+        pairs = self.prepared.test or self.prepared.dev
+        part = "test" if self.prepared.test else "validation"
+        results: dict[str, Any] = {"test_bleu": None}
+        if not pairs:
+            return results
+        say(f"translating the {part} text: {len(pairs):,} sentences, beam {evaluation.beam_size}")
+        began = time.monotonic()
+        outputs = self.decoder(model, [src for src, _ in pairs], evaluation.beam_size)
+        scores = score(outputs, [tgt for _, tgt in pairs])
+        say(
+            f"{part} BLEU {scores.bleu:.2f}  ({scores.bleu_signature}); "
+            f"chrF {scores.chrf:.2f}  ({scores.chrf_signature}); "
+            f"in {duration(time.monotonic() - began)}"
+        )
+        results |= {
+            f"{part}_bleu": round(scores.bleu, 3),
+            f"{part}_chrf": round(scores.chrf, 3),
+            "bleu_signature": scores.bleu_signature,
+            "chrf_signature": scores.chrf_signature,
+            "decoding_seconds": round(time.monotonic() - began, 2),
+        }
+        say()
+        samples = pick_samples(pairs, 5)
+        print_samples(self.console, pairs, outputs, samples)
+        results["samples"] = [
+            {"source": pairs[i][0], "reference": pairs[i][1], "output": outputs[i]} for i in samples
+        ]
+        atomic_write(self.folder / f"{part}.output.txt", "".join(f"{o}\n" for o in outputs))
+        self._draw_attention(
+            pairs[samples[0]][0], outputs[samples[0]], self.folder / "attention.png"
+        )
+        return results
+
+    def _draw_attention(self, source: str, output: str, picture: Path) -> None:
+        from transformer_ext.visualize import attention_picture
+
+        source_tokenizer = self.prepared.source_tokenizer
+        target_tokenizer = self.prepared.target_tokenizer
+        source_ids = [*source_tokenizer.encode(source), source_tokenizer.eos_id]
+        target_ids = target_tokenizer.encode(output)
+        start = self.architecture.decoder_start_id
+        assert start is not None
+        attention_picture(
+            self.model,
+            source_ids,
+            [start, *target_ids],
+            source_tokenizer.pieces(source_ids),
+            target_tokenizer.pieces([*target_ids, target_tokenizer.eos_id]),
+            picture,
+        )
+
+    def farewell(self, model: Path) -> Sequence[str]:
+        """How to translate with it."""
+        pairs = self.prepared.test or self.prepared.dev
+        example = pairs[pick_samples(pairs, 1)[0]][0] if pairs else "Click the button."
+        lines = [
+            f"translate  echo {shlex.quote(example)} | python -m transformer_ext.translate "
+            f"{shlex.quote(str(model))}"
+        ]
+        if self.shipped:
+            lines.append(
+                f"this model has read {self.pairs:,} sentences of software help and nothing else; "
+                f"for your own text: {self.command} --src-train my.en --tgt-train my.de"
+            )
+        return lines
