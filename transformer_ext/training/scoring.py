@@ -6,7 +6,9 @@ translated by the Python search instead, which runs any model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +24,18 @@ from transformer_ext.training.report import Console
 if TYPE_CHECKING:
     from transformer_ext.model import Transformer
 
-__all__ = ["Decoder", "Scorer", "Scores", "pick_evenly", "pick_samples", "print_samples", "score"]
+__all__ = [
+    "Comparison",
+    "Decoder",
+    "Judged",
+    "Scorer",
+    "Scores",
+    "compare",
+    "pick_evenly",
+    "pick_samples",
+    "print_samples",
+    "score",
+]
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,111 @@ def score(outputs: Sequence[str], references: Sequence[str]) -> Scores:
     bleu_score = bleu.corpus_score(list(outputs), [list(references)]).score
     chrf_score = chrf.corpus_score(list(outputs), [list(references)]).score
     return Scores(bleu_score, str(bleu.get_signature()), chrf_score, str(chrf.get_signature()))
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One figure of one system of a :class:`Comparison`.
+
+    Attributes:
+        score: of all sentences, 0 to 100.
+        mean: of the resamples.
+        interval: half of their 95 % interval's width, to either side of the mean.
+        p_value: how often chance alone makes a difference from the baseline as large as this one;
+            None for the baseline itself, 1 where the translations are the same.
+    """
+
+    score: float
+    mean: float
+    interval: float
+    p_value: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """sacreBLEU's paired bootstrap of several systems; figures in the order of the systems."""
+
+    bleu: list[Judged]
+    bleu_signature: str
+    chrf: list[Judged]
+    chrf_signature: str
+
+
+def compare(
+    systems: Sequence[Sequence[str]], references: Sequence[str], samples: int = 1000, seed: int = 1
+) -> Comparison:
+    """Whether systems differ from the first of them by more than chance, in BLEU and chrF.
+
+    sacreBLEU's paired bootstrap resampling (Koehn 2004): both systems are scored on the same
+    sentences, drawn with replacement, many times.
+
+    Args:
+        systems: Translations of each system, the baseline first, as many as there are references.
+        references: Reference translations.
+        samples: Resamples; all together hold 80 bytes for each sentence of each.
+        seed: Of the resampling, above 0.
+
+    Raises:
+        ValueError: Numbers out of range, lists of unequal length, or too little memory.
+    """
+    from sacrebleu.metrics import BLEU, CHRF
+    from sacrebleu.significance import PairedTest
+
+    if samples < 1 or seed < 1:
+        raise ValueError(f"samples, seed: got {samples} and {seed}, expected integers above 0")
+    if len(systems) < 2:
+        raise ValueError(f"systems: got {len(systems)}, expected 2 or more")
+    for number, outputs in enumerate(systems):
+        if len(outputs) != len(references):
+            raise ValueError(
+                f"systems: number {number} has {len(outputs)} translations, "
+                f"expected {len(references)}, as many as there are references"
+            )
+    try:
+        with _sacrebleu_seed(seed):
+            signatures, table = PairedTest(
+                # sacreBLEU takes the same name for the same system.
+                [(str(number), list(outputs)) for number, outputs in enumerate(systems)],
+                {"BLEU": BLEU(), "chrF": CHRF()},
+                [list(references)],
+                test_type="bs",
+                n_samples=samples,
+            )()
+    except MemoryError:
+        raise ValueError(
+            f"samples: {samples} resamples of {len(references)} sentences do not fit into memory"
+        ) from None
+
+    def judged(name: str) -> list[Judged]:
+        found = []
+        for outputs, result in zip(systems, table[name], strict=True):
+            assert not isinstance(result, str)
+            assert result.mean is not None and result.ci is not None
+            p_value = result.p_value
+            # sacreBLEU counts strictly larger differences, of which two equal systems have none.
+            if p_value is not None and list(outputs) == list(systems[0]):
+                p_value = 1.0
+            # numpy's float32 among them, which JSON does not take.
+            found.append(Judged(float(result.score), float(result.mean), float(result.ci), p_value))
+        return found
+
+    # chrF's name has its beta: chrF2.
+    bleu, chrf = (key for key in table if key != "System")
+    return Comparison(judged(bleu), str(signatures[bleu]), judged(chrf), str(signatures[chrf]))
+
+
+@contextlib.contextmanager
+def _sacrebleu_seed(seed: int) -> Iterator[None]:
+    """sacreBLEU takes its seed from the environment alone."""
+    before = os.environ.get("SACREBLEU_SEED")
+    os.environ["SACREBLEU_SEED"] = str(seed)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["SACREBLEU_SEED"]
+        else:
+            os.environ["SACREBLEU_SEED"] = before
 
 
 def pick_evenly(total: int, count: int) -> np.ndarray:
