@@ -95,3 +95,4 @@ add_custom_target(build_info ALL DEPENDS "${compiled_dir}/build_info.json")
 
 install(TARGETS ${compiled_targets} LIBRARY DESTINATION transformer_ext/_compiled)
 install(FILES "${compiled_dir}/build_info.json" DESTINATION transformer_ext/_compiled)
+install(DIRECTORY configs DESTINATION transformer_ext FILES_MATCHING PATTERN "*.yaml")

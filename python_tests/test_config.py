@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +25,9 @@ from transformer_ext.config import (
     to_commented_yaml,
     to_dict,
 )
+from transformer_ext.files import parameter_shapes
+from transformer_ext.model.config import preset
+from transformer_ext.training.schedules import Schedule
 
 
 @dataclass
@@ -242,3 +246,68 @@ def test_an_unusable_annotation_is_refused() -> None:
     wrong = dataclasses.make_dataclass("Wrong", [("field", bytes, option(b"", help="bytes"))])
     with pytest.raises(TypeError, match="field"):
         options(wrong)
+
+
+def recipe(name: str, *argv: str) -> TrainConfig:
+    return parse_arguments(TrainConfig, ["--config", name, *argv], prog="test", description="Test.")
+
+
+@pytest.mark.parametrize("name", sorted(configuration.recipes()))
+def test_recipes_are_read_by_name(name: str) -> None:
+    config = recipe(name, "--src-train", "a", "--tgt-train", "b", "--seed", "7")
+    assert config == recipe(
+        str(configuration.recipes()[name]), *("--src-train", "a", "--tgt-train", "b", "--seed", "7")
+    )
+    assert config.data.src_train == ["a"] and config.training.seed == 7
+    # They end by steps, as often as the checkpoints that are averaged are there.
+    assert config.training.max_steps and config.training.early_stop_patience == 0
+    assert config.output.keep_checkpoints >= config.output.average_last
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "steps", "averaged", "dropout"),
+    [("wmt14-base", 65, 100_000, 5, 0.1), ("wmt14-big", 213, 300_000, 20, 0.3)],
+)
+def test_recipes_of_the_paper(
+    name: str, millions: float, steps: int, averaged: int, dropout: float
+) -> None:
+    config = recipe(name)
+    assert config.preset is not None and config.data.vocab_size == 37_000
+    pieces = config.data.vocab_size
+    architecture = preset(config.preset, pieces, pieces, **config.model)
+    count = sum(math.prod(shape) for shape in parameter_shapes(architecture).values())
+    # Table 3 counts a little otherwise: biases, and rows of the vocabulary.
+    assert count / 1e6 == pytest.approx(millions, rel=0.03)
+    assert (architecture.norm_first, architecture.tie) == (False, "all")
+    assert architecture.dropout == dropout
+    assert architecture.attention_dropout == architecture.activation_dropout == 0.0
+    assert config.training.max_steps == steps and config.training.max_tokens == 25_000
+    optimizer = config.optimizer
+    assert optimizer.betas == (0.9, 0.98) and optimizer.eps == 1e-9
+    assert optimizer.label_smoothing == 0.1 and optimizer.clip_norm == 0.0
+    rates = Schedule(
+        optimizer.schedule,
+        optimizer.learning_rate,
+        optimizer.warmup_steps,
+        steps,
+        d_model=architecture.d_model,
+    )
+    # Equation 3.
+    for step in (1, 3999, 4000, 4001, steps):
+        expected = architecture.d_model**-0.5 * min(step**-0.5, step * 4000**-1.5)
+        assert rates(step) == pytest.approx(expected)
+    assert (config.output.average_last, config.output.keep_checkpoints) == (averaged, averaged)
+    assert (config.evaluation.beam_size, config.evaluation.length_penalty) == (4, 0.6)
+
+
+def test_an_unknown_recipe_names_those_there_are(capsys, monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        recipe("wmt14-bse")
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert "--config: wmt14-bse is neither a file nor a recipe of the package" in said
+    assert "wmt14-base, wmt14-big" in said and "did you mean 'wmt14-base'?" in said
+    # A file of that name comes first.
+    (tmp_path / "wmt14-base").write_text("training: {seed: 9}")
+    assert recipe("wmt14-base").training.seed == 9

@@ -20,6 +20,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import os
 import re
 import sys
 import textwrap
@@ -27,6 +28,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
 from transformer_ext.model.config import PRESETS, TransformerConfig
@@ -584,6 +586,36 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n(--help lists the options)\n")
 
 
+def recipes() -> dict[str, Path]:
+    """The YAML files that come with the package, by the names that ``--config`` takes."""
+    here = Path(__file__).parent
+    # Installed they lie in the package, in a clone beside it.
+    for folder in (here / "configs", here.parent / "configs"):
+        if folder.is_dir():
+            return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    return {}
+
+
+def _config_file(name: str) -> str:
+    """The file that ``--config`` names: a path, or the name of a recipe.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if os.path.exists(name):
+        return name
+    known = recipes()
+    if name in known:
+        return str(known[name])
+    # A path is reported as the file that it is not.
+    if Path(name).name != name or name.endswith((".yaml", ".yml")) or not known:
+        return name
+    raise ConfigError(
+        f"--config: {name} is neither a file nor a recipe of the package "
+        f"({', '.join(known)}){nearest(name, list(known))}"
+    )
+
+
 def parse_arguments(
     cls: type[ConfigT],
     argv: Sequence[str] | None,
@@ -606,7 +638,12 @@ def parse_arguments(
             ``cls`` itself.
     """
     parser = ArgumentParser(prog=prog, description=description)
-    parser.add_argument("--config", metavar="FILE", help="YAML file with any of the options below")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML file with any of the options below, or the name of one that comes with the "
+        f"package: {', '.join(recipes())}",
+    )
     parser.add_argument(
         "--print-config",
         action="store_true",
@@ -617,10 +654,11 @@ def parse_arguments(
     try:
         values = given(namespace, cls)
         if namespace.config is not None:
+            path = _config_file(namespace.config)
             # Read on its own first: its mistakes are then reported with its name.
-            from_yaml(file_cls or cls, namespace.config)
+            from_yaml(file_cls or cls, path)
             known = {field.name for field in dataclasses.fields(typing.cast(Any, cls))}
-            file_values = read_yaml(namespace.config)
+            file_values = read_yaml(path)
             values = merge({key: file_values[key] for key in file_values if key in known}, values)
         config = from_dict(cls, values)
     except ConfigError as error:
@@ -786,9 +824,9 @@ class TrainingConfig:
     )
     early_stop_patience: int | None = option(
         None,
-        help="end after this many validations without a better result",
+        help="end after this many validations without a better result; 0 is never",
         unit="validations",
-        minimum=1,
+        minimum=0,
         auto=FROM_PRESET,
     )
     log_every: int = option(
