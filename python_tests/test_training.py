@@ -23,6 +23,7 @@ from transformer_ext.training.batches import (
     to_device,
 )
 from transformer_ext.training.checkpoint import Checkpoints
+from transformer_ext.training.moving_average import MovingAverage
 from transformer_ext.training.optimizer import Optimizer, parameters_by_name
 from transformer_ext.training.report import Console, JsonLog, duration, read_log, save_loss_curve
 from transformer_ext.training.schedules import Schedule
@@ -303,17 +304,104 @@ def test_time_ends_it() -> None:
     assert trainer.progress.seconds < 5
 
 
-def test_a_loss_of_nan_is_one_clear_error() -> None:
-    model = small_model()
-    with torch.no_grad():
-        model.generator.weight[5, 0] = math.nan
-    trainer = trainer_for(model, Numbers().stream(), Plan(max_steps=10, log_every=2))
-    with pytest.raises(FloatingPointError, match="learning_rate"):
+class BreaksAt(Transformer):
+    """Its loss is NaN in the training steps named."""
+
+    def __init__(self, steps: set[int]) -> None:
+        super().__init__(small_model().config)
+        self.load_state_dict(small_model().state_dict())
+        self.steps = steps
+
+    def forward_packed(self, *arguments: Any) -> torch.Tensor:
+        hidden = super().forward_packed(*arguments)
+        broken = self.training and int(self.rng[1]) in self.steps
+        return hidden * math.nan if broken else hidden
+
+
+def test_a_broken_step_is_skipped_counted_and_its_batches_saved(tmp_path: Path) -> None:
+    model, data = BreaksAt({3, 5}), Numbers()
+    log = JsonLog(tmp_path / "log.jsonl")
+    trainer = trainer_for(
+        model,
+        data.stream(accum_steps=2),
+        Plan(max_steps=6, log_every=2),
+        log=log,
+        skipped_folder=tmp_path / "skipped",
+    )
+    for _ in range(2):
+        trainer.train_step()
+    before = [p.detach().clone() for p in model.parameters()]
+    trainer.train_step()
+    for parameter, old in zip(model.parameters(), before, strict=True):
+        assert torch.equal(parameter, old)
+    assert trainer.fit() == "finished"
+    log.close()
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert not torch.equal(before[0], next(model.parameters()))
+    assert float(trainer.optimizer.skipped) == 2
+    events = read_log(tmp_path / "log.jsonl")
+    assert [e["step"] for e in events if e["event"] == "skipped"] == [3, 5]
+    reports = [e for e in events if e["event"] == "train"]
+    assert all(math.isfinite(e["nll"]) for e in reports) and reports[-1]["skipped_steps"] == 2
+    saved = json.loads((tmp_path / "skipped" / "step-3.rank-0.json").read_text())
+    again = data.stream(accum_steps=2)
+    third = [next(again) for _ in range(3)][2]
+    assert [b["labels"] for b in saved["batches"]] == [b.labels.tolist() for b in third.batches]
+
+
+def test_too_many_broken_steps_are_one_clear_error() -> None:
+    plan = Plan(max_steps=10, log_every=2, max_skipped=2)
+    assert trainer_for(BreaksAt({1, 4}), Numbers().stream(), plan).fit() == "finished"
+    trainer = trainer_for(BreaksAt({1, 4, 7}), Numbers().stream(), plan)
+    with pytest.raises(FloatingPointError, match="max_skipped_steps: 3 .* learning_rate"):
         trainer.fit()
+    assert trainer.progress.step == 7
+
+
+def test_moving_average_is_validated_and_saved_in_place_of_the_weights(tmp_path: Path) -> None:
+    model, data = small_model(), Numbers()
+    weight = model.generator.weight
+    checkpoints, saved = Checkpoints(tmp_path), {}
+    judged = []
+
+    def batch() -> Any:
+        judged.append(weight.detach().clone())
+        return data.collate(np.arange(4))
+
+    trainer = trainer_for(
+        model,
+        data.stream(),
+        Plan(max_steps=3, validate_every=3),
+        validation_batches=[batch],
+        checkpoints=checkpoints,
+        write_model=lambda folder: saved.update(weight=weight.detach().clone()),
+        moving_average=MovingAverage(parameters_by_name(model), 0.5),
+    )
+    average = weight.detach().double()
+    raw = []
+    step = trainer.optimizer.step
+
+    def recorded(rate: float) -> None:
+        step(rate)
+        raw.append(weight.detach().clone())
+
+    trainer.optimizer.step = recorded  # type: ignore[method-assign]
+    trainer.fit()
+    for number, value in enumerate(raw, 1):
+        decay = min(0.5, (1 + number) / (10 + number))
+        average = decay * average + (1 - decay) * value.double()
+    assert torch.allclose(judged[0].double(), average, atol=1e-6)
+    assert torch.equal(judged[0], saved["weight"])
+    assert torch.equal(weight, raw[-1]) and not torch.equal(weight, judged[0])
+    name = next(n for n, p in parameters_by_name(model).items() if p is weight)
+    assert torch.equal(checkpoints.load(3)[0][f"weights.{name}"], raw[-1])
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_resuming_in_mid_epoch_gives_the_same_bits(tmp_path: Path, precision: str) -> None:
+@pytest.mark.parametrize("decay", [None, 0.7])
+def test_resuming_in_mid_epoch_gives_the_same_bits(
+    tmp_path: Path, precision: str, decay: float | None
+) -> None:
     data = Numbers()
 
     def make(model: Transformer, stream: BatchStream, directory: Path) -> Trainer:
@@ -325,6 +413,7 @@ def test_resuming_in_mid_epoch_gives_the_same_bits(tmp_path: Path, precision: st
             validation_batches=[lambda: data.collate(np.arange(6))],
             checkpoints=Checkpoints(directory, keep=10),
             write_model=lambda folder: torch.save(model.state_dict(), folder / "weights"),
+            moving_average=MovingAverage(parameters_by_name(model), decay) if decay else None,
             run_facts={"threads": torch.get_num_threads()},
         )
 
@@ -343,10 +432,48 @@ def test_resuming_in_mid_epoch_gives_the_same_bits(tmp_path: Path, precision: st
         assert second.restore(step) == []
         second.checkpoints = None
         assert second.fit() == "finished"
+        if decay:
+            assert first.moving_average is not None and second.moving_average is not None
+            with first.moving_average.applied(), second.moving_average.applied():
+                assert torch.equal(straight.generator.weight, resumed.generator.weight)
         for name, tensor in straight.state_dict().items():
             assert torch.equal(tensor, resumed.state_dict()[name]), name
         assert second.progress.target_tokens == first.progress.target_tokens
         assert second.progress.best_loss == first.progress.best_loss
+
+
+def test_a_run_goes_on_with_or_without_the_moving_average(tmp_path: Path) -> None:
+    model = small_model()
+    arguments: dict[str, Any] = {
+        "checkpoints": Checkpoints(tmp_path),
+        "write_model": lambda folder: torch.save(model.state_dict(), folder / "weights"),
+    }
+
+    def make(plan: Plan, decay: float | None) -> Trainer:
+        average = MovingAverage(parameters_by_name(model), decay) if decay else None
+        return trainer_for(model, Numbers().stream(), plan, moving_average=average, **arguments)
+
+    with_average = make(Plan(max_steps=3), 0.9)
+    with_average.fit()
+    trained = model.generator.weight.detach().clone()
+    with_average.save()
+    saved = torch.load(tmp_path / "step-3" / "weights", weights_only=True)
+    assert not torch.equal(saved["generator.weight"], trained)
+
+    # What the caller does on resuming; then the trainer puts the weights themselves back.
+    model.load_state_dict(saved)
+    without = make(Plan(max_steps=3), None)
+    without.stream.position = with_average.progress.position
+    without.restore(3)
+    assert torch.equal(model.generator.weight, trained)
+    without.save()
+
+    anew = make(Plan(max_steps=3), 0.9)
+    anew.stream.position = with_average.progress.position
+    anew.restore(3)
+    assert anew.moving_average is not None
+    with anew.moving_average.applied():
+        assert torch.equal(model.generator.weight, trained)
 
 
 def test_other_facts_are_warned_of(tmp_path: Path) -> None:

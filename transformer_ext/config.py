@@ -829,6 +829,20 @@ class TrainingConfig:
         minimum=0,
         auto=FROM_PRESET,
     )
+    ema_decay: float = option(
+        0.0,
+        help="validate, translate and keep an exponential moving average of the weights with this "
+        "decay a step, for example 0.999; 0 is none",
+        minimum=0.0,
+        maximum=0.999999,
+    )
+    max_skipped_steps: int = option(
+        20,
+        help="end with an error when more steps since the last validation had a loss or gradients "
+        "that are NaN or infinite; such a step is skipped, its batches are saved",
+        unit="steps",
+        minimum=0,
+    )
     log_every: int = option(
         50, help="steps between lines of a log that is not a terminal", unit="steps", minimum=1
     )

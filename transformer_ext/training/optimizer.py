@@ -76,12 +76,14 @@ class Optimizer:
         )
         self._steps_without_overflow = torch.zeros((), device=self.device)
         self.skipped = torch.zeros((), device=self.device)
+        self.broken = torch.zeros((), device=self.device)
         self.gradient_norm = torch.zeros((), device=self.device)
 
     def step(self, learning_rate: float) -> None:
         """Applies the gradients and clears them; queues work only, never waits for the device.
 
-        A step whose gradients hold a NaN or an infinity changes nothing and counts in ``skipped``.
+        A step whose gradients hold a NaN or an infinity changes nothing; ``broken`` is then 1, and
+        ``skipped`` counts it.
         """
         self._learning_rate.fill_(learning_rate)
         gradients = [p.grad for p in self._tensors if p.grad is not None]
@@ -97,6 +99,7 @@ class Optimizer:
         self._adam.step()
         self._adam.zero_grad(set_to_none=True)
         self.gradient_norm = norm
+        self.broken = broken
         self.skipped += broken
         if self.scale is not None:
             self._update_scale(self.scale, broken)

@@ -28,6 +28,7 @@ from transformer_ext.training.checkpoint import Checkpoints
 from transformer_ext.training.distributed import World
 from transformer_ext.training.environment import peak_memory_bytes
 from transformer_ext.training.machine import Machine
+from transformer_ext.training.moving_average import MovingAverage
 from transformer_ext.training.optimizer import Optimizer, parameters_by_name
 from transformer_ext.training.report import Console, JsonLog, duration, read_log, save_loss_curve
 from transformer_ext.training.schedules import Schedule
@@ -217,6 +218,7 @@ class Run(ABC):
             clip_norm=config.optimizer.clip_norm,
             loss_scale=2.0**16 if machine.precision == "float16" else None,
         )
+        decay = config.training.ema_decay
         trainer = Trainer(
             self.model,
             self.make_stream(start),
@@ -237,12 +239,15 @@ class Run(ABC):
                 max_seconds=None if training.max_minutes is None else 60 * training.max_minutes,
                 label_smoothing=config.optimizer.label_smoothing,
                 seed=training.seed,
+                max_skipped=training.max_skipped_steps,
             ),
             world=machine.world,
             validation_batches=self.validation_batches(),
             score=self.make_scorer(),
             checkpoints=self.checkpoints,
             write_model=self._write_current_model,
+            moving_average=MovingAverage(self.parameters, decay) if decay else None,
+            skipped_folder=None if self.folder is None else self.folder / "skipped",
             console=self.console,
             log=log,
             run_facts=machine.facts(),

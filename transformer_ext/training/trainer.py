@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from transformer_ext import ops
+from transformer_ext.files import write_json
 from transformer_ext.ops.linear import gemm_choices
-from transformer_ext.training.batches import BatchStream, DeviceBatch, Position, to_device
+from transformer_ext.training.batches import BatchStream, DeviceBatch, Position, Step, to_device
 from transformer_ext.training.checkpoint import Checkpoints
 from transformer_ext.training.distributed import World
+from transformer_ext.training.moving_average import MovingAverage
 from transformer_ext.training.optimizer import Optimizer
 from transformer_ext.training.report import Console, JsonLog, duration
 from transformer_ext.training.schedules import Schedule
@@ -32,6 +34,8 @@ __all__ = ["LossModule", "Plan", "StopRequest", "Trainer", "Validation", "evalua
 _ESTIMATE_FROM, _ESTIMATE_AT = 5, 15
 #: With several ranks, steps between two agreements on whether to stop.
 _STEPS_BETWEEN_AGREEMENTS = 10
+#: Before the names of a checkpoint's weights, where its model directory holds their moving average.
+_WEIGHTS = "weights."
 
 
 class LossModule(nn.Module):
@@ -123,6 +127,8 @@ class Plan:
         max_seconds: Time after which the training ends, counted over resumes; None: no limit.
         label_smoothing: Share of the target distribution spread over the vocabulary.
         seed: Seed of dropout.
+        max_skipped: Skipped steps (loss or gradients not finite) since the last validation after
+            which the training ends with an error.
     """
 
     max_steps: int
@@ -133,6 +139,7 @@ class Plan:
     max_seconds: float | None = None
     label_smoothing: float = 0.1
     seed: int = 1
+    max_skipped: int = 20
 
 
 @dataclass
@@ -148,6 +155,7 @@ class Progress:
         best_loss: Lowest validation loss (nll per token).
         best_step: Its step.
         worse: Validations since then.
+        skipped: Steps skipped since the last validation, their gradients not being finite.
     """
 
     step: int = 0
@@ -158,6 +166,7 @@ class Progress:
     best_loss: float = math.inf
     best_step: int = 0
     worse: int = 0
+    skipped: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """As values that JSON holds."""
@@ -244,6 +253,8 @@ class Trainer:
             the samples, and returns BLEU; called by the first rank only.
         checkpoints: Where to save; None saves nothing.
         write_model: Writes the model directory of the current weights.
+        moving_average: Of the weights, to be validated and saved in their place.
+        skipped_folder: Where the batches of skipped steps are written; None writes none.
         console: Where people read.
         log: Where programs read.
         run_facts: Added to ``training.json``, and compared on resuming: a difference is warned of.
@@ -262,6 +273,8 @@ class Trainer:
         score: Callable[[Path], float | None] | None = None,
         checkpoints: Checkpoints | None = None,
         write_model: Callable[[Path], None] | None = None,
+        moving_average: MovingAverage | None = None,
+        skipped_folder: Path | None = None,
         console: Console | None = None,
         log: JsonLog | None = None,
         run_facts: dict[str, Any] | None = None,
@@ -276,6 +289,8 @@ class Trainer:
         self.score = score
         self.checkpoints = checkpoints
         self.write_model = write_model
+        self.moving_average = moving_average
+        self.skipped_folder = skipped_folder
         self.console = console or Console(silent=True)
         self.log = log or JsonLog(None)
         self.run_facts = run_facts or {}
@@ -288,12 +303,11 @@ class Trainer:
                 self.losses, broadcast_buffers=False, gradient_as_bucket_view=True
             )
         self._rng: Tensor | None = getattr(model, "rng", None)
-        self._sums = torch.zeros(2, device=self.world.device)
-        self._interval_tokens = 0
+        # Of the loss, of the negative log-likelihood, of the tokens.
+        self._sums = torch.zeros(3, device=self.world.device)
+        self._unchecked: list[tuple[int, Step, Tensor]] = []
         self._interval_all_tokens = 0
-        self._interval_steps = 0
         self._interval_started = time.monotonic()
-        self._skipped_before = 0.0
 
     # One optimizer step ---------------------------------------------------------------------------
 
@@ -310,21 +324,80 @@ class Trainer:
         if not self.losses.training:
             self.losses.train()
         last = len(step.batches) - 1
+        sums = torch.zeros_like(self._sums)
         for index, (data, microstep) in enumerate(zip(step.batches, step.microsteps, strict=True)):
             batch = self.losses.load(data, world.device)
             self._seed_dropout(number, microstep)
             with self._without_sync() if index < last else nullcontext():
                 loss, nll, _ = self._parallel(batch, normalizer)
                 loss.backward()
-            self._sums += torch.stack([loss.detach().float() * normalizer, nll.float()])
-            self._interval_tokens += batch.target_tokens
+            parts = [loss.detach().float() * normalizer, nll.float()]
+            sums += torch.stack([*parts, torch.full_like(parts[0], batch.target_tokens)])
             self.progress.sentences += batch.sentences
         self.optimizer.step(self.schedule(number))
+        # A step that the optimizer skipped has no loss to average.
+        self._sums += torch.where(self.optimizer.broken > 0, 0.0, sums)
+        self._unchecked.append((number, step, self.optimizer.broken))
+        if self.moving_average is not None:
+            self.moving_average.update(number)
         self.progress.step = number
         self.progress.position = step.after
         self.progress.target_tokens += step.target_tokens
         self._interval_all_tokens += step.target_tokens
-        self._interval_steps += 1
+        if self.world.device.type == "cpu" or len(self._unchecked) >= self.plan.log_every:
+            self._check_skipped()
+
+    def _check_skipped(self) -> None:
+        """Counts the steps that the optimizer skipped, saves their batches, and gives up if many.
+
+        Raises:
+            FloatingPointError: More than ``plan.max_skipped`` since the last validation.
+        """
+        if not self._unchecked:
+            return
+        broken = torch.stack([flag for _, _, flag in self._unchecked]).tolist()
+        steps = [entry[:2] for entry, flag in zip(self._unchecked, broken, strict=True) if flag]
+        self._unchecked.clear()
+        # In float16 it is how the scale of the loss is found; the batch is not to blame.
+        scaled = self.optimizer.scale is not None
+        for number, step in steps:
+            self.progress.skipped += 1
+            path = None if scaled else self._save_skipped(number, step)
+            self.log.write(
+                "skipped",
+                step=number,
+                epoch=step.after.epoch,
+                batches=None if path is None else str(path),
+            )
+            if not scaled:
+                self.console.print(
+                    f"warning: step {number} skipped: its loss or gradients are NaN or infinite"
+                    + ("" if path is None else f"; its batches are in {path}")
+                )
+        if steps and self.progress.skipped > self.plan.max_skipped:
+            raise FloatingPointError(
+                f"max_skipped_steps: {self.progress.skipped} steps since the last validation, "
+                f"{steps[-1][0]} the last one, were skipped because their loss or gradients are "
+                f"NaN or infinite, expected at most {self.plan.max_skipped}: lower learning_rate, "
+                "lengthen warmup_steps or set clip_norm; to see whether a compiled kernel is the "
+                "cause, train with TRANSFORMER_EXT_BACKEND=reference"
+            )
+
+    def _save_skipped(self, number: int, step: Step) -> Path | None:
+        if self.skipped_folder is None:
+            return None
+        self.skipped_folder.mkdir(parents=True, exist_ok=True)
+        path = self.skipped_folder / f"step-{number}.rank-{self.world.rank}.json"
+        batches = [
+            {
+                name: value.tolist() if hasattr(value, "tolist") else value
+                for name, value in vars(batch).items()
+            }
+            for batch in step.batches
+        ]
+        values = {"step": number, "epoch": step.after.epoch, "rank": self.world.rank}
+        write_json(path, {**values, "batches": batches})
+        return path
 
     def _seed_dropout(self, step: int, microstep: int) -> None:
         if self._rng is not None:
@@ -346,7 +419,7 @@ class Trainer:
             checkpoint of this moment is saved).
 
         Raises:
-            FloatingPointError: The loss or all gradients of an interval are not finite.
+            FloatingPointError: Too many steps were skipped.
         """
         plan, progress = self.plan, self.progress
         began = time.monotonic() - progress.seconds
@@ -393,13 +466,13 @@ class Trainer:
 
     def _start_interval(self) -> None:
         self._sums.zero_()
-        self._interval_tokens = self._interval_all_tokens = self._interval_steps = 0
+        self._interval_all_tokens = 0
         self._interval_started = time.monotonic()
 
     def _averages(self) -> tuple[float, float, float]:
         """(loss, nll) per token of this rank and target tokens/s of all since the last report."""
-        loss, nll = self._sums.tolist()
-        tokens = max(1, self._interval_tokens)
+        loss, nll, tokens = self._sums.tolist()
+        tokens = tokens or math.nan
         elapsed = max(1e-9, time.monotonic() - self._interval_started)
         return loss / tokens, nll / tokens, self._interval_all_tokens / elapsed
 
@@ -435,19 +508,10 @@ class Trainer:
         """Prints and logs the averages since the last report, and begins to average anew.
 
         Raises:
-            FloatingPointError: The loss or all gradients since the last report are not finite.
+            FloatingPointError: Too many steps were skipped.
         """
+        self._check_skipped()
         loss, nll, speed = self._averages()
-        skipped = float(self.optimizer.skipped)
-        all_skipped = skipped - self._skipped_before >= self._interval_steps
-        self._skipped_before = skipped
-        if not math.isfinite(nll) or (all_skipped and self.optimizer.scale is None):
-            what = "loss" if not math.isfinite(nll) else "gradients"
-            raise FloatingPointError(
-                f"the {what} became NaN or infinite before step {self.progress.step}: lower "
-                "learning_rate, lengthen warmup_steps or set clip_norm; to see whether a compiled "
-                "kernel is the cause, train with TRANSFORMER_EXT_BACKEND=reference"
-            )
         line = self._line(loss, nll, speed)
         if self.console.live:
             self.console.update(line)
@@ -464,19 +528,29 @@ class Trainer:
             tokens_per_second=round(speed, 1),
             learning_rate=self.schedule(self.progress.step),
             gradient_norm=float(self.optimizer.gradient_norm),
-            skipped_steps=int(skipped),
+            skipped_steps=int(self.optimizer.skipped),
         )
         self._start_interval()
 
     # Validation and checkpoints -------------------------------------------------------------------
 
+    def _averaged(self) -> AbstractContextManager[dict[str, Tensor]]:
+        """A block in which the model has the weights that are judged and saved."""
+        return nullcontext({}) if self.moving_average is None else self.moving_average.applied()
+
     def validate_and_save(self) -> Validation | None:
         """Saves a checkpoint, validates with it, and lets ``best`` point to it if it is."""
         started = time.monotonic()
-        progress = self.progress
+        self._check_skipped()
+        self.progress.skipped = 0
         if not self.validation_batches:
             self.save()
             return None
+        with self._averaged():
+            return self._validate_and_save(started)
+
+    def _validate_and_save(self, started: float) -> Validation:
+        progress = self.progress
         loss, nll, accuracy = evaluate_loss(self.losses, self.validation_batches, self.world)
         best = nll < progress.best_loss
         if best:
@@ -511,9 +585,15 @@ class Trainer:
         if self.checkpoints is None or self.write_model is None or not self.world.first:
             return None
         state = {"progress": self.progress.to_dict(), "facts": self.run_facts}
-        directory = self.checkpoints.save(
-            self.progress.step, self.write_model, self.optimizer.state_dict(), state, best=best
-        )
+        with self._averaged() as weights:
+            tensors = {f"{_WEIGHTS}{name}": weight for name, weight in weights.items()}
+            directory = self.checkpoints.save(
+                self.progress.step,
+                self.write_model,
+                self.optimizer.state_dict() | tensors,
+                state,
+                best=best,
+            )
         self.log.write("checkpoint", step=self.progress.step, path=str(directory))
         return directory
 
@@ -525,9 +605,19 @@ class Trainer:
         """
         assert self.checkpoints is not None
         tensors, state = self.checkpoints.load(step)
+        weights = {
+            name.removeprefix(_WEIGHTS): tensors.pop(name)
+            for name in list(tensors)
+            if name.startswith(_WEIGHTS)
+        }
+        if weights:
+            # The model directory held the averages.
+            average = self.moving_average or MovingAverage(self.optimizer.parameters, 0.5)
+            average.restore(weights)
+        elif self.moving_average is not None:
+            self.moving_average.restore(dict(self.optimizer.parameters))
         self.optimizer.load_state_dict(tensors)
         self.progress = Progress.from_dict(state["progress"])
-        self._skipped_before = float(self.optimizer.skipped)
         if self.stream.position != self.progress.position:
             raise ValueError(
                 f"stream: begins at {self.stream.position}, expected {self.progress.position}"
