@@ -17,7 +17,7 @@ def _write(directory: Path) -> None:
 def test_saves_and_loads(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     tensors = {"first_moment.a": torch.randn(3, 2), "steps.a": torch.tensor(4.0)}
-    path = checkpoints.save(4, _write, tensors, {"progress": {"epoch": 1}}, best=True)
+    path = checkpoints.save(4, _write, tensors, {"progress": {"epoch": 1}}, best=[4])
     assert path.name == "step-4"
     assert {p.name for p in path.iterdir()} == {
         "config.json",
@@ -34,7 +34,7 @@ def test_saves_and_loads(tmp_path: Path) -> None:
 def test_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in (2, 4, 8, 16, 100):
-        checkpoints.save(step, _write, {}, {}, best=step == 4)
+        checkpoints.save(step, _write, {}, {}, best=[4] if step >= 4 else [])
     assert checkpoints.steps() == [4, 16, 100]
     assert checkpoints.pointed("best") == 4 and checkpoints.pointed("last") == 100
     assert [p.name for p in checkpoints.newest(2)] == ["step-16", "step-100"]

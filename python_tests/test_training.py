@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -298,6 +299,45 @@ def test_early_stopping_ends_after_the_given_number_of_validations() -> None:
     assert trainer.progress.step == trainer.progress.best_step + 6
 
 
+def test_best_checkpoints_are_those_of_the_metric(tmp_path: Path) -> None:
+    """BLEU here rises and falls while the loss falls: 1, 5, 3, 5, 4."""
+    model, data = small_model(), Numbers()
+    bleu = iter([1.0, 5.0, 3.0, 5.0, 4.0, 2.0, 2.0])
+    folders = []
+
+    def judge(folder: Path) -> dict[str, float]:
+        assert (folder / "weights").is_file()
+        folders.append(folder)
+        return {"bleu": next(bleu)}
+
+    trainer = trainer_for(
+        model,
+        data.stream(),
+        Plan(max_steps=20, validate_every=2, metric="bleu", keep_best=3, early_stop_patience=4),
+        validation_batches=[lambda: data.collate(np.arange(6))],
+        score=judge,
+        checkpoints=Checkpoints(tmp_path, keep=1),
+        write_model=lambda folder: torch.save(model.state_dict(), folder / "weights"),
+        log=JsonLog(tmp_path / "log.jsonl"),
+    )
+    assert trainer.fit() == "early stop"
+    # The first of two equal ones is the best.
+    assert trainer.progress.best == [(5.0, 4), (5.0, 8), (4.0, 10)]
+    assert trainer.progress.worse == 4 and trainer.progress.step == 12
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == [
+        *("step-10", "step-12", "step-4", "step-8")
+    ]
+    assert trainer.checkpoints is not None and trainer.checkpoints.pointed("best") == 4
+    assert not any(folder.exists() for folder in folders)
+    found = [e["bleu"] for e in read_log(tmp_path / "log.jsonl") if e["event"] == "validation"]
+    assert found == [1.0, 5.0, 3.0, 5.0, 4.0, 2.0]
+
+    # By another metric, what was the best so far is not known any more.
+    trainer.plan = dataclasses.replace(trainer.plan, metric="nll")
+    trainer.restore(12)
+    assert trainer.progress.best == [] and trainer.progress.worse == 0
+
+
 def test_time_ends_it() -> None:
     trainer = trainer_for(small_model(), Numbers().stream(), Plan(max_steps=10**6, max_seconds=0.2))
     assert trainer.fit() == "time"
@@ -439,7 +479,7 @@ def test_resuming_in_mid_epoch_gives_the_same_bits(
         for name, tensor in straight.state_dict().items():
             assert torch.equal(tensor, resumed.state_dict()[name]), name
         assert second.progress.target_tokens == first.progress.target_tokens
-        assert second.progress.best_loss == first.progress.best_loss
+        assert second.progress.best == first.progress.best
 
 
 def test_a_run_goes_on_with_or_without_the_moving_average(tmp_path: Path) -> None:

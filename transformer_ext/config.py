@@ -879,6 +879,12 @@ class EvaluationConfig:
         minimum=1,
         maximum=1000,
     )
+    validation_metric: Literal["nll", "accuracy", "bleu", "chrf"] = option(
+        "nll",
+        help="what says which validation is the best, for the checkpoints kept and for early "
+        "stopping: negative log-likelihood or accuracy per target token, or a score of the "
+        "translations",
+    )
     validation_sentences: int = option(
         300, help="dev sentences translated at each validation", unit="sentences", minimum=0
     )
@@ -900,13 +906,22 @@ class OutputConfig:
         None, help="steps between checkpoints", unit="steps", minimum=1, auto="at each validation"
     )
     keep_checkpoints: int = option(5, help="newest checkpoints kept", minimum=1)
+    keep_best: int = option(1, help="best checkpoints kept beside the newest ones", minimum=1)
     average_last: int = option(
         5, help="newest checkpoints averaged into the final model; 1 is none", minimum=1
+    )
+    average_best: int = option(
+        1, help="best checkpoints averaged instead of the newest ones; 1 is none", minimum=1
     )
 
     def __post_init__(self) -> None:
         if self.overwrite and self.resume:
             raise ConfigError("output.overwrite and output.resume: expected one of them")
+        if self.average_best > self.keep_best:
+            raise ConfigError(
+                f"output.average_best: got {self.average_best}, expected at most keep_best, "
+                f"{self.keep_best}: the others are not there any more"
+            )
 
 
 @dataclass

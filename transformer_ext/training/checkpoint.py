@@ -11,8 +11,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -68,7 +70,7 @@ class Checkpoints:
         tensors: Mapping[str, Tensor],
         state: Mapping[str, Any],
         *,
-        best: bool = False,
+        best: Sequence[int] = (),
     ) -> Path:
         """Writes the checkpoint of ``step`` and returns its directory.
 
@@ -77,7 +79,8 @@ class Checkpoints:
             write_model: Writes the model directory into the (existing) directory it is given.
             tensors: Training state by name.
             state: What goes into ``training.json``; ``step`` and the format version are added.
-            best: Also let ``best`` point to it.
+            best: Steps of the best checkpoints, the best one first: ``best`` is to point to that,
+                and all of them are kept.
         """
         for abandoned in self.directory.glob("step-*.tmp-*"):
             shutil.rmtree(abandoned)
@@ -89,8 +92,8 @@ class Checkpoints:
             write_json(folder / _STATE, content)
         self.point("last", step)
         if best:
-            self.point("best", step)
-        self._prune()
+            self.point("best", best[0])
+        self._prune(best)
         return final
 
     def point(self, name: str, step: int) -> None:
@@ -131,9 +134,17 @@ class Checkpoints:
         arrays = Tensors(directory / _TENSORS)
         return {name: torch.from_numpy(array) for name, array in arrays.items()}, state
 
-    def _prune(self) -> None:
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A folder beside the checkpoints that is gone after the block."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        # Named as what a killed process leaves, and like that removed by the next save.
+        with TemporaryDirectory(prefix="step-0.tmp-", dir=self.directory) as folder:
+            yield Path(folder)
+
+    def _prune(self, best: Sequence[int]) -> None:
         steps = self.steps()
-        kept = {*steps[-self.keep :], self.pointed("last"), self.pointed("best")}
+        kept = {*steps[-self.keep :], *best, self.pointed("last"), self.pointed("best")}
         for step in steps:
             if step not in kept:
                 # Renamed first: one that is half removed must not look like a checkpoint.

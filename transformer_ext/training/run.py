@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from transformer_ext.average import average_weights
-from transformer_ext.config import TrainConfig, to_dict
+from transformer_ext.config import ConfigError, TrainConfig, to_dict
 from transformer_ext.files import atomic_directory, write_json
 from transformer_ext.ops import backend
 from transformer_ext.training.batches import BatchStream, Position
@@ -33,7 +33,7 @@ from transformer_ext.training.optimizer import Optimizer, parameters_by_name
 from transformer_ext.training.report import Console, JsonLog, duration, read_log, save_loss_curve
 from transformer_ext.training.schedules import Schedule
 from transformer_ext.training.sizing import Recipe, fill
-from transformer_ext.training.trainer import Plan, Progress, Trainer, evaluate_loss
+from transformer_ext.training.trainer import Plan, Progress, Trainer, evaluate_loss, is_better
 
 __all__ = ["Run"]
 
@@ -103,9 +103,14 @@ class Run(ABC):
     def validation_batches(self) -> list[Callable[[], Any]]:
         """Each gives one batch of held-out data; empty if there are none."""
 
-    def make_scorer(self) -> Callable[[Path], float | None] | None:
-        """Judges the checkpoint in the directory it is given; see :class:`Trainer`."""
+    def make_scorer(self) -> Callable[[Path], dict[str, float]] | None:
+        """Judges the model directory it is given; see :class:`Trainer`."""
         return None
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """Names of the scores that :meth:`make_scorer`'s judge gives."""
+        return ()
 
     @abstractmethod
     def write_model(self, folder: Path, weights: Mapping[str, Any], notes: dict[str, Any]) -> None:
@@ -239,6 +244,8 @@ class Run(ABC):
                 max_seconds=None if training.max_minutes is None else 60 * training.max_minutes,
                 label_smoothing=config.optimizer.label_smoothing,
                 seed=training.seed,
+                metric=self._metric(),
+                keep_best=config.output.keep_best,
                 max_skipped=training.max_skipped_steps,
             ),
             world=machine.world,
@@ -256,6 +263,16 @@ class Run(ABC):
             for warning in trainer.restore(resume_from):
                 self.console.print(f"warning: {warning}")
         return trainer
+
+    def _metric(self) -> str:
+        metric = self.config.evaluation.validation_metric
+        known = ("nll", "accuracy", *self.scores)
+        if metric not in known:
+            raise ConfigError(
+                f"evaluation.validation_metric: got {metric!r}, expected one of "
+                f"{', '.join(known)} for this task"
+            )
+        return metric
 
     def _write_current_model(self, folder: Path) -> None:
         weights = {name: parameter.detach() for name, parameter in self.parameters.items()}
@@ -278,39 +295,41 @@ class Run(ABC):
         Returns the folder and what was chosen.
         """
         assert self.folder is not None and self.checkpoints is not None
-        progress = trainer.progress
-        wanted = self.config.output.average_last
-        newest = self.checkpoints.newest(wanted)
-        best = self.checkpoints.pointed("best")
+        progress, output = trainer.progress, self.config.output
+        best = progress.best_step
+        if output.average_best > 1:
+            averaged, which = [self.checkpoints.path(step) for _, step in progress.best], "best"
+            averaged = averaged[: output.average_best]
+        else:
+            averaged, which = self.checkpoints.newest(output.average_last), "last"
         weights = None
-        if len(newest) > 1:
-            weights = average_weights(newest)
-            choice = f"average of the last {len(newest)} checkpoints"
-            if trainer.validation_batches and best is not None:
+        if len(averaged) > 1:
+            weights = average_weights(averaged)
+            choice = f"average of the {which} {len(averaged)} checkpoints"
+            if best:
                 self._set_weights(weights)
-                _, nll, _ = evaluate_loss(
-                    trainer.losses, trainer.validation_batches, World(0, 1, self.machine.device)
+                metric = trainer.plan.metric
+                single_process = World(0, 1, self.machine.device)
+                scored = metric not in ("nll", "accuracy")
+                found = trainer.validate(single_process, scored=scored)
+                value, single = found.value(metric), progress.best[0][0]
+                better = not is_better(metric, single, value)
+                self.console.print(
+                    f"{choice}: {found.describe()}; {metric} {value:.4f}, "
+                    f"{single:.4f} of the best checkpoint, step {best}: "
+                    + ("the average is kept" if better else "that one is kept")
                 )
-                if nll > progress.best_loss:
-                    self.console.print(
-                        f"the {choice} has validation perplexity {math.exp(nll):.3f}, the best "
-                        f"checkpoint {math.exp(progress.best_loss):.3f}: the best one is kept"
-                    )
+                if not better:
                     weights = None
-                else:
-                    self.console.print(
-                        f"{choice}: validation perplexity {math.exp(nll):.3f} "
-                        f"(best single one {math.exp(progress.best_loss):.3f})"
-                    )
         if weights is None:
-            step = best if best is not None else progress.step
+            step = best or progress.step
             choice = f"checkpoint of step {step}"
             weights = dict(self.read_model(self.checkpoints.path(step)))
         self._set_weights(weights)
-        output = self.folder / "model"
-        with atomic_directory(output, overwrite=True) as folder:
+        model = self.folder / "model"
+        with atomic_directory(model, overwrite=True) as folder:
             self.write_model(folder, weights, {"steps": progress.step, "weights": choice})
-        return output, choice
+        return model, choice
 
     def finish(self, trainer: Trainer, reason: str, log: JsonLog) -> None:
         """Averages, tests, draws, writes the results, and says how to go on from here."""
@@ -331,7 +350,7 @@ class Run(ABC):
             "seconds": round(progress.seconds, 1),
             "tokens_per_second": round(progress.target_tokens / max(1e-9, progress.seconds), 1),
             "best_step": progress.best_step,
-            "validation_nll": progress.best_loss if progress.best_step else None,
+            f"best_{trainer.plan.metric}": progress.best[0][0] if progress.best else None,
             "weights": choice,
             "model": str(model),
             **self.facts(),

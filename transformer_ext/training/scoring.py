@@ -282,10 +282,11 @@ class Scorer:
         self._console = console
         self._samples = pick_samples(self.pairs, samples)
 
-    def __call__(self, directory: Path) -> float | None:
-        """BLEU of the checkpoint in ``directory``, 0 to 100; None without a sentence."""
+    def __call__(self, directory: Path) -> dict[str, float]:
+        """BLEU and chrF of the model in ``directory``, 0 to 100; nothing without a sentence."""
         if not self.pairs:
-            return None
+            return {}
         outputs = self._decoder(directory, [src for src, _ in self.pairs], self._beam_size)
         print_samples(self._console, self.pairs, outputs, self._samples)
-        return score(outputs, [tgt for _, tgt in self.pairs]).bleu
+        scores = score(outputs, [tgt for _, tgt in self.pairs])
+        return {"bleu": scores.bleu, "chrf": scores.chrf}

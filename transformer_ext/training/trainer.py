@@ -27,7 +27,15 @@ from transformer_ext.training.optimizer import Optimizer
 from transformer_ext.training.report import Console, JsonLog, duration
 from transformer_ext.training.schedules import Schedule
 
-__all__ = ["LossModule", "Plan", "StopRequest", "Trainer", "Validation", "evaluate_loss"]
+__all__ = [
+    "LossModule",
+    "Plan",
+    "StopRequest",
+    "Trainer",
+    "Validation",
+    "evaluate_loss",
+    "is_better",
+]
 
 #: The first estimate of the time is made from the steps between these two; before, libraries and
 #: memory are being set up.
@@ -97,7 +105,7 @@ class Validation:
         loss: Smoothed loss per target token, nats.
         nll: Negative log-likelihood per target token, nats.
         accuracy: Share of the target tokens predicted, given the ones before, in [0, 1].
-        bleu: sacreBLEU of at most 300 dev sentences, 0 to 100; None where nothing was decoded.
+        scores: What the task's own judge found, for example BLEU and chrF, 0 to 100.
         seconds: How long it took.
     """
 
@@ -105,13 +113,35 @@ class Validation:
     loss: float
     nll: float
     accuracy: float
-    bleu: float | None
+    scores: dict[str, float]
     seconds: float
 
     @property
     def perplexity(self) -> float:
         """``exp(nll)``."""
         return math.exp(min(self.nll, 700.0))
+
+    def value(self, metric: str) -> float:
+        """The figure of this name, ``nll``, ``accuracy``, or one of the scores."""
+        figures = {"nll": self.nll, "accuracy": self.accuracy, **self.scores}
+        return figures[metric]
+
+    def describe(self) -> str:
+        """For people, on one line."""
+        scores = "".join(f"  {_NAMES.get(k, k)} {v:.2f}" for k, v in self.scores.items())
+        return (
+            f"loss {self.loss:.3f}  ppl {self.perplexity:.2f}  "
+            f"accuracy {100 * self.accuracy:.1f} %{scores}"
+        )
+
+
+#: Scores whose names are not written as the log writes them.
+_NAMES = {"bleu": "BLEU", "chrf": "chrF", "macro_f1": "macro-F1"}
+
+
+def is_better(metric: str, value: float, other: float) -> bool:
+    """Whether the first value of a metric is the better one; NaN never is."""
+    return value < other if metric == "nll" else value > other
 
 
 @dataclass(frozen=True)
@@ -127,6 +157,8 @@ class Plan:
         max_seconds: Time after which the training ends, counted over resumes; None: no limit.
         label_smoothing: Share of the target distribution spread over the vocabulary.
         seed: Seed of dropout.
+        metric: What says which validation is the best: ``nll``, ``accuracy`` or a score's name.
+        keep_best: How many of the best checkpoints are kept.
         max_skipped: Skipped steps (loss or gradients not finite) since the last validation after
             which the training ends with an error.
     """
@@ -139,6 +171,8 @@ class Plan:
     max_seconds: float | None = None
     label_smoothing: float = 0.1
     seed: int = 1
+    metric: str = "nll"
+    keep_best: int = 1
     max_skipped: int = 20
 
 
@@ -152,9 +186,8 @@ class Progress:
         target_tokens: Labels read over all ranks.
         sentences: Sentence pairs read by the first rank.
         seconds: Time spent in training and validating.
-        best_loss: Lowest validation loss (nll per token).
-        best_step: Its step.
-        worse: Validations since then.
+        best: Value of the metric and step of the best validations, the best one first.
+        worse: Validations since the best one.
         skipped: Steps skipped since the last validation, their gradients not being finite.
     """
 
@@ -163,26 +196,39 @@ class Progress:
     target_tokens: int = 0
     sentences: int = 0
     seconds: float = 0.0
-    best_loss: float = math.inf
-    best_step: int = 0
+    best: list[tuple[float, int]] = field(default_factory=list)
     worse: int = 0
     skipped: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """As values that JSON holds."""
-        values = asdict(self)
-        if math.isinf(self.best_loss):
-            values["best_loss"] = None
-        return values
+        return asdict(self)
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Progress:
         """Inverse of :meth:`to_dict`."""
         values = dict(values)
         values["position"] = Position(**values["position"])
-        if values["best_loss"] is None:
-            values["best_loss"] = math.inf
+        values["best"] = [(value, step) for value, step in values["best"]]
         return Progress(**values)
+
+    @property
+    def best_step(self) -> int:
+        """Step of the best validation; 0 before the first."""
+        return self.best[0][1] if self.best else 0
+
+    def rank(self, value: float, metric: str, keep: int) -> bool:
+        """Takes in a validation of the present step; returns whether it is the best so far."""
+        if math.isnan(value):
+            self.worse += 1
+            return False
+        # Of equal ones the first stays the best.
+        place = len(self.best)
+        while place and is_better(metric, value, self.best[place - 1][0]):
+            place -= 1
+        self.best = [*self.best[:place], (value, self.step), *self.best[place:]][:keep]
+        self.worse = 0 if place == 0 else self.worse + 1
+        return place == 0
 
 
 class StopRequest:
@@ -249,8 +295,8 @@ class Trainer:
         plan: What to do when.
         world: The processes; one by default.
         validation_batches: Each gives one batch of the held-out text.
-        score: Decodes held-out sentences with the checkpoint in the directory it is given, prints
-            the samples, and returns BLEU; called by the first rank only.
+        score: Judges the model directory that it is given, for example by translating held-out
+            sentences, may print samples, and returns scores by name; called by the first rank only.
         checkpoints: Where to save; None saves nothing.
         write_model: Writes the model directory of the current weights.
         moving_average: Of the weights, to be validated and saved in their place.
@@ -270,7 +316,7 @@ class Trainer:
         *,
         world: World | None = None,
         validation_batches: Sequence[Callable[[], Any]] | None = None,
-        score: Callable[[Path], float | None] | None = None,
+        score: Callable[[Path], dict[str, float]] | None = None,
         checkpoints: Checkpoints | None = None,
         write_model: Callable[[Path], None] | None = None,
         moving_average: MovingAverage | None = None,
@@ -538,41 +584,52 @@ class Trainer:
         """A block in which the model has the weights that are judged and saved."""
         return nullcontext({}) if self.moving_average is None else self.moving_average.applied()
 
-    def validate_and_save(self) -> Validation | None:
-        """Saves a checkpoint, validates with it, and lets ``best`` point to it if it is."""
+    def validate(self, world: World | None = None, *, scored: bool = True) -> Validation:
+        """Judges the present weights by the held-out data; changes nothing.
+
+        Args:
+            world: The processes that take part; all of them by default.
+            scored: Whether the task's own judge is asked, too.
+        """
         started = time.monotonic()
+        world = world or self.world
+        loss, nll, accuracy = evaluate_loss(self.losses, self.validation_batches, world)
+        scores: dict[str, float] = {}
+        if scored and world.first and None not in (self.score, self.write_model, self.checkpoints):
+            assert self.score and self.write_model and self.checkpoints
+            # Not yet a checkpoint: that is to hold what this finds.
+            with self.checkpoints.scratch() as folder:
+                self.write_model(folder)
+                scores = self.score(folder)
+        if scored and self.plan.metric not in ("nll", "accuracy"):
+            (value,) = world.sum(scores[self.plan.metric] if world.first else 0.0)
+            scores[self.plan.metric] = value
+        seconds = round(time.monotonic() - started, 3)
+        return Validation(self.progress.step, loss, nll, accuracy, scores, seconds)
+
+    def validate_and_save(self) -> Validation | None:
+        """Validates, and saves a checkpoint; ``best`` then names the best one so far."""
         self._check_skipped()
-        self.progress.skipped = 0
+        progress = self.progress
+        progress.skipped = 0
         if not self.validation_batches:
             self.save()
             return None
         with self._averaged():
-            return self._validate_and_save(started)
-
-    def _validate_and_save(self, started: float) -> Validation:
-        progress = self.progress
-        loss, nll, accuracy = evaluate_loss(self.losses, self.validation_batches, self.world)
-        best = nll < progress.best_loss
-        if best:
-            progress.best_loss, progress.best_step, progress.worse = nll, progress.step, 0
-        else:
-            progress.worse += 1
-        directory = self.save(best=best)
-        bleu = None
-        if self.score is not None and directory is not None and self.world.first:
-            bleu = self.score(directory)
-        seconds = time.monotonic() - started
-        result = Validation(progress.step, loss, nll, accuracy, bleu, round(seconds, 3))
+            result = self.validate()
+            best = progress.rank(
+                result.value(self.plan.metric), self.plan.metric, self.plan.keep_best
+            )
+            self.save()
         self.console.print(
-            f"validation at step {result.step}: loss {loss:.3f}  ppl {result.perplexity:.2f}  "
-            f"accuracy {100 * accuracy:.1f} %"
-            + ("" if bleu is None else f"  BLEU {bleu:.2f}")
+            f"validation at step {result.step}: {result.describe()}"
             + ("  (best so far)" if best else f"  (best: step {progress.best_step})")
             + f"  [{duration(progress.seconds)}]"
         )
+        values = asdict(result)
         self.log.write(
             "validation",
-            **asdict(result),
+            **(values | values.pop("scores")),
             best=best,
             training_seconds=round(progress.seconds, 3),
             target_tokens=progress.target_tokens,
@@ -580,11 +637,15 @@ class Trainer:
         self.world.barrier()
         return result
 
-    def save(self, *, best: bool = False) -> Path | None:
+    def save(self) -> Path | None:
         """Writes the checkpoint of this moment; returns its directory (None on other ranks)."""
         if self.checkpoints is None or self.write_model is None or not self.world.first:
             return None
-        state = {"progress": self.progress.to_dict(), "facts": self.run_facts}
+        state = {
+            "progress": self.progress.to_dict(),
+            "metric": self.plan.metric,
+            "facts": self.run_facts,
+        }
         with self._averaged() as weights:
             tensors = {f"{_WEIGHTS}{name}": weight for name, weight in weights.items()}
             directory = self.checkpoints.save(
@@ -592,7 +653,7 @@ class Trainer:
                 self.write_model,
                 self.optimizer.state_dict() | tensors,
                 state,
-                best=best,
+                best=[step for _, step in self.progress.best],
             )
         self.log.write("checkpoint", step=self.progress.step, path=str(directory))
         return directory
@@ -618,6 +679,9 @@ class Trainer:
             self.moving_average.restore(dict(self.optimizer.parameters))
         self.optimizer.load_state_dict(tensors)
         self.progress = Progress.from_dict(state["progress"])
+        if state["metric"] != self.plan.metric:
+            # Values of another metric say nothing of which is the best now.
+            self.progress.best, self.progress.worse = [], 0
         if self.stream.position != self.progress.position:
             raise ValueError(
                 f"stream: begins at {self.stream.position}, expected {self.progress.position}"

@@ -149,8 +149,16 @@ class TranslationRun(Run):
             functools.partial(collate, dev, rows[indices], start_id) for indices in sampler.epoch(0)
         ]
 
-    def make_scorer(self) -> Scorer:
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """None where nothing is translated."""
+        judged = self.prepared.dev and self.config.evaluation.validation_sentences
+        return ("bleu", "chrf") if judged else ()
+
+    def make_scorer(self) -> Scorer | None:
         """Translates some of the held-out text."""
+        if not self.scores:
+            return None
         evaluation = self.config.evaluation
         return Scorer(
             self.prepared.dev,
