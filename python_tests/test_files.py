@@ -348,11 +348,20 @@ def edit_config(model: Path, /, **changes) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, "format_version is 2, expected 1; a newer version"),
-        ({"format_version": None}, "format_version is None, expected 1"),
+        ({"format_version": 3}, "format_version is 3, expected 1 or 2; a newer version"),
+        ({"format_version": None}, "format_version is None, expected 1 or 2"),
         (
             {"format_version": None, "model_type": "marian"},
             "MarianMT, which is to be converted first: python -m transformer_ext.convert --from-marian ",
+        ),
+        ({"format_version": 2}, "kind: got None, expected one of encoder-decoder, decoder-only"),
+        (
+            {"format_version": 2, "kind": "decoder"},
+            "kind: got 'decoder', expected one of encoder-decoder, decoder-only",
+        ),
+        (
+            {"format_version": 2, "kind": "encoder-only"},
+            "is an encoder-only (classification) model, expected an encoder-decoder (translation)",
         ),
         ({"model": None}, "the part 'model' is missing"),
         ({"tokenizer": None}, "the part 'tokenizer' is missing"),

@@ -11,6 +11,10 @@ __version__ = "0.1.0"
 
 # Public name -> module that defines it.
 _LAZY: dict[str, str] = {
+    "Classifier": "transformer_ext.model.classifier",
+    "ClassifierConfig": "transformer_ext.model.config",
+    "LanguageModel": "transformer_ext.model.language_model",
+    "LanguageModelConfig": "transformer_ext.model.config",
     "Packed": "transformer_ext.packed",
     "Transformer": "transformer_ext.model.transformer",
     "TransformerConfig": "transformer_ext.model.config",

@@ -16,6 +16,7 @@ import numpy as np
 
 from transformer_ext.config import ArgumentParser
 from transformer_ext.files import FileError, ModelDir, load_model_dir, save_model_dir
+from transformer_ext.model.config import ModelConfig
 
 __all__ = ["average_models", "average_weights", "main"]
 
@@ -34,10 +35,10 @@ def average_weights(directories: Sequence[str | Path]) -> dict[str, np.ndarray]:
     """
     if not directories:
         raise ValueError("directories: got none, expected at least one model directory")
-    first = load_model_dir(directories[0])
+    first = load_model_dir(directories[0], ModelConfig)
     sums = {name: value.astype(np.float64) for name, value in first.weights.items()}
     for directory in directories[1:]:
-        other = load_model_dir(directory)
+        other = load_model_dir(directory, ModelConfig)
         if other.config != first.config:
             raise ValueError(
                 f"{directory}: its architecture differs from that of {directories[0]}; only "
@@ -50,7 +51,7 @@ def average_weights(directories: Sequence[str | Path]) -> dict[str, np.ndarray]:
     return {name: (value / len(directories)).astype(np.float32) for name, value in sums.items()}
 
 
-def _tokenizers(model: ModelDir) -> tuple[str, str]:
+def _tokenizers(model: ModelDir[ModelConfig]) -> tuple[str, str]:
     return model.source_tokenizer.sha256, model.target_tokenizer.sha256
 
 
@@ -62,7 +63,7 @@ def average_models(directories: Sequence[str | Path], output: str | Path) -> Pat
         FileError: ``output`` is there already.
     """
     weights = average_weights(directories)
-    first = load_model_dir(directories[0])
+    first = load_model_dir(directories[0], ModelConfig)
     training = {**first.training, "averaged": len(directories)}
     save_model_dir(
         output, first.config, weights, first.source_tokenizer, first.target_tokenizer, training

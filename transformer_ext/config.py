@@ -242,7 +242,15 @@ def nearest(name: str, known: Sequence[str]) -> str:
 
 
 def _docstring_help(cls: type) -> dict[str, str]:
-    """The texts of the ``Attributes:`` section of a docstring, by field name."""
+    """The texts of the ``Attributes:`` section of a class and its bases, by field name."""
+    texts: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(base):
+            texts.update(_own_docstring_help(base))
+    return texts
+
+
+def _own_docstring_help(cls: type) -> dict[str, str]:
     lines = inspect.cleandoc(cls.__doc__ or "").split("\n")
     if "Attributes:" not in lines:
         return {}

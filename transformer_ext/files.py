@@ -8,6 +8,13 @@ for both languages, or ``source.model`` and ``target.model``. ``config.json`` is
      "tokenizer": {"source": FILE, "target": FILE, "sha256": HASH},
      "training": {...}}                                   whatever the trainer has to say
 
+for an encoder-decoder, and for every other kind of model
+
+    {"format_version": 2, "kind": "decoder-only" or "encoder-only", ...}
+
+with the fields of LanguageModelConfig or ClassifierConfig under ``model``, and the rest as above; the
+one tokenizer is then source and target.
+
 A tokenizer with a vocabulary (``Tokenizer`` in ``transformer_ext/data/tokenizer.py`` tells what that
 is) has it in ``vocabulary.json``, or in ``source.vocabulary.json`` and ``target.vocabulary.json``;
 ``tokenizer`` then has the keys ``source_vocabulary`` and ``target_vocabulary`` too.
@@ -19,6 +26,7 @@ tokenizer of another model.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
@@ -30,16 +38,25 @@ import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, TypeGuard
+from typing import TYPE_CHECKING, Any, BinaryIO, Generic, NoReturn, TypeGuard, TypeVar, overload
 
 from transformer_ext.data.tokenizer import Tokenizer, TokenizerError
-from transformer_ext.model.config import TransformerConfig
+from transformer_ext.model.config import (
+    KINDS,
+    ClassifierConfig,
+    LanguageModelConfig,
+    ModelConfig,
+    TransformerConfig,
+)
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
+#: Of an encoder-decoder, which every version of this package reads.
 FORMAT_VERSION = 1
+#: Of the other kinds; such a file says which.
+KINDS_FORMAT_VERSION = 2
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
@@ -436,11 +453,10 @@ def _to_numpy(name: str, tensor: Any) -> np.ndarray:
     return np.asarray(tensor, order="C")
 
 
-def parameter_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every weight of a model, as ``model.safetensors`` holds them.
 
-    Tied weights stand once, under the first of the names ``source_embedding``,
-    ``target_embedding``, ``generator``.
+    Tied weights stand once, under the first of their names in the order of :func:`_tied`.
     """
     d, head_dim = config.d_model, config.head_dim
     kv_heads = config.num_kv_heads
@@ -448,9 +464,9 @@ def parameter_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
     q_width, kv_width = config.nhead * head_dim, kv_heads * head_dim
     shapes: dict[str, tuple[int, ...]] = {}
 
-    def projection(name: str, rows: int, columns: int) -> None:
+    def projection(name: str, rows: int, columns: int, bias: bool = config.bias) -> None:
         shapes[f"{name}.weight"] = (rows, columns)
-        if config.bias:
+        if bias:
             shapes[f"{name}.bias"] = (rows,)
 
     def norm(name: str) -> None:
@@ -458,27 +474,19 @@ def parameter_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
         if config.norm == "layer":
             shapes[f"{name}.bias"] = (d,)
 
-    shapes["source_embedding.weight"] = (config.src_vocab_size, d)
-    if config.tie != "all":
-        shapes["target_embedding.weight"] = (config.tgt_vocab_size, d)
-    if config.tie == "none":
-        shapes["generator.weight"] = (config.tgt_vocab_size, d)
-    if config.output_bias:
-        shapes["generator.bias"] = (config.tgt_vocab_size,)
-    for stack, depth in (
-        ("encoder", config.num_encoder_layers),
-        ("decoder", config.num_decoder_layers),
-    ):
+    def stack(name: str, depth: int, cross: bool = False, token_types: int = 0) -> None:
         if config.positions == "learned":
-            shapes[f"{stack}.positions.weight"] = (config.max_positions, d)
+            shapes[f"{name}.positions.weight"] = (config.max_positions, d)
+        if token_types:
+            shapes[f"{name}.token_types.weight"] = (token_types, d)
         if config.embedding_norm:
-            norm(f"{stack}.embedding_norm")
+            norm(f"{name}.embedding_norm")
         for index in range(depth):
-            layer = f"{stack}.layers.{index}"
+            layer = f"{name}.layers.{index}"
             projection(f"{layer}.self_attention.in_projection", q_width + 2 * kv_width, d)
             projection(f"{layer}.self_attention.out_projection", d, q_width)
             norm(f"{layer}.self_attention_norm")
-            if stack == "decoder":
+            if cross:
                 projection(f"{layer}.cross_attention.query_projection", q_width, d)
                 projection(f"{layer}.cross_attention.key_value_projection", 2 * kv_width, d)
                 projection(f"{layer}.cross_attention.out_projection", d, q_width)
@@ -488,20 +496,53 @@ def parameter_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
             projection(f"{layer}.feed_forward.out_projection", d, inner)
             norm(f"{layer}.feed_forward_norm")
         if config.final_norm:
-            norm(f"{stack}.norm")
+            norm(f"{name}.norm")
+
+    if isinstance(config, TransformerConfig):
+        shapes["source_embedding.weight"] = (config.src_vocab_size, d)
+        if config.tie != "all":
+            shapes["target_embedding.weight"] = (config.tgt_vocab_size, d)
+        if config.tie == "none":
+            shapes["generator.weight"] = (config.tgt_vocab_size, d)
+        if config.output_bias:
+            shapes["generator.bias"] = (config.tgt_vocab_size,)
+        stack("encoder", config.num_encoder_layers)
+        stack("decoder", config.num_decoder_layers, cross=True)
+    elif isinstance(config, LanguageModelConfig):
+        shapes["embedding.weight"] = (config.vocab_size, d)
+        if not config.tie:
+            shapes["generator.weight"] = (config.vocab_size, d)
+        if config.output_bias:
+            shapes["generator.bias"] = (config.vocab_size,)
+        stack("decoder", config.num_layers)
+    else:
+        assert isinstance(config, ClassifierConfig)
+        shapes["embedding.weight"] = (config.vocab_size, d)
+        stack("encoder", config.num_layers, token_types=config.num_token_types)
+        if config.pooler:
+            projection("pooler", d, d, bias=True)
+        projection("generator", len(config.labels), d, config.output_bias)
     return shapes
 
 
+def _tied(config: ModelConfig) -> list[str]:
+    """Names of one shared weight, the first being that under which it is stored."""
+    if isinstance(config, LanguageModelConfig):
+        return ["embedding.weight", "generator.weight"] if config.tie else []
+    if not isinstance(config, TransformerConfig) or config.tie == "none":
+        return []
+    names = ["source_embedding.weight"] if config.tie == "all" else []
+    return [*names, "target_embedding.weight", "generator.weight"]
+
+
 def _without_tied(
-    config: TransformerConfig, weights: Mapping[str, np.ndarray | torch.Tensor]
+    config: ModelConfig, weights: Mapping[str, np.ndarray | torch.Tensor]
 ) -> dict[str, np.ndarray | torch.Tensor]:
     """The weights without the second and third name of a shared one, as a state_dict has them."""
     import numpy as np
 
     result = dict(weights)
-    names = ["source_embedding.weight"] if config.tie == "all" else []
-    if config.tie != "none":
-        names += ["target_embedding.weight", "generator.weight"]
+    names = _tied(config)
     for name in names[1:]:
         if name in result and names[0] in result:
             first, other = _to_numpy(names[0], result[names[0]]), _to_numpy(name, result[name])
@@ -514,13 +555,17 @@ def _tokenizer_hash(source: Tokenizer, target: Tokenizer) -> str:
     return hashlib.sha256(f"{source.sha256} {target.sha256}".encode()).hexdigest()
 
 
+ConfigT = TypeVar("ConfigT", bound=ModelConfig)
+AnyConfigT = TypeVar("AnyConfigT", bound=ModelConfig, covariant=True)
+
+
 @dataclass(frozen=True)
-class ModelDir:
+class ModelDir(Generic[AnyConfigT]):
     """What lies in a model directory.
 
     Attributes:
         path: the folder.
-        config: the architecture.
+        config: the architecture, of the class that goes with its kind.
         weights: float32 arrays by parameter name, each read when asked for.
         source_tokenizer: of the source language.
         target_tokenizer: of the target language; the same object if there is one for both.
@@ -528,7 +573,7 @@ class ModelDir:
     """
 
     path: Path
-    config: TransformerConfig
+    config: AnyConfigT
     weights: Tensors
     source_tokenizer: Tokenizer
     target_tokenizer: Tokenizer
@@ -537,7 +582,7 @@ class ModelDir:
 
 def write_model_files(
     folder: str | Path,
-    config: TransformerConfig,
+    config: ModelConfig,
     weights: Mapping[str, np.ndarray | torch.Tensor],
     source_tokenizer: Tokenizer,
     target_tokenizer: Tokenizer,
@@ -571,7 +616,11 @@ def write_model_files(
     write_json(
         folder / CONFIG_FILE,
         {
-            "format_version": FORMAT_VERSION,
+            **(
+                {"format_version": FORMAT_VERSION}
+                if isinstance(config, TransformerConfig)
+                else {"format_version": KINDS_FORMAT_VERSION, "kind": config.kind}
+            ),
             "model": config.to_dict(),
             "tokenizer": {**entry, "sha256": digest},
             "training": dict(training or {}),
@@ -601,7 +650,7 @@ def _write_tokenizers(folder: Path, source: Tokenizer, target: Tokenizer) -> dic
 
 def save_model_dir(
     path: str | Path,
-    config: TransformerConfig,
+    config: ModelConfig,
     weights: Mapping[str, np.ndarray | torch.Tensor],
     source_tokenizer: Tokenizer,
     target_tokenizer: Tokenizer,
@@ -618,12 +667,26 @@ def save_model_dir(
         write_model_files(folder, config, weights, source_tokenizer, target_tokenizer, training)
 
 
-def load_model_dir(path: str | Path) -> ModelDir:
+@overload
+def load_model_dir(path: str | Path) -> ModelDir[TransformerConfig]: ...
+
+
+@overload
+def load_model_dir(path: str | Path, kind: type[ConfigT]) -> ModelDir[ConfigT]: ...
+
+
+def load_model_dir(
+    path: str | Path, kind: type[ModelConfig] = TransformerConfig
+) -> ModelDir[ModelConfig]:
     """Open a model directory; the weights are read as they are asked for.
 
+    Args:
+        path: the folder.
+        kind: class of the configuration that is expected; ``ModelConfig`` takes every kind.
+
     Raises:
-        FileError: something is missing, cut off, broken, of a newer format, or does not fit the
-            rest; the message names the file and what is wrong with it.
+        FileError: something is missing, cut off, broken, of a newer format, of another kind, or
+            does not fit the rest; the message names the file and what is wrong with it.
     """
     path = Path(path)
     if not path.is_dir():
@@ -632,25 +695,17 @@ def load_model_dir(path: str | Path) -> ModelDir:
     if not config_path.is_file() and (path / "model" / CONFIG_FILE).is_file():
         raise FileError(f"{path}: the folder of a training; its model is {path / 'model'}")
     values = read_json(config_path)
-    version = values.get("format_version")
-    if version != FORMAT_VERSION:
-        if version is None and values.get("model_type") == "marian":
-            import shlex
-
-            raise FileError(
-                f"{path}: a folder of Hugging Face's MarianMT, which is to be converted first: "
-                f"python -m transformer_ext.convert --from-marian {shlex.quote(str(path))} --output NEW_DIR"
-            )
-        advice = "; a newer version of this package wrote it" if _is_newer(version) else ""
+    config_class = _config_class(path, values)
+    if not issubclass(config_class, kind):
         raise FileError(
-            f"{config_path}: format_version is {reprlib.repr(version)}, expected "
-            f"{FORMAT_VERSION}{advice}"
+            f"{path}: is {_DESCRIPTIONS[config_class.kind]} model, expected "
+            f"{_DESCRIPTIONS[kind.kind]} model"
         )
     for key in ("model", "tokenizer"):
         if not isinstance(values.get(key), dict):
             raise FileError(f"{config_path}: the part {key!r} is missing")
     try:
-        config = TransformerConfig.from_dict(values["model"])
+        config = config_class.from_dict(values["model"])
     except (ValueError, TypeError) as error:
         raise FileError(f"{config_path}: {error}") from None
     source, target = _load_tokenizers(path, values["tokenizer"])
@@ -662,10 +717,46 @@ def load_model_dir(path: str | Path) -> ModelDir:
             f"{weights.path}: was trained with another tokenizer than the one in this folder"
         )
     _check_shapes(str(weights.path), config, weights.shapes)
-    for name, kind in weights.types.items():
-        if kind != "F32":
-            raise FileError(f"{weights.path}: {name}: got {kind}, expected F32")
+    for name, elements in weights.types.items():
+        if elements != "F32":
+            raise FileError(f"{weights.path}: {name}: got {elements}, expected F32")
     return ModelDir(path, config, weights, source, target, _training(values, config_path))
+
+
+#: The kinds of model, for messages.
+_DESCRIPTIONS = {
+    "encoder-decoder": "an encoder-decoder (translation)",
+    "decoder-only": "a decoder-only (language)",
+    "encoder-only": "an encoder-only (classification)",
+}
+
+
+def _config_class(path: Path, values: Mapping[str, Any]) -> type[ModelConfig]:
+    """The class of the configuration, by format version and kind."""
+    version = values.get("format_version")
+    config_path = path / CONFIG_FILE
+    # True and 1.0 are equal to 1, but no version.
+    if type(version) is int and version == FORMAT_VERSION:
+        return TransformerConfig
+    if type(version) is int and version == KINDS_FORMAT_VERSION:
+        kind = values.get("kind")
+        if not isinstance(kind, str) or kind not in KINDS:
+            raise FileError(
+                f"{config_path}: kind: got {reprlib.repr(kind)}, expected one of {', '.join(KINDS)}"
+            )
+        return KINDS[kind]
+    if version is None and values.get("model_type") == "marian":
+        import shlex
+
+        raise FileError(
+            f"{path}: a folder of Hugging Face's MarianMT, which is to be converted first: "
+            f"python -m transformer_ext.convert --from-marian {shlex.quote(str(path))} --output NEW_DIR"
+        )
+    advice = "; a newer version of this package wrote it" if _is_newer(version) else ""
+    raise FileError(
+        f"{config_path}: format_version is {reprlib.repr(version)}, expected "
+        f"{FORMAT_VERSION} or {KINDS_FORMAT_VERSION}{advice}"
+    )
 
 
 def _training(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -684,7 +775,7 @@ def _training(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _is_newer(version: Any) -> bool:
-    return isinstance(version, int) and version > FORMAT_VERSION
+    return isinstance(version, int) and version > KINDS_FORMAT_VERSION
 
 
 def _is_file_name(name: Any) -> TypeGuard[str]:
@@ -729,16 +820,17 @@ def _load_tokenizers(path: Path, entry: Mapping[str, Any]) -> tuple[Tokenizer, T
 
 
 def _check_vocabulary(
-    where: str, config: TransformerConfig, source: Tokenizer, target: Tokenizer
+    where: str, config: ModelConfig, source: Tokenizer, target: Tokenizer
 ) -> None:
-    for side, tokenizer, size in (
-        ("src", source, config.src_vocab_size),
-        ("tgt", target, config.tgt_vocab_size),
-    ):
+    if isinstance(config, TransformerConfig):
+        names = ("src_vocab_size", "tgt_vocab_size")
+    else:
+        names = ("vocab_size", "vocab_size")
+    for name, tokenizer in zip(names, (source, target), strict=True):
         # A model may have spare rows, as when its vocabulary is padded to a multiple of 8.
-        if tokenizer.vocab_size > size:
+        if tokenizer.vocab_size > getattr(config, name):
             raise FileError(
-                f"{where}: {side}_vocab_size is {size}, but {tokenizer.path} has "
+                f"{where}: {name} is {getattr(config, name)}, but {tokenizer.path} has "
                 f"{tokenizer.vocab_size} pieces"
             )
     if target.eos_id != config.eos_id:
@@ -748,14 +840,13 @@ def _check_vocabulary(
         )
 
 
-def _check_shapes(
-    where: str, config: TransformerConfig, shapes: Mapping[str, tuple[int, ...]]
-) -> None:
-    layers = config.num_encoder_layers + config.num_decoder_layers
-    if layers > len(shapes):
+def _check_shapes(where: str, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    if config.layers > len(shapes):
+        fields = [f.name for f in dataclasses.fields(config) if f.name.endswith("_layers")]
+        together = " together" if len(fields) > 1 else ""
         raise FileError(
             f"{where}: does not fit the model's configuration: {len(shapes)} tensors, but "
-            f"num_encoder_layers and num_decoder_layers are {layers} together"
+            f"{' and '.join(fields)} {'are' if together else 'is'} {config.layers}{together}"
         )
     expected = parameter_shapes(config)
     problems = [f"{name} is missing" for name in expected if name not in shapes]

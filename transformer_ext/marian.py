@@ -686,7 +686,7 @@ def _check_exportable(path: Path, config: TransformerConfig) -> None:
             )
 
 
-def _positions(model: ModelDir) -> int:
+def _positions(model: ModelDir[TransformerConfig]) -> int:
     """Rows of the position tables."""
     if model.config.positions == "learned":
         return model.config.max_positions
@@ -711,7 +711,7 @@ class _Order:
     shared: bool
 
     @classmethod
-    def of(cls, model: ModelDir) -> _Order:
+    def of(cls, model: ModelDir[TransformerConfig]) -> _Order:
         config = model.config
         sizes = config.src_vocab_size, config.tgt_vocab_size
         same = model.source_tokenizer.sha256 == model.target_tokenizer.sha256
@@ -749,7 +749,7 @@ def _order(rows: int, eos: int, unk: int, last: int, position: int) -> list[int]
     return ids
 
 
-def _export_weights(model: ModelDir, order: _Order) -> dict[str, np.ndarray]:
+def _export_weights(model: ModelDir[TransformerConfig], order: _Order) -> dict[str, np.ndarray]:
     """Weights by their names."""
     config = model.config
     width = config.d_model
@@ -807,7 +807,9 @@ def _split(config: TransformerConfig, rows: np.ndarray, parts: int) -> list[np.n
     return found[-parts:]
 
 
-def _export_config(model: ModelDir, order: _Order, names: set[str]) -> dict[str, Any]:
+def _export_config(
+    model: ModelDir[TransformerConfig], order: _Order, names: set[str]
+) -> dict[str, Any]:
     config = model.config
     values: dict[str, Any] = {
         "architectures": ["MarianMTModel"],
@@ -845,7 +847,7 @@ def _export_config(model: ModelDir, order: _Order, names: set[str]) -> dict[str,
     return values
 
 
-def _generation(model: ModelDir, order: _Order) -> dict[str, Any]:
+def _generation(model: ModelDir[TransformerConfig], order: _Order) -> dict[str, Any]:
     never = sorted(order.target.index(id) for id in never_proposed(model.config))
     return {
         "decoder_start_token_id": order.start,
@@ -859,7 +861,7 @@ def _generation(model: ModelDir, order: _Order) -> dict[str, Any]:
     }
 
 
-def _export_tokenizers(model: ModelDir, order: _Order, folder: Path) -> None:
+def _export_tokenizers(model: ModelDir[TransformerConfig], order: _Order, folder: Path) -> None:
     source, target = model.source_tokenizer, model.target_tokenizer
     vocabularies = {"vocab.json": _pieces(source, order.source, order.start)}
     if not order.shared:

@@ -1,7 +1,9 @@
-"""What a model is made of: every choice of architecture, in one dataclass without torch.
+"""What a model is made of: every choice of architecture, in dataclasses without torch.
 
-The same dataclass describes the model to the trainer, to the files on disk (the ``model`` part of
-``config.json``) and to the compiled decoding engine.
+:class:`ModelConfig` holds what all kinds of model have in common; :class:`TransformerConfig`
+(encoder and decoder), :class:`LanguageModelConfig` (decoder only) and :class:`ClassifierConfig`
+(encoder only) add their own. The same dataclass describes the model to the trainer, to the files on
+disk (the ``model`` part of ``config.json``) and to the compiled decoding engine.
 """
 
 from __future__ import annotations
@@ -10,14 +12,16 @@ import dataclasses
 import difflib
 import math
 import reprlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "swiglu", "geglu", "reglu")
 GATED_ACTIVATIONS = ("swiglu", "geglu", "reglu")
 NORMS = ("layer", "rms")
 POSITIONS = ("sinusoidal", "sinusoidal_halves", "learned", "rope", "none")
 TYINGS = ("none", "target", "all")
+POOLINGS = ("first", "mean")
 
 #: Sizes and ids are 32-bit integers in the kernels.
 _LARGEST_SIZE = 2**31 - 1
@@ -25,23 +29,21 @@ _LARGEST_SIZE = 2**31 - 1
 _MOST_LAYERS = 10_000
 
 
-@dataclass
-class TransformerConfig:
-    """Architecture of an encoder-decoder Transformer.
+ConfigT = TypeVar("ConfigT", bound="ModelConfig")
 
-    The defaults are the base model of "Attention Is All You Need" (table 3): post-norm, sinusoidal
-    positions, ReLU, all three embedding matrices shared. A field given as None has its value, as
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """What the kinds of model have in common.
+
+    The defaults are those of "Attention Is All You Need". A field given as None has its value, as
     described, once the object is made.
 
     Attributes:
-        src_vocab_size: rows of the source embedding.
-        tgt_vocab_size: rows of the target embedding and of the output projection.
         d_model: width of every activation between sublayers.
         nhead: query heads of each attention.
         num_kv_heads: key/value heads; None means ``nhead``. Must divide ``nhead`` (grouped heads).
         head_dim: width of one head; None means ``d_model // nhead``.
-        num_encoder_layers: depth of the encoder.
-        num_decoder_layers: depth of the decoder; may differ from the encoder's.
         dim_feedforward: inner width of the position-wise network (paper section 3.3).
         dropout: probability for embeddings and sublayer outputs (section 5.4).
         attention_dropout: probability for attention weights; None means ``dropout``.
@@ -57,25 +59,23 @@ class TransformerConfig:
             queries and keys of self-attention; dimension i of a head is paired with
             i + head_dim / 2, base 10000), or ``none``.
         max_positions: rows of the learned position tables; the other kinds have no limit.
-        tie: ``all`` shares source embedding, target embedding and output projection, ``target``
-            the latter two, ``none`` nothing.
         scale_embedding: multiply embeddings by ``sqrt(d_model)`` (section 3.4).
         embedding_norm: normalise the embeddings before the first layer.
         final_norm: normalise after the last layer of each stack; None means ``norm_first``.
         bias: whether projections have a bias.
         output_bias: whether the output projection has a bias.
         pad_id, unk_id, bos_id, eos_id: special tokens.
-        decoder_start_id: first token fed to the decoder; None means ``bos_id``.
     """
 
-    src_vocab_size: int
-    tgt_vocab_size: int
+    #: What the kind is called in ``config.json`` and in messages.
+    kind: ClassVar[str]
+    #: Fields that have no default.
+    _REQUIRED: ClassVar[tuple[str, ...]] = ()
+
     d_model: int = 512
     nhead: int = 8
     num_kv_heads: int = None  # type: ignore[assignment]
     head_dim: int = None  # type: ignore[assignment]
-    num_encoder_layers: int = 6
-    num_decoder_layers: int = 6
     dim_feedforward: int = 2048
     dropout: float = 0.1
     attention_dropout: float = None  # type: ignore[assignment]
@@ -86,7 +86,6 @@ class TransformerConfig:
     layer_norm_eps: float = 1e-5
     positions: str = "sinusoidal"
     max_positions: int = 1024
-    tie: str = "all"
     scale_embedding: bool = True
     embedding_norm: bool = False
     final_norm: bool = None  # type: ignore[assignment]
@@ -96,23 +95,12 @@ class TransformerConfig:
     unk_id: int = 1
     bos_id: int = 2
     eos_id: int = 3
-    decoder_start_id: int = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         if self.num_kv_heads is None:
             self.num_kv_heads = self.nhead
-        for name in (
-            "src_vocab_size",
-            "tgt_vocab_size",
-            "d_model",
-            "nhead",
-            "num_kv_heads",
-            "dim_feedforward",
-            "max_positions",
-        ):
+        for name in ("d_model", "nhead", "num_kv_heads", "dim_feedforward", "max_positions"):
             _require_integer(name, getattr(self, name), 1, _LARGEST_SIZE)
-        for name in ("num_encoder_layers", "num_decoder_layers"):
-            _require_integer(name, getattr(self, name), 0, _MOST_LAYERS)
         if self.head_dim is None:
             if self.d_model % self.nhead:
                 raise ValueError(
@@ -144,13 +132,6 @@ class TransformerConfig:
         _require_one_of("activation", self.activation, ACTIVATIONS)
         _require_one_of("norm", self.norm, NORMS)
         _require_one_of("positions", self.positions, POSITIONS)
-        _require_one_of("tie", self.tie, TYINGS)
-        if self.tie == "all" and self.src_vocab_size != self.tgt_vocab_size:
-            raise ValueError(
-                "tie: 'all' needs one vocabulary for both sides, but src_vocab_size is "
-                f"{self.src_vocab_size} and tgt_vocab_size is {self.tgt_vocab_size}; "
-                "use 'target' or 'none'"
-            )
         if self.positions == "rope" and self.head_dim % 2:
             raise ValueError(f"positions: 'rope' needs an even head_dim, got {self.head_dim}")
         if self.positions.startswith("sinusoidal") and self.d_model % 2:
@@ -159,37 +140,26 @@ class TransformerConfig:
             )
         if self.final_norm is None:
             self.final_norm = self.norm_first
-        if self.decoder_start_id is None:
-            self.decoder_start_id = self.bos_id
-        for name in (
-            *("norm_first", "scale_embedding", "embedding_norm", "final_norm", "bias"),
-            "output_bias",
-        ):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(
-                    f"{name}: expected true or false, got {reprlib.repr(getattr(self, name))}"
-                )
-        # Of the tokens in a source, and of those in a target.
-        both = min(self.src_vocab_size, self.tgt_vocab_size)
-        for name in ("pad_id", "unk_id", "eos_id"):
-            _require_integer(name, getattr(self, name), 0, both - 1)
-        for name in ("bos_id", "decoder_start_id"):
-            _require_integer(name, getattr(self, name), 0, self.tgt_vocab_size - 1)
-        for name in ("pad_id", "unk_id"):
-            if getattr(self, name) == self.eos_id:
-                raise ValueError(f"eos_id: expected another id than {name}, got {self.eos_id}")
+        for name in ("norm_first", "scale_embedding", "embedding_norm", "final_norm", "bias"):
+            _require_boolean(name, getattr(self, name))
+        _require_boolean("output_bias", self.output_bias)
 
     @property
     def gated(self) -> bool:
         """Whether the position-wise network has a gate."""
         return self.activation in GATED_ACTIVATIONS
 
+    @property
+    def layers(self) -> int:
+        """Number of layers, of all stacks together."""
+        raise NotImplementedError
+
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values, for JSON."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> TransformerConfig:
+    def from_dict(cls: type[ConfigT], values: dict[str, Any]) -> ConfigT:
         """The inverse of :meth:`to_dict`.
 
         Raises:
@@ -202,10 +172,166 @@ class TransformerConfig:
                 near = difflib.get_close_matches(key, known, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise ValueError(f"model configuration: unknown key {key!r}{hint}")
-        for key in ("src_vocab_size", "tgt_vocab_size"):
+        for key in cls._REQUIRED:
             if key not in values:
                 raise ValueError(f"model configuration: {key} is missing")
         return cls(**values)
+
+
+@dataclass
+class TransformerConfig(ModelConfig):
+    """Architecture of an encoder-decoder Transformer.
+
+    The defaults are the base model of "Attention Is All You Need" (table 3): post-norm, sinusoidal
+    positions, ReLU, all three embedding matrices shared. :class:`ModelConfig` has the rest of the
+    fields.
+
+    Attributes:
+        src_vocab_size: rows of the source embedding.
+        tgt_vocab_size: rows of the target embedding and of the output projection.
+        num_encoder_layers: depth of the encoder.
+        num_decoder_layers: depth of the decoder; may differ from the encoder's.
+        tie: ``all`` shares source embedding, target embedding and output projection, ``target``
+            the latter two, ``none`` nothing.
+        decoder_start_id: first token fed to the decoder; None means ``bos_id``.
+    """
+
+    kind: ClassVar[str] = "encoder-decoder"
+    _REQUIRED: ClassVar[tuple[str, ...]] = ("src_vocab_size", "tgt_vocab_size")
+
+    src_vocab_size: int
+    tgt_vocab_size: int
+    num_encoder_layers: int = 6
+    num_decoder_layers: int = 6
+    tie: str = "all"
+    decoder_start_id: int = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        for name in ("src_vocab_size", "tgt_vocab_size"):
+            _require_integer(name, getattr(self, name), 1, _LARGEST_SIZE)
+        for name in ("num_encoder_layers", "num_decoder_layers"):
+            _require_integer(name, getattr(self, name), 0, _MOST_LAYERS)
+        super().__post_init__()
+        _require_one_of("tie", self.tie, TYINGS)
+        if self.tie == "all" and self.src_vocab_size != self.tgt_vocab_size:
+            raise ValueError(
+                "tie: 'all' needs one vocabulary for both sides, but src_vocab_size is "
+                f"{self.src_vocab_size} and tgt_vocab_size is {self.tgt_vocab_size}; "
+                "use 'target' or 'none'"
+            )
+        if self.decoder_start_id is None:
+            self.decoder_start_id = self.bos_id
+        # Of the tokens in a source, and of those in a target.
+        both = min(self.src_vocab_size, self.tgt_vocab_size)
+        for name in ("pad_id", "unk_id", "eos_id"):
+            _require_integer(name, getattr(self, name), 0, both - 1)
+        for name in ("bos_id", "decoder_start_id"):
+            _require_integer(name, getattr(self, name), 0, self.tgt_vocab_size - 1)
+        for name in ("pad_id", "unk_id"):
+            if getattr(self, name) == self.eos_id:
+                raise ValueError(f"eos_id: expected another id than {name}, got {self.eos_id}")
+
+    @property
+    def layers(self) -> int:
+        """Number of layers, of both stacks together."""
+        return self.num_encoder_layers + self.num_decoder_layers
+
+
+@dataclass
+class LanguageModelConfig(ModelConfig):
+    """Architecture of a language model: a decoder alone, in which a token sees those before it.
+
+    GPT-2's (Radford et al. 2019) is ``norm_first=True, positions="learned",
+    activation="gelu_tanh", scale_embedding=False``; :class:`ModelConfig` has these fields.
+
+    Attributes:
+        vocab_size: rows of the embedding and of the output projection.
+        num_layers: depth.
+        tie: whether embedding and output projection share their weights.
+    """
+
+    kind: ClassVar[str] = "decoder-only"
+    _REQUIRED: ClassVar[tuple[str, ...]] = ("vocab_size",)
+
+    vocab_size: int
+    num_layers: int = 6
+    tie: bool = True
+
+    def __post_init__(self) -> None:
+        _require_integer("vocab_size", self.vocab_size, 1, _LARGEST_SIZE)
+        _require_integer("num_layers", self.num_layers, 0, _MOST_LAYERS)
+        super().__post_init__()
+        _require_boolean("tie", self.tie)
+        # They may be one id, as the only special token of GPT-2 is.
+        for name in ("pad_id", "unk_id", "bos_id", "eos_id"):
+            _require_integer(name, getattr(self, name), 0, self.vocab_size - 1)
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return self.num_layers
+
+
+@dataclass
+class ClassifierConfig(ModelConfig):
+    """Architecture of a classifier: an encoder alone, one vector a text, scores for the labels.
+
+    BERT's (Devlin et al. 2019) is ``positions="learned", activation="gelu", embedding_norm=True,
+    scale_embedding=False, pooler=True, num_token_types=2, layer_norm_eps=1e-12, output_bias=True``;
+    :class:`ModelConfig` has the other fields.
+
+    Attributes:
+        vocab_size: rows of the embedding.
+        labels: names of the classes, in the order of the output projection's rows.
+        num_layers: depth.
+        pooling: ``first`` takes the state of a text's first token (the start token), ``mean`` the
+            mean of all.
+        pooler: whether a projection with tanh follows (BERT's pooler).
+        num_token_types: rows of the embedding of token types, which tell the first text of a pair
+            from the second; 0: none.
+    """
+
+    kind: ClassVar[str] = "encoder-only"
+    _REQUIRED: ClassVar[tuple[str, ...]] = ("vocab_size", "labels")
+
+    vocab_size: int
+    labels: list[str]
+    num_layers: int = 6
+    pooling: str = "first"
+    pooler: bool = False
+    num_token_types: int = 0
+
+    def __post_init__(self) -> None:
+        _require_integer("vocab_size", self.vocab_size, 1, _LARGEST_SIZE)
+        _require_integer("num_layers", self.num_layers, 0, _MOST_LAYERS)
+        _require_integer("num_token_types", self.num_token_types, 0, _LARGEST_SIZE)
+        if not isinstance(self.labels, (list, tuple)) or not all(
+            isinstance(label, str) for label in self.labels
+        ):
+            raise ValueError(f"labels: expected a list of texts, got {reprlib.repr(self.labels)}")
+        self.labels = list(self.labels)
+        if not self.labels:
+            raise ValueError("labels: expected at least one, got none")
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError(
+                f"labels: expected each once, got one twice in {reprlib.repr(self.labels)}"
+            )
+        super().__post_init__()
+        _require_one_of("pooling", self.pooling, POOLINGS)
+        _require_boolean("pooler", self.pooler)
+        for name in ("pad_id", "unk_id", "bos_id", "eos_id"):
+            _require_integer(name, getattr(self, name), 0, self.vocab_size - 1)
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return self.num_layers
+
+
+#: Every kind of model by its name in ``config.json``.
+KINDS: dict[str, type[ModelConfig]] = {
+    config.kind: config for config in (TransformerConfig, LanguageModelConfig, ClassifierConfig)
+}
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -266,6 +392,41 @@ def preset(
     )
 
 
+def language_model_preset(name: str, vocab_size: int, **changes: Any) -> LanguageModelConfig:
+    """The decoder of a named size as a language model; see :func:`preset`.
+
+    Args:
+        name: a key of :data:`PRESETS`.
+        vocab_size: size of the vocabulary.
+        changes: any other field of :class:`LanguageModelConfig`.
+    """
+    fields = {"vocab_size": vocab_size, **changes}
+    return LanguageModelConfig.from_dict({**_one_stack(name, "num_decoder_layers"), **fields})
+
+
+def classifier_preset(
+    name: str, vocab_size: int, labels: Sequence[str], **changes: Any
+) -> ClassifierConfig:
+    """The encoder of a named size as a classifier; see :func:`preset`.
+
+    Args:
+        name: a key of :data:`PRESETS`.
+        vocab_size: size of the vocabulary.
+        labels: names of the classes.
+        changes: any other field of :class:`ClassifierConfig`.
+    """
+    fields = {"vocab_size": vocab_size, "labels": list(labels), "output_bias": True, **changes}
+    return ClassifierConfig.from_dict({**_one_stack(name, "num_encoder_layers"), **fields})
+
+
+def _one_stack(name: str, depth: str) -> dict[str, Any]:
+    _require_one_of("preset", name, tuple(PRESETS))
+    fields = dict(PRESETS[name])
+    layers = fields[depth]
+    del fields["num_encoder_layers"], fields["num_decoder_layers"]
+    return {**fields, "num_layers": layers}
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -276,6 +437,11 @@ def _require_integer(name: str, value: Any, least: int, most: int) -> None:
         if isinstance(value, int) and value > most:
             expected = f"from {least} to {most}"
         raise ValueError(f"{name}: expected an integer {expected}, got {reprlib.repr(value)}")
+
+
+def _require_boolean(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: expected true or false, got {reprlib.repr(value)}")
 
 
 def _require_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

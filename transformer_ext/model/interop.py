@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from transformer_ext.model.transformer import DecoderLayer, EncoderLayer, Transformer
+from transformer_ext.model.stacks import DecoderLayer, EncoderLayer
+from transformer_ext.model.transformer import Transformer
 
 
 def copy_nn_transformer(model: Transformer, source: nn.Transformer) -> None:

@@ -2,242 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from transformer_ext import ops
-from transformer_ext.model.attention import (
-    Attend,
-    CrossAttention,
-    DenseAttention,
-    PackedAttention,
-    SelfAttention,
-)
+from transformer_ext.model.attention import DenseAttention, PackedAttention
+from transformer_ext.model.base import Model, check_ids, pack_padded
 from transformer_ext.model.config import TransformerConfig
-from transformer_ext.model.layers import (
-    Embedding,
-    FeedForward,
-    Generator,
-    Norm,
-    Positions,
-    Sites,
-)
+from transformer_ext.model.layers import Embedding, Generator, Sites
+from transformer_ext.model.stacks import Decoder, Encoder
 from transformer_ext.packed import Packed
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-
-class _Layer(nn.Module):
-    """What encoder and decoder layers share: a sublayer inside its residual connection.
-
-    Post-norm (the paper): ``norm(x + dropout(sublayer(x)))``; pre-norm:
-    ``x + dropout(sublayer(norm(x)))``.
-    """
-
-    def __init__(self, config: TransformerConfig, sites: Sites):
-        super().__init__()
-        self.norm_first = config.norm_first
-        self.dropout = config.dropout
-        self.feed_forward = FeedForward(
-            config.d_model,
-            config.dim_feedforward,
-            config.activation,
-            config.gated,
-            config.activation_dropout,
-            config.bias,
-            sites,
-        )
-
-    def _connect(
-        self,
-        x: Tensor,
-        sublayer: Callable[[Tensor], Tensor],
-        norm: Norm,
-        rng: Tensor | None,
-        site: int,
-    ) -> Tensor:
-        p = self.dropout if self.training else 0.0
-        if self.norm_first:
-            return ops.residual_dropout(sublayer(norm(x)), x, dropout_p=p, rng=rng, site=site)
-        return norm.after_residual(sublayer(x), x, p, rng, site)[1]
-
-
-class EncoderLayer(_Layer):
-    """Self-attention, then the position-wise network (paper section 3.1, figure 1 left)."""
-
-    def __init__(self, config: TransformerConfig, sites: Sites, name: str):
-        super().__init__(config, sites)
-        self.self_attention = SelfAttention(
-            config.d_model,
-            config.nhead,
-            config.num_kv_heads,
-            config.head_dim,
-            config.attention_dropout,
-            config.bias,
-            sites,
-            f"{name}.self_attention",
-            rotary=config.positions == "rope",
-        )
-        self.self_attention_norm = Norm(config.d_model, config.norm, config.layer_norm_eps)
-        self.feed_forward_norm = Norm(config.d_model, config.norm, config.layer_norm_eps)
-        self.sites = (sites.next(), sites.next())
-
-    def forward(self, x: Tensor, attend: Attend, rng: Tensor | None = None) -> Tensor:
-        """``[..., d_model]`` -> ``[..., d_model]``."""
-        x = self._connect(
-            x,
-            lambda y: self.self_attention(y, attend, rng),
-            self.self_attention_norm,
-            rng,
-            self.sites[0],
-        )
-        return self._connect(
-            x, lambda y: self.feed_forward(y, rng), self.feed_forward_norm, rng, self.sites[1]
-        )
-
-
-class DecoderLayer(_Layer):
-    """Masked self-attention, attention to the memory, the position-wise network (figure 1 right)."""
-
-    def __init__(self, config: TransformerConfig, sites: Sites, name: str):
-        super().__init__(config, sites)
-        heads = (config.d_model, config.nhead, config.num_kv_heads, config.head_dim)
-        self.self_attention = SelfAttention(
-            *heads,
-            config.attention_dropout,
-            config.bias,
-            sites,
-            f"{name}.self_attention",
-            rotary=config.positions == "rope",
-        )
-        self.cross_attention = CrossAttention(
-            *heads, config.attention_dropout, config.bias, sites, f"{name}.cross_attention"
-        )
-        self.self_attention_norm = Norm(config.d_model, config.norm, config.layer_norm_eps)
-        self.cross_attention_norm = Norm(config.d_model, config.norm, config.layer_norm_eps)
-        self.feed_forward_norm = Norm(config.d_model, config.norm, config.layer_norm_eps)
-        self.sites = (sites.next(), sites.next(), sites.next())
-
-    def forward(
-        self,
-        x: Tensor,
-        memory: Tensor,
-        attend_self: Attend,
-        attend_memory: Attend,
-        rng: Tensor | None = None,
-    ) -> Tensor:
-        """``x`` ``[..., d_model]`` and the encoder's output -> ``[..., d_model]``."""
-        x = self._connect(
-            x,
-            lambda y: self.self_attention(y, attend_self, rng),
-            self.self_attention_norm,
-            rng,
-            self.sites[0],
-        )
-        x = self._connect(
-            x,
-            lambda y: self.cross_attention(y, memory, attend_memory, rng),
-            self.cross_attention_norm,
-            rng,
-            self.sites[1],
-        )
-        return self._connect(
-            x, lambda y: self.feed_forward(y, rng), self.feed_forward_norm, rng, self.sites[2]
-        )
-
-
-class _Stack(nn.Module):
-    """What encoder and decoder share: embedding of the input, final norm."""
-
-    def __init__(self, config: TransformerConfig, sites: Sites):
-        super().__init__()
-        self.dropout = config.dropout
-        self.scale = config.d_model**0.5 if config.scale_embedding else 1.0
-        self.positions = Positions(config.positions, config.d_model, config.max_positions)
-        self.embedding_norm = (
-            Norm(config.d_model, config.norm, config.layer_norm_eps)
-            if config.embedding_norm
-            else None
-        )
-        self.norm = (
-            Norm(config.d_model, config.norm, config.layer_norm_eps) if config.final_norm else None
-        )
-        self.embedding_site = sites.next()
-
-    def embed(
-        self,
-        ids: Tensor,
-        weight: Tensor,
-        positions: Tensor,
-        max_length: int,
-        rng: Tensor | None,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        """``ids`` of any shape -> ``[..., d_model]``: scaled embedding + positions, dropout."""
-        p = self.dropout if self.training else 0.0
-        normed = self.embedding_norm is not None
-        table = self.positions.up_to(max_length)
-        x = ops.embedding(
-            ids,
-            weight,
-            scale=self.scale,
-            positions=positions if table is not None else None,
-            position_table=table,
-            dropout_p=0.0 if normed else p,
-            rng=rng,
-            site=self.embedding_site,
-            dtype=dtype,
-        )
-        if self.embedding_norm is not None:
-            x = ops.dropout(self.embedding_norm(x), p, rng, self.embedding_site)
-        return x
-
-
-class Encoder(_Stack):
-    """The stack of encoder layers."""
-
-    def __init__(self, config: TransformerConfig, sites: Sites):
-        super().__init__(config, sites)
-        self.layers = nn.ModuleList(
-            EncoderLayer(config, sites, f"encoder.layers.{i}")
-            for i in range(config.num_encoder_layers)
-        )
-
-    def forward(self, x: Tensor, attend: Attend, rng: Tensor | None = None) -> Tensor:
-        """Embedded source ``[..., d_model]`` -> memory ``[..., d_model]``."""
-        for layer in self.layers:
-            x = layer(x, attend, rng)
-        return x if self.norm is None else self.norm(x)
-
-
-class Decoder(_Stack):
-    """The stack of decoder layers."""
-
-    def __init__(self, config: TransformerConfig, sites: Sites):
-        super().__init__(config, sites)
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, sites, f"decoder.layers.{i}")
-            for i in range(config.num_decoder_layers)
-        )
-
-    def forward(
-        self,
-        x: Tensor,
-        memory: Tensor,
-        attend_self: Attend,
-        attend_memory: Attend,
-        rng: Tensor | None = None,
-    ) -> Tensor:
-        """Embedded target and memory, ``[..., d_model]`` each -> decoder states."""
-        for layer in self.layers:
-            x = layer(x, memory, attend_self, attend_memory, rng)
-        return x if self.norm is None else self.norm(x)
-
-
-class Transformer(nn.Module):
+class Transformer(Model):
     """Encoder-decoder Transformer over token ids.
 
     Take it from a :class:`TransformerConfig` (``Transformer(preset("base", 32000, 32000))``), or in
@@ -246,16 +24,9 @@ class Transformer(nn.Module):
         Transformer(src_vocab_size=8000, tgt_vocab_size=8000, d_model=256, nhead=4,
                     num_encoder_layers=3, num_decoder_layers=3, dim_feedforward=1024)
 
-    Parameters are float32. Activations have the type chosen by :meth:`set_precision`.
-
     Attributes:
         config: what it was built from.
-        rng: ``[3]`` int64 (seed, step, microstep), the whole state of dropout. :meth:`forward`
-            advances the step by itself in training mode; a training loop that calls
-            :meth:`forward_packed` sets it.
     """
-
-    rng: Tensor
 
     def __init__(self, config: TransformerConfig | None = None, **fields: object):
         super().__init__()
@@ -278,41 +49,7 @@ class Transformer(nn.Module):
             self.target_embedding.weight = self.source_embedding.weight
         if config.tie != "none":
             self.generator.weight = self.target_embedding.weight
-        self.activation_dtype = torch.float32
-        self.register_buffer("rng", torch.zeros(3, dtype=torch.int64), persistent=False)
-        self.seed_dropout(int(torch.randint(2**62, ()).item()))
-
-    def seed_dropout(self, seed: int) -> None:
-        """Start dropout anew from ``seed`` (64 bits), step 0."""
-        with torch.no_grad():
-            self.rng.copy_(torch.tensor([seed, 0, 0]))
-
-    def set_precision(self, name: str) -> Transformer:
-        """Type of the activations: ``float32``, ``bfloat16`` or ``float16``; returns self.
-
-        Parameters and their gradients stay float32.
-
-        Raises:
-            ValueError: another name.
-        """
-        if name not in _DTYPES:
-            raise ValueError(f"precision: expected one of {', '.join(_DTYPES)}, got {name!r}")
-        self.activation_dtype = _DTYPES[name]
-        return self
-
-    def _embed(
-        self,
-        stack: _Stack,
-        table: Embedding,
-        ids: Tensor,
-        positions: Tensor,
-        max_length: int,
-        rng: Tensor | None,
-    ) -> Tensor:
-        # A model moved to float64 (for comparisons) computes in float64 throughout.
-        weight = table.weight
-        dtype = weight.dtype if weight.dtype == torch.float64 else self.activation_dtype
-        return stack.embed(ids, weight, positions, max_length, rng, dtype)
+        self._begin_dropout()
 
     # --- packed: what the trainer calls ---------------------------------------------------------
 
@@ -347,8 +84,7 @@ class Transformer(nn.Module):
             ``[tgt.capacity, d_model]`` in the type of the activations; state i of a sentence is
             what predicts its token i + 1.
         """
-        # A copy, so that what backward reads is what forward read, whatever the caller does next.
-        rng = self.rng.clone() if self.training else None
+        rng = self._dropout_state()
         memory = self.encode_packed(src_ids, src, rng)
         return self.decode_packed(tgt_ids, tgt, memory, src, rng)
 
@@ -379,8 +115,8 @@ class Transformer(nn.Module):
         Raises:
             ValueError: shapes that do not fit, or padding in the middle of a sentence.
         """
-        _check_ids("src_ids", src_ids)
-        _check_ids("tgt_ids", tgt_ids)
+        check_ids("src_ids", src_ids)
+        check_ids("tgt_ids", tgt_ids)
         if src_ids.shape[0] != tgt_ids.shape[0]:
             raise ValueError(
                 f"tgt_ids: expected as many sentences as src_ids has ({src_ids.shape[0]}), "
@@ -409,7 +145,7 @@ class Transformer(nn.Module):
             src_mask: ``[batch, 1, src_length]``, True = may be attended to; None: everything that
                 is not ``pad_id``.
         """
-        _check_ids("src_ids", src_ids)
+        check_ids("src_ids", src_ids)
         self._advance()
         return self._encode_dense(src_ids, DenseAttention(self._heads_mask(src_ids, src_mask)))
 
@@ -429,7 +165,7 @@ class Transformer(nn.Module):
             tgt_mask: ``[batch, tgt_length, tgt_length]`` or broadcastable, causal already; None:
                 causal.
         """
-        _check_ids("tgt_ids", tgt_ids)
+        check_ids("tgt_ids", tgt_ids)
         attend_memory = DenseAttention(None if src_mask is None else _add_heads(src_mask))
         attend_self = DenseAttention(
             None if tgt_mask is None else _add_heads(tgt_mask), causal=tgt_mask is None
@@ -525,16 +261,11 @@ class Transformer(nn.Module):
 
     # --------------------------------------------------------------------------------------------
 
-    def _advance(self) -> None:
-        if self.training:
-            with torch.no_grad():
-                self.rng[1] += 1
-
     def _dense_positions(self, ids: Tensor) -> Tensor:
         return torch.arange(ids.shape[1], dtype=torch.int32, device=ids.device).expand_as(ids)
 
     def _encode_dense(self, src_ids: Tensor, attend: DenseAttention) -> Tensor:
-        rng = self.rng.clone() if self.training else None
+        rng = self._dropout_state()
         positions = self._dense_positions(src_ids)
         x = self._embed(
             self.encoder, self.source_embedding, src_ids, positions, src_ids.shape[1], rng
@@ -548,7 +279,7 @@ class Transformer(nn.Module):
         attend_self: DenseAttention,
         attend_memory: DenseAttention,
     ) -> Tensor:
-        rng = self.rng.clone() if self.training else None
+        rng = self._dropout_state()
         positions = self._dense_positions(tgt_ids)
         x = self._embed(
             self.decoder, self.target_embedding, tgt_ids, positions, tgt_ids.shape[1], rng
@@ -570,18 +301,7 @@ class Transformer(nn.Module):
 
     def _packed(self, name: str, ids: Tensor, target: bool = False) -> Packed:
         real = self._real(ids, target)
-        lengths = real.sum(1, dtype=torch.int32)
-        if torch.compiler.is_compiling():
-            # No value may be read back inside a compiled graph: all rows are kept, the last ones
-            # as slack.
-            return Packed.from_lengths(lengths, ids.numel(), max_length=ids.shape[1])
-        columns = torch.arange(ids.shape[1], device=ids.device)
-        if not torch.equal(real, columns < lengths[:, None]):
-            raise ValueError(
-                f"{name}: padding (id {self.config.pad_id}) stands before a token; "
-                "sentences must be padded on the right, or masks be given"
-            )
-        return Packed.from_lengths(lengths)
+        return pack_padded(name, ids, real, self.config.pad_id)
 
 
 def make_model(
@@ -624,13 +344,6 @@ def make_model(
             output_bias=True,
         )
     )
-
-
-def _check_ids(name: str, ids: Tensor) -> None:
-    if ids.dim() != 2 or ids.dtype != torch.int64:
-        raise ValueError(
-            f"{name}: expected int64 [batch, length], got {ids.dtype} {list(ids.shape)}"
-        )
 
 
 def _add_heads(mask: Tensor) -> Tensor:

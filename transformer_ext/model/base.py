@@ -1,0 +1,143 @@
+"""What the kinds of model share: precision, the state of dropout, padded ids to packed ones."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from transformer_ext.model.layers import Embedding
+from transformer_ext.model.stacks import Stack
+from transformer_ext.packed import Packed
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_Self = TypeVar("_Self", bound="Model")
+
+
+class Model(nn.Module):
+    """Base of the models.
+
+    Parameters are float32. Activations have the type chosen by :meth:`set_precision`.
+
+    What trains a model calls its ``forward_packed`` with the inputs of a batch and gives the
+    states that it returns to the loss, with ``weight`` and ``bias`` of its ``generator``.
+
+    Attributes:
+        rng: ``[3]`` int64 (seed, step, microstep), the whole state of dropout. ``forward``
+            advances the step by itself in training mode; a training loop that calls
+            ``forward_packed`` sets it.
+    """
+
+    rng: Tensor
+
+    def _begin_dropout(self) -> None:
+        """To be called at the end of construction: it draws a random number."""
+        self.activation_dtype = torch.float32
+        self.register_buffer("rng", torch.zeros(3, dtype=torch.int64), persistent=False)
+        self.seed_dropout(int(torch.randint(2**62, ()).item()))
+
+    def seed_dropout(self, seed: int) -> None:
+        """Start dropout anew from ``seed`` (64 bits), step 0."""
+        with torch.no_grad():
+            self.rng.copy_(torch.tensor([seed, 0, 0]))
+
+    def set_precision(self: _Self, name: str) -> _Self:
+        """Type of the activations: ``float32``, ``bfloat16`` or ``float16``; returns self.
+
+        Parameters and their gradients stay float32.
+
+        Raises:
+            ValueError: another name.
+        """
+        if name not in _DTYPES:
+            raise ValueError(f"precision: expected one of {', '.join(_DTYPES)}, got {name!r}")
+        self.activation_dtype = _DTYPES[name]
+        return self
+
+    def _embed(
+        self,
+        stack: Stack,
+        table: Embedding,
+        ids: Tensor,
+        positions: Tensor,
+        max_length: int,
+        rng: Tensor | None,
+        token_types: Tensor | None = None,
+    ) -> Tensor:
+        # A model moved to float64 (for comparisons) computes in float64 throughout.
+        weight = table.weight
+        dtype = weight.dtype if weight.dtype == torch.float64 else self.activation_dtype
+        return stack.embed(ids, weight, positions, max_length, rng, dtype, token_types)
+
+    def _dropout_state(self) -> Tensor | None:
+        # A copy, so that what backward reads is what forward read, whatever the caller does next.
+        return self.rng.clone() if self.training else None
+
+    def _advance(self) -> None:
+        if self.training:
+            with torch.no_grad():
+                self.rng[1] += 1
+
+
+def check_ids(name: str, ids: Tensor) -> None:
+    """Raise a ValueError for anything but int64 ``[batch, length]``."""
+    if ids.dim() != 2 or ids.dtype != torch.int64:
+        raise ValueError(
+            f"{name}: expected int64 [batch, length], got {ids.dtype} {list(ids.shape)}"
+        )
+
+
+def pack_padded(name: str, ids: Tensor, real: Tensor, pad_id: int) -> Packed:
+    """Where the sequences lie in ids padded on the right.
+
+    Args:
+        name: of the argument, for messages.
+        ids: ``[batch, length]``.
+        real: which of them are not padding, of the same shape.
+        pad_id: for messages.
+
+    Raises:
+        ValueError: padding stands before a token.
+    """
+    lengths = real.sum(1, dtype=torch.int32)
+    if torch.compiler.is_compiling():
+        # No value may be read back inside a compiled graph: all rows are kept, the last ones
+        # as slack.
+        return Packed.from_lengths(lengths, ids.numel(), max_length=ids.shape[1])
+    columns = torch.arange(ids.shape[1], device=ids.device)
+    if not torch.equal(real, columns < lengths[:, None]):
+        raise ValueError(
+            f"{name}: padding (id {pad_id}) stands before a token; "
+            "sentences must be padded on the right, or masks be given"
+        )
+    return Packed.from_lengths(lengths)
+
+
+def pack_ids(name: str, ids: Tensor, lengths: Tensor | None, pad_id: int) -> Packed:
+    """Where the sequences of a model of one stack lie.
+
+    Args:
+        name: of the argument, for messages.
+        ids: ``[batch, length]`` int64, padded on the right.
+        lengths: ``[batch]`` tokens of each; None: all that is not ``pad_id``.
+        pad_id: the padding.
+
+    Raises:
+        ValueError: other shapes or types, or padding before a token.
+    """
+    check_ids(name, ids)
+    if lengths is None:
+        return pack_padded(name, ids, ids != pad_id, pad_id)
+    if lengths.shape != ids.shape[:1] or lengths.is_floating_point():
+        raise ValueError(
+            f"lengths: expected integers [{ids.shape[0]}], got {lengths.dtype} "
+            f"{list(lengths.shape)}"
+        )
+    columns = torch.arange(ids.shape[1], device=ids.device)
+    if not torch.compiler.is_compiling() and bool((lengths > ids.shape[1]).any()):
+        raise ValueError(
+            f"lengths: got {int(lengths.max())}, but {name} has {ids.shape[1]} columns"
+        )
+    return pack_padded(name, ids, columns < lengths[:, None], pad_id)
