@@ -85,6 +85,37 @@ def test_from_text_to_model(
     assert_same(output / "model", other / "model")
 
 
+def test_tensorboard_has_the_figures_of_the_log(
+    text: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    output = tmp_path / "run"
+    steps = ["--max-steps", "6", "--validate-every", "3", "--log-every", "2"]
+    assert train.main([*text, *steps, "--tensorboard", "--output", str(output)]) == 0
+    board = EventAccumulator(str(output / "tensorboard")).Reload()
+    events = read_log(output / "log.jsonl")
+    for event, name in (("train", "nll"), ("train", "gradient_norm"), ("validation", "chrf")):
+        logged = [(e["step"], e[name]) for e in events if e["event"] == event]
+        found = [(s.step, s.value) for s in board.Scalars(f"{event}/{name}")]
+        assert found == [(step, pytest.approx(value, rel=1e-6)) for step, value in logged]
+    assert len(logged) == 2
+
+
+def test_tensorboard_that_is_not_there_is_said_at_once(
+    text: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    output = tmp_path / "run"
+    assert train.main([*text, "--tensorboard", "--output", str(output)]) == 2
+    assert "--tensorboard: needs the package tensorboard" in capsys.readouterr().err
+    assert not output.exists()
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_interrupted_and_resumed_is_the_same_to_the_bit(
     text: list[str],

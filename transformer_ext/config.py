@@ -910,6 +910,10 @@ class OutputConfig:
     dry_run: bool = option(
         False, help="load everything, run 20 steps, estimate time and memory, write no model"
     )
+    tensorboard: bool = option(
+        False,
+        help="write the figures of the log for TensorBoard, too, into tensorboard/ of the run",
+    )
     checkpoint_every: int | None = option(
         None, help="steps between checkpoints", unit="steps", minimum=1, auto="at each validation"
     )

@@ -32,6 +32,7 @@ from transformer_ext.training import copy_task, distributed
 from transformer_ext.training.machine import Machine
 from transformer_ext.training.report import Console, JsonLog, duration
 from transformer_ext.training.run import Run
+from transformer_ext.training.tensorboard import Board
 from transformer_ext.training.translation import TranslationRun
 
 __all__ = ["main"]
@@ -116,6 +117,8 @@ def _claim(folder: Path, config: TrainConfig) -> Path:
 
 
 def _train(config: TrainConfig) -> int:
+    if config.output.tensorboard:
+        Board.require()
     machine = Machine.join(config)
     world = machine.world
     console = Console(silent=not world.first)
@@ -144,7 +147,10 @@ def _train(config: TrainConfig) -> int:
             ),
         )
         atomic_write(folder / "config.yaml", to_commented_yaml(kept))
-    log = JsonLog(folder / "log.jsonl" if world.first else None)
+    board = None
+    if config.output.tensorboard and world.first:
+        board = Board(folder / "tensorboard", resume_from or 0)
+    log = JsonLog(folder / "log.jsonl" if world.first else None, board)
     log.write(
         "start",
         version=__version__,

@@ -17,6 +17,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from transformer_ext.training.tensorboard import Board
+
 __all__ = ["Console", "JsonLog", "duration", "read_log", "save_loss_curve"]
 
 
@@ -89,9 +91,11 @@ class JsonLog:
 
     Args:
         path: The file; None writes nowhere (ranks other than the first).
+        board: Is given the same.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None, board: Board | None = None) -> None:
+        self._board = board
         self._file = None if path is None else open(path, "a", encoding="utf-8")
 
     def write(self, event: str, /, **values: Any) -> None:
@@ -104,12 +108,17 @@ class JsonLog:
         }
         self._file.write(json.dumps({"event": event, **clean}, ensure_ascii=False) + "\n")
         self._file.flush()
+        if self._board is not None:
+            self._board.write(event, values)
 
     def close(self) -> None:
         """Closes the file."""
         if self._file is not None:
             self._file.close()
             self._file = None
+        if self._board is not None:
+            self._board.close()
+            self._board = None
 
 
 def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

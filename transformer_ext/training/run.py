@@ -174,6 +174,7 @@ class Run(ABC):
         training, optimizer = config.training, config.optimizer
         for line in self.describe():
             say(line)
+        say(f"seed       {training.seed}: of weights, order of batches and dropout")
         batch = f"{training.max_tokens:,} target tokens"
         ranks = self.machine.world.size
         if training.accum_steps * ranks > 1:
