@@ -866,6 +866,13 @@ class TrainingConfig:
     threads: int | None = option(
         None, help="CPU threads", minimum=1, auto="the physical cores this process may use"
     )
+    data_workers: int = option(
+        1,
+        help="threads that read the next batches while a step is computed; 0 reads each when it is "
+        "needed; the batches are the same for any number",
+        minimum=0,
+        maximum=64,
+    )
 
 
 @dataclass

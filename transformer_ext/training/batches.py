@@ -4,11 +4,19 @@ The order is a pure function of (seed, epoch), so the place in it, an epoch and 
 next batch, is all that a resumed training needs. With W ranks and A accumulation steps an optimizer
 step takes W * A batches of the one global order: micro-batch ``a`` of rank ``r`` is the one at
 ``a * W + r``. So W ranks see in one step what one rank with W times the accumulation sees.
+
+The batches of the next steps are read by threads while a step is computed. Not by processes: reading
+is a few calls of numpy, which let go of the interpreter's lock for large batches, and cost less than
+sending the result to another process (``benchmarks/data.py``); threads start at once, share the
+order of the epoch and the map of the files, cannot die alone, and do not fork beside OpenMP's.
 """
 
 from __future__ import annotations
 
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -139,14 +147,19 @@ class BatchStream:
     """Endless optimizer steps from a position on.
 
     Args:
-        collate: Makes a batch from example numbers.
-        sampler: Gives the batches of an epoch.
+        collate: Makes a batch from example numbers; called by the workers.
+        sampler: Gives the batches of an epoch; called by a thread of its own for the next epoch.
         label_counts: ``[examples]`` labels (target tokens + 1) of each example, so that each rank
             knows the size of the whole step without asking the others.
         accum_steps: Micro-batches of a rank in an optimizer step.
         rank: Number of this process.
         world_size: Number of processes.
         start: Where to begin.
+        workers: Threads that read the next steps, two each, while this one is computed; 0: each
+            step is read when it is asked for. The steps are the same for any number.
+
+    Attributes:
+        position: Behind the last step handed out, whatever the workers have read.
 
     Raises:
         ValueError: An epoch without a batch, or a position behind the end of its epoch.
@@ -162,52 +175,155 @@ class BatchStream:
         rank: int = 0,
         world_size: int = 1,
         start: Position | None = None,
+        workers: int = 0,
     ) -> None:
         if accum_steps < 1:
             raise ValueError(f"accum_steps: got {accum_steps}, expected 1 or more")
-        self._collate = collate
-        self._sampler = sampler
-        self._label_counts = label_counts
-        self._accum_steps = accum_steps
-        self._rank = rank
-        self._world_size = world_size
-        self.position = start or Position()
-        self._load(self.position.epoch)
-        if self.position.batch > len(self._batches):
+        if workers < 0:
+            raise ValueError(f"workers: got {workers}, expected 0 or more")
+        self._reader = _StepReader(collate, label_counts, rank, world_size)
+        self._micros = accum_steps * world_size
+        self._epochs = _Epochs(sampler)
+        self._workers = workers
+        self._pool: ThreadPoolExecutor | None = None
+        self._waiting: deque[Future[Step]] = deque()
+        self.position = self._planned = start or Position()
+        batches = self._epochs[self.position.epoch]
+        if self.position.batch > len(batches):
             raise ValueError(
-                f"position: epoch {self.position.epoch} has {len(self._batches)} batches, got "
+                f"position: epoch {self.position.epoch} has {len(batches)} batches, got "
                 f"batch {self.position.batch}; the training data or max_tokens changed"
             )
 
     @property
     def steps_per_epoch(self) -> float:
         """Optimizer steps in the current epoch."""
-        return len(self._batches) / (self._accum_steps * self._world_size)
-
-    def _load(self, epoch: int) -> None:
-        self._batches = self._sampler.epoch(epoch)
-        if not len(self._batches):
-            raise ValueError(
-                "training data: no sentence pair is left to train on (all empty or too long)"
-            )
+        return len(self._epochs[self.position.epoch]) / self._micros
 
     def __iter__(self) -> Iterator[Step]:
         return self
 
     def __next__(self) -> Step:
-        epoch, index = self.position.epoch, self.position.batch
-        mine: list[np.ndarray] = []
+        """The next step.
+
+        Raises:
+            Exception: What ``collate`` or the sampler raised for this step; it is raised again when
+                the step is asked for again.
+        """
+        if not self._workers:
+            step = self._reader(*self._plan())
+            self._planned = step.after
+        else:
+            self._read_ahead()
+            step = self._waiting[0].result()
+            self._waiting.popleft()
+            # Here, not when the next step is asked for: a worker may begin at once.
+            self._read_ahead()
+        self.position = step.after
+        self._epochs.forget_before(step.after.epoch)
+        return step
+
+    def close(self) -> None:
+        """Ends the workers and forgets what they have read; a next step begins them anew."""
+        self._waiting.clear()
+        self._planned = self.position
+        self._epochs.close()
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+
+    def _read_ahead(self) -> None:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._workers, "transformer_ext data")
+            weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
+        while len(self._waiting) < 2 * self._workers:
+            if self._waiting and self._waiting[-1].done() and self._waiting[-1].exception():
+                return
+            try:
+                places, self._planned = self._plan()
+            except Exception as error:
+                # It may be a later step than the one that is asked for.
+                failed: Future[Step] = Future()
+                failed.set_exception(error)
+                self._waiting.append(failed)
+            else:
+                self._waiting.append(self._pool.submit(self._reader, places, self._planned))
+
+    def _plan(self) -> tuple[list[tuple[Sequence[np.ndarray], int]], Position]:
+        """The batches of the next step to be read, by epoch and place; the position after it."""
+        epoch, index = self._planned.epoch, self._planned.batch
+        batches = self._epochs[epoch]
+        places = []
+        for _ in range(self._micros):
+            if index >= len(batches):
+                epoch, index = epoch + 1, 0
+                batches = self._epochs[epoch]
+            places.append((batches, index))
+            index += 1
+        if self._workers and 2 * index > len(batches):
+            self._epochs.prepare(epoch + 1)
+        return places, Position(epoch, index)
+
+
+@dataclass(frozen=True)
+class _StepReader:
+    """Reads the batches of one step: what the workers do."""
+
+    collate: Callable[[np.ndarray], Any]
+    label_counts: np.ndarray
+    rank: int
+    world_size: int
+
+    def __call__(self, places: Sequence[tuple[Sequence[np.ndarray], int]], after: Position) -> Step:
+        mine: list[Any] = []
         microsteps: list[int] = []
         target_tokens = 0
-        for micro in range(self._accum_steps * self._world_size):
-            if index >= len(self._batches):
-                epoch, index = epoch + 1, 0
-                self._load(epoch)
-            examples = self._batches[index]
-            index += 1
-            target_tokens += int(self._label_counts[examples].sum())
-            if micro % self._world_size == self._rank:
-                mine.append(examples)
+        for micro, (batches, index) in enumerate(places):
+            examples = batches[index]
+            target_tokens += int(self.label_counts[examples].sum())
+            if micro % self.world_size == self.rank:
+                mine.append(self.collate(examples))
                 microsteps.append(micro)
-        self.position = Position(epoch, index)
-        return Step([self._collate(e) for e in mine], microsteps, target_tokens, self.position)
+        return Step(mine, microsteps, target_tokens, after)
+
+
+class _Epochs:
+    """The batches of the epochs in use; the next one's are made before they are needed."""
+
+    def __init__(self, sampler: EpochSampler) -> None:
+        self._sampler = sampler
+        self._made: dict[int, Sequence[np.ndarray]] = {}
+        self._coming: dict[int, Future[Sequence[np.ndarray]]] = {}
+        self._pool: ThreadPoolExecutor | None = None
+
+    def __getitem__(self, epoch: int) -> Sequence[np.ndarray]:
+        if epoch not in self._made:
+            coming = self._coming.pop(epoch, None)
+            batches = self._sampler.epoch(epoch) if coming is None else coming.result()
+            if not len(batches):
+                raise ValueError(
+                    "training data: no sentence pair is left to train on (all empty or too long)"
+                )
+            self._made[epoch] = batches
+        return self._made[epoch]
+
+    def prepare(self, epoch: int) -> None:
+        """Begins to make an epoch's batches in the background."""
+        if epoch in self._made or epoch in self._coming:
+            return
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, "transformer_ext order")
+            weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
+        self._coming[epoch] = self._pool.submit(self._sampler.epoch, epoch)
+
+    def forget_before(self, epoch: int) -> None:
+        """Drops the batches of the epochs before."""
+        for old in [key for key in self._made if key < epoch]:
+            del self._made[old]
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._coming.clear()
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None

@@ -354,12 +354,15 @@ class Trainer:
         self._unchecked: list[tuple[int, Step, Tensor]] = []
         self._interval_all_tokens = 0
         self._interval_started = time.monotonic()
+        self._data_seconds = 0.0
 
     # One optimizer step ---------------------------------------------------------------------------
 
     def train_step(self) -> None:
         """Reads the next batches and updates the parameters once; does not wait for the device."""
+        began = time.monotonic()
         step = next(self.stream)
+        self._data_seconds += time.monotonic() - began
         number = self.progress.step + 1
         world = self.world
         # DDP averages the gradients of the ranks, where the loss of the whole step is their sum.
@@ -467,6 +470,12 @@ class Trainer:
         Raises:
             FloatingPointError: Too many steps were skipped.
         """
+        try:
+            return self._loop()
+        finally:
+            self.stream.close()
+
+    def _loop(self) -> str:
         plan, progress = self.plan, self.progress
         began = time.monotonic() - progress.seconds
         self._start_interval()
@@ -514,6 +523,7 @@ class Trainer:
         self._sums.zero_()
         self._interval_all_tokens = 0
         self._interval_started = time.monotonic()
+        self._data_seconds = 0.0
 
     def _averages(self) -> tuple[float, float, float]:
         """(loss, nll) per token of this rank and target tokens/s of all since the last report."""
@@ -572,6 +582,7 @@ class Trainer:
             target_tokens=self.progress.target_tokens,
             seconds=round(self.progress.seconds, 3),
             tokens_per_second=round(speed, 1),
+            data_seconds=round(self._data_seconds, 4),
             learning_rate=self.schedule(self.progress.step),
             gradient_norm=float(self.optimizer.gradient_norm),
             skipped_steps=int(self.optimizer.skipped),

@@ -128,6 +128,7 @@ class TranslationRun(Run):
             rank=world.rank,
             world_size=world.size,
             start=start,
+            workers=training.data_workers,
         )
 
     def validation_batches(self) -> list[Callable[[], Any]]:
