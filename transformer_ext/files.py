@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import math
@@ -38,7 +39,17 @@ import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Generic, NoReturn, TypeGuard, TypeVar, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    BinaryIO,
+    Generic,
+    NoReturn,
+    TypeGuard,
+    TypeVar,
+    cast,
+    overload,
+)
 
 from transformer_ext.data.tokenizer import Tokenizer, TokenizerError
 from transformer_ext.model.config import (
@@ -65,6 +76,52 @@ class FileError(ValueError):
     """A file or folder that is missing, broken, in the way, or does not fit its neighbours."""
 
 
+class WriteError(OSError):
+    """A file or folder that cannot be written: no space, no permission, a failing disk.
+
+    Attributes:
+        errno: the system's number of the reason.
+        filename: what was to be written.
+    """
+
+    def __str__(self) -> str:
+        return f"{self.filename}: cannot be written: {self.strerror}"
+
+
+def write_error(path: str | Path, error: OSError, needed: int | None = None) -> WriteError:
+    """An error of the system, saying which file was to be written, and how large it is.
+
+    Args:
+        path: the file.
+        error: what the system said.
+        needed: size of the file in bytes, if known.
+    """
+    if isinstance(error, WriteError):
+        return error
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        facts = [] if needed is None else [f"it needs {needed:,} bytes"]
+        free = free_bytes(path)
+        if free is not None:
+            facts.append(f"{free:,} are free on its disk")
+        reason += f" ({', '.join(facts)})" if facts else ""
+    return WriteError(error.errno, reason, os.fspath(path))
+
+
+def free_bytes(path: str | Path) -> int | None:
+    """Bytes that this user may still write to the disk of a file that may not be there yet."""
+    import shutil
+
+    for folder in (Path(path), *Path(path).absolute().parents):
+        try:
+            return shutil.disk_usage(folder).free
+        except FileNotFoundError:
+            continue
+        except OSError:
+            break
+    return None
+
+
 def _temporary(path: Path) -> Path:
     # Modules that a process which only reads does not need are imported where they are used.
     import secrets
@@ -88,22 +145,41 @@ def _sync_folder(path: Path) -> None:
         _sync(path)
 
 
+#: Folders that atomic_directory() has not finished yet. What is written into one needs no care of its
+#: own: the folder is synced and appears as a whole.
+_unfinished: set[Path] = set()
+
+
 @contextlib.contextmanager
-def _atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+def _atomic_file(path: str | Path, size: int) -> Iterator[BinaryIO]:
     """A file to write, that appears under its name only when complete and on disk."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
+    whole = path.parent not in _unfinished
+    temporary = _temporary(path) if whole else path
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Unbuffered, so that no second attempt to write is made where the first one failed.
+        with open(temporary, "wb", buffering=0) as file:
+            yield cast(BinaryIO, file)
+            if whole:
+                os.fsync(file.fileno())
+        if whole:
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise write_error(path, error, size) from error
         raise
-    _sync_folder(path.parent)
+
+
+def _write(file: BinaryIO, data: bytes | memoryview) -> None:
+    # An unbuffered file may take less than it is given: where the disk becomes full within, and of
+    # more than 2 GiB.
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
 
 
 def atomic_write(path: str | Path, data: bytes | str) -> None:
@@ -116,8 +192,9 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
     Raises:
         OSError: it cannot be written; nothing is left behind.
     """
-    with _atomic_file(path) as file:
-        file.write(data.encode() if isinstance(data, str) else data)
+    data = data.encode() if isinstance(data, str) else data
+    with _atomic_file(path, len(data)) as file:
+        _write(file, data)
 
 
 @contextlib.contextmanager
@@ -140,33 +217,63 @@ def atomic_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[P
     path = Path(path)
     if path.exists() and not overwrite:
         raise FileError(f"{path}: is there already")
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
-    temporary.mkdir()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+    except OSError as error:
+        raise write_error(path, error) from error
+    _unfinished.add(temporary)
     try:
         yield temporary
-        for folder, _, names in os.walk(temporary):
-            for name in names:
-                _sync(Path(folder) / name)
-            _sync_folder(Path(folder))
-        if overwrite and path.exists():
-            # A folder cannot be replaced in one step: for an instant neither is under the name,
-            # but both are on disk.
-            old = _temporary(path)
-            os.rename(path, old)
-            os.rename(temporary, path)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            try:
-                os.rename(temporary, path)
-            except OSError as error:
-                if path.exists():
-                    raise FileError(f"{path}: is there already") from error
-                raise
+        try:
+            _finish_folder(temporary, path, overwrite)
+        except OSError as error:
+            raise write_error(path, error) from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    finally:
+        _unfinished.discard(temporary)
+
+
+def _finish_folder(temporary: Path, path: Path, overwrite: bool) -> None:
+    """Give a folder its name, and what was there before away."""
+    import shutil
+
+    for folder, _, names in os.walk(temporary):
+        for name in names:
+            _sync(Path(folder) / name)
+        _sync_folder(Path(folder))
+    if overwrite and path.exists():
+        # A folder cannot be replaced in one step: for an instant neither is under the name, but both
+        # are on disk.
+        old = _temporary(path)
+        os.rename(path, old)
+        os.rename(temporary, path)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        try:
+            os.rename(temporary, path)
+        except OSError as error:
+            if path.exists():
+                raise FileError(f"{path}: is there already") from error
+            raise
     _sync_folder(path.parent)
+
+
+def remove_abandoned(folder: str | Path) -> None:
+    """Remove what processes that were killed left half written in a folder.
+
+    Only for a folder that no other process writes to.
+    """
+    import shutil
+
+    for path in Path(folder).glob("*.tmp-*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -421,12 +528,12 @@ def save_tensors(
     text += b" " * (-len(text) % 8)
     # Not by safetensors' own writer: it holds the tensors twice more, which for a checkpoint is more
     # than a step of training needs (the base model: 0.9 GB).
-    with _atomic_file(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+    with _atomic_file(path, 8 + len(text) + end) as file:
+        _write(file, len(text).to_bytes(8, "little") + text)
         for name in names:
             array = arrays[name]
             little = array.astype(array.dtype.newbyteorder("<"), copy=False)
-            file.write(little.reshape(-1).view(np.uint8).data)
+            _write(file, little.reshape(-1).view(np.uint8).data)
 
 
 def _safetensors_type(name: str, array: np.ndarray) -> str:

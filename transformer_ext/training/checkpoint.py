@@ -2,16 +2,22 @@
 
 A checkpoint holds a model directory (what translation reads) and the training state:
 ``training.safetensors`` (optimizer moments keyed by parameter name) and ``training.json`` (step,
-epoch, batch, what the run was). It is written as ``step-N.tmp-...``, synced to the disk and renamed,
-then the pointer ``last`` is replaced: a crash at any moment leaves the former checkpoint usable.
+epoch, batch, what the run was). ``checksums.json`` has the size and the CRC-32 of every file, and its
+own. It is written as ``step-N.tmp-...``, synced to the disk and renamed, then the pointer ``last`` is
+replaced: a crash at any moment leaves the former checkpoint usable, and what a disk or a person
+damaged later is found before it is used.
 """
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,17 +31,25 @@ from transformer_ext.files import (
     Tensors,
     atomic_directory,
     atomic_write,
+    free_bytes,
     read_json,
+    remove_abandoned,
     save_tensors,
+    write_error,
     write_json,
 )
 
 __all__ = ["Checkpoints", "TRAINING_FORMAT_VERSION"]
 
-TRAINING_FORMAT_VERSION = 1
+#: 2: ``checksums.json``.
+TRAINING_FORMAT_VERSION = 2
 _STEP = re.compile(r"step-(\d+)")
 _TENSORS = "training.safetensors"
 _STATE = "training.json"
+_SUMS = "checksums.json"
+#: Bytes read at once for a checksum: few enough to stay in the cache, enough to leave other threads
+#: the interpreter.
+_PIECE = 1 << 20
 
 
 class Checkpoints:
@@ -56,6 +70,9 @@ class Checkpoints:
         """Directory of the checkpoint of ``step``, whether it exists or not."""
         return self.directory / f"step-{step}"
 
+    def _aside(self, step: int) -> Path:
+        return self.directory / f"step-{step}.damaged"
+
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
         if not self.directory.is_dir():
@@ -71,6 +88,7 @@ class Checkpoints:
         state: Mapping[str, Any],
         *,
         best: Sequence[int] = (),
+        model_bytes: int = 0,
     ) -> Path:
         """Writes the checkpoint of ``step`` and returns its directory.
 
@@ -81,20 +99,48 @@ class Checkpoints:
             state: What goes into ``training.json``; ``step`` and the format version are added.
             best: Steps of the best checkpoints, the best one first: ``best`` is to point to that,
                 and all of them are kept.
+            model_bytes: About what ``write_model`` writes; a disk with less space than that and the
+                tensors need is found before anything is written.
+
+        Raises:
+            WriteError: It cannot be written; the former checkpoints and the pointers are as they were.
         """
-        for abandoned in self.directory.glob("step-*.tmp-*"):
-            shutil.rmtree(abandoned)
+        remove_abandoned(self.directory)
         final = self.path(step)
+        self._check_space(final, model_bytes + sum(t.nbytes for t in tensors.values()))
         with atomic_directory(final, overwrite=True) as folder:
             write_model(folder)
             save_tensors(folder / _TENSORS, tensors)
             content = {"format_version": TRAINING_FORMAT_VERSION, "step": step, **state}
             write_json(folder / _STATE, content)
+            self._write_sums(folder, step)
         self.point("last", step)
         if best:
             self.point("best", best[0])
         self._prune(best)
+        shutil.rmtree(self._aside(step), ignore_errors=True)
         return final
+
+    def _check_space(self, path: Path, needed: int) -> None:
+        free = free_bytes(path)
+        if free is not None and free < needed:
+            no_space = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise write_error(path, no_space, needed)
+
+    def _write_sums(self, folder: Path, step: int) -> None:
+        paths = sorted(p for p in folder.rglob("*") if p.is_file())
+        # The disk writes while the sums are made: they cost no time of their own where it is the
+        # slower of the two (base: 780 MB, 0.12 s for CRC-32, 0.39 s for SHA-256).
+        with ThreadPoolExecutor(1) as pool:
+            synced = [pool.submit(_sync, path) for path in paths]
+            files = {p.relative_to(folder).as_posix(): _size_and_sum(p) for p in paths}
+            for path, result in zip(paths, synced, strict=True):
+                try:
+                    result.result()
+                except OSError as error:
+                    raise write_error(path, error, path.stat().st_size) from error
+        sums: dict[str, Any] = {"step": step, "algorithm": "crc32", "files": files}
+        write_json(folder / _SUMS, {**sums, "crc32": _sum_of_sums(sums)})
 
     def point(self, name: str, step: int) -> None:
         """Lets the pointer ``name`` (``last`` or ``best``) name the checkpoint of ``step``."""
@@ -102,12 +148,16 @@ class Checkpoints:
 
     def pointed(self, name: str) -> int | None:
         """Step that the pointer ``name`` names; None if there is none or it is gone."""
+        step = self._pointer(name)
+        return step if step is not None and self.path(step).is_dir() else None
+
+    def _pointer(self, name: str) -> int | None:
         try:
             content = (self.directory / name).read_text(encoding="utf-8").strip()
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):
             return None
         match = _STEP.fullmatch(content)
-        return int(match[1]) if match and self.path(int(match[1])).is_dir() else None
+        return int(match[1]) if match else None
 
     def last(self) -> int | None:
         """Step of the newest checkpoint, also after a crash between rename and pointer."""
@@ -117,6 +167,83 @@ class Checkpoints:
     def newest(self, count: int) -> list[Path]:
         """Directories of the newest ``count`` checkpoints, ascending by step."""
         return [self.path(step) for step in self.steps()[-count:]]
+
+    def verify(self, step: int) -> None:
+        """Compares every file of a checkpoint with its size and checksum.
+
+        Raises:
+            FileError: A file is missing, of another length, or altered; the message names it.
+        """
+        folder = self.path(step)
+        if not folder.is_dir():
+            raise FileError(f"{folder}: no such checkpoint")
+        path = folder / _SUMS
+        sums = read_json(path)
+        stored = sums.pop("crc32", None)
+        files = sums.get("files")
+        if stored != _sum_of_sums(sums) or not isinstance(files, dict):
+            raise FileError(f"{path}: its content has changed since it was written")
+        if sums.get("step") != step:
+            raise FileError(f"{path}: is of the checkpoint of step {sums.get('step')}")
+        for name, expected in files.items():
+            path = folder / name
+            try:
+                size = path.stat().st_size
+                if size != expected["bytes"]:
+                    raise FileError(
+                        f"{path}: is {size:,} bytes long, {expected['bytes']:,} were written"
+                    )
+                if _size_and_sum(path) != expected:
+                    raise FileError(f"{path}: its content has changed since it was written")
+            except FileNotFoundError:
+                raise FileError(f"{path}: is missing") from None
+            except OSError as error:
+                raise FileError(f"{path}: cannot be read: {error.strerror}") from None
+
+    def last_good(self, tell: Callable[[str], None] = lambda text: None) -> int | None:
+        """Step of the newest checkpoint whose files are all as they were written.
+
+        Args:
+            tell: Is told of each newer one what is wrong with it, a line each.
+
+        Returns:
+            None if there is no checkpoint at all.
+
+        Raises:
+            FileError: There are checkpoints, but none is good.
+        """
+        problems = []
+        pointer = self._pointer("last")
+        steps = self.steps()
+        if pointer is not None and pointer not in steps:
+            problems.append(f"{self.path(pointer)}: is missing, though it was the last one saved")
+            tell(problems[-1])
+        for step in reversed(steps):
+            try:
+                self.verify(step)
+            except FileError as error:
+                problems.append(str(error))
+                tell(problems[-1])
+            else:
+                return step
+        if problems:
+            raise FileError(
+                f"{self.directory}: no checkpoint is left to go on from: {'; '.join(problems)}"
+            )
+        return None
+
+    def set_aside_after(self, step: int | None) -> list[Path]:
+        """Renames the checkpoints after ``step`` (all, for None) so that none is taken for one of
+        this run; they are removed when their step is saved again. Returns their new names."""
+        renamed = []
+        for later in self.steps():
+            if step is None or later > step:
+                path = self.path(later)
+                aside = self._aside(later)
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(path, aside)
+                renamed.append(aside)
+        return renamed
 
     def load(self, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Training state of ``step``: (tensors by name on the CPU, content of training.json).
@@ -152,3 +279,22 @@ class Checkpoints:
                 removed = path.with_name(f"{path.name}.tmp-removed")
                 os.replace(path, removed)
                 shutil.rmtree(removed)
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _size_and_sum(path: Path) -> dict[str, Any]:
+    size = total = 0
+    buffer = memoryview(bytearray(_PIECE))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            size += count
+            total = zlib.crc32(buffer[:count], total)
+    return {"bytes": size, "crc32": f"{total:08x}"}
+
+
+def _sum_of_sums(sums: Mapping[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(sums, sort_keys=True).encode()):08x}"
