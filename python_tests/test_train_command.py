@@ -67,6 +67,8 @@ def test_from_text_to_model(
     assert [e["step"] for e in events if e["event"] == "train"] == [5, 10, 15, 20]
     model = load_model_dir(output / "model")
     assert model.training["max_train_length"] > 5
+    assert model.training["seed"] == 1 and model.training["versions"] == results["versions"]
+    assert model.training["config"]["training"]["max_steps"] == 20
     assert model.training["pairs"] == results["pairs"] < 300
     assert {p.name for p in (output / "checkpoints").iterdir()} == {
         "step-10",

@@ -140,13 +140,7 @@ def _train(config: TrainConfig) -> int:
         resume_from = run.checkpoints.last()
         console.print(f"going on from step {resume_from or 0}")
     if world.first:
-        kept = dataclasses.replace(
-            run.config,
-            output=dataclasses.replace(
-                run.config.output, output=str(folder), resume=False, overwrite=False
-            ),
-        )
-        atomic_write(folder / "config.yaml", to_commented_yaml(kept))
+        atomic_write(folder / "config.yaml", to_commented_yaml(run.settled_config()))
     board = None
     if config.output.tensorboard and world.first:
         board = Board(folder / "tensorboard", resume_from or 0)

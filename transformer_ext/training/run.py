@@ -275,9 +275,24 @@ class Run(ABC):
             )
         return metric
 
+    def notes(self) -> dict[str, Any]:
+        """What is stored with every model: enough to train it again."""
+        return {
+            "seed": self.config.training.seed,
+            "versions": self.machine.versions(),
+            "config": to_dict(self.settled_config()),
+        }
+
+    def settled_config(self) -> TrainConfig:
+        """The configuration of the run, without what only says how to begin."""
+        output = self.config.output
+        folder = output.output if self.folder is None else str(self.folder)
+        output = dataclasses.replace(output, output=folder, resume=False, overwrite=False)
+        return dataclasses.replace(self.config, output=output)
+
     def _write_current_model(self, folder: Path) -> None:
         weights = {name: parameter.detach() for name, parameter in self.parameters.items()}
-        self.write_model(folder, weights, {})
+        self.write_model(folder, weights, self.notes())
 
     def _set_weights(self, weights: Any) -> None:
         with torch.no_grad():
@@ -329,7 +344,9 @@ class Run(ABC):
         self._set_weights(weights)
         model = self.folder / "model"
         with atomic_directory(model, overwrite=True) as folder:
-            self.write_model(folder, weights, {"steps": progress.step, "weights": choice})
+            self.write_model(
+                folder, weights, {"steps": progress.step, "weights": choice, **self.notes()}
+            )
         return model, choice
 
     def finish(self, trainer: Trainer, reason: str, log: JsonLog) -> None:
