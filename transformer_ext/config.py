@@ -959,6 +959,12 @@ class TrainConfig:
         choices=tuple(PRESETS),
         auto="follows from the number of pairs and the device",
     )
+    init_from: str | None = option(
+        None,
+        help="begin with the weights of this model directory (fine-tuning); its tokenizer and "
+        "architecture are kept, dropout aside",
+        auto="random weights",
+    )
     data: DataConfig = group(DataConfig, help="Text and tokens; without files, the shipped corpus.")
     model: dict[str, Any] = overrides(
         TransformerConfig,

@@ -55,6 +55,8 @@ def _parse(argv: Sequence[str] | None) -> TrainConfig:
         raise ConfigError(
             "--resume: goes on with the config.yaml of the run itself; leave --config out"
         )
+    if any(argument.split("=")[0] == "--init-from" for argument in argv):
+        raise ConfigError("--resume: goes on from the run's own checkpoint; leave --init-from out")
     parser = ArgumentParser(prog=Run.command, add_help=False)
     add_arguments(parser, TrainConfig)
     output = given(parser.parse_known_args(argv)[0], TrainConfig).get("output", {}).get("output")
@@ -179,6 +181,8 @@ def _copy(config: TrainConfig) -> int:
     ):
         if wanted:
             raise ConfigError(f"--{name}: --task copy writes no files; leave it out")
+    if config.init_from is not None:
+        raise ConfigError("--init-from: --task copy begins with random weights; leave it out")
     # The model is so small that a second thread or another precision costs more than it brings.
     training = dataclasses.replace(
         config.training,

@@ -157,12 +157,17 @@ def default_vocab_size(pairs: int) -> int:
     return 32_000
 
 
-def prepare_data(config: DataConfig, report: Callable[[str], None] | None = None) -> PreparedData:
+def prepare_data(
+    config: DataConfig,
+    report: Callable[[str], None] | None = None,
+    tokenizers: tuple[Tokenizer, Tokenizer] | None = None,
+) -> PreparedData:
     """Read the text, train or load the tokenizers, and build the data set, or find them cached.
 
     Args:
         config: which text and tokenizers, and what to do with bad pairs.
         report: is told each step that may take long, as it begins.
+        tokenizers: of source and target, whatever the options say; None goes by the options.
 
     Raises:
         CorpusError: the text cannot be used.
@@ -205,7 +210,9 @@ def prepare_data(config: DataConfig, report: Callable[[str], None] | None = None
         skipped.held_out = held
         skipped.used -= held
 
-    source, target = _tokenizers(config, cache, text_key, split["used"], train_pairs, say, messages)
+    source, target = tokenizers or _tokenizers(
+        config, cache, text_key, split["used"], train_pairs, say, messages
+    )
 
     def build_train(folder: Path) -> None:
         say("turning the text into token ids")

@@ -221,6 +221,11 @@ class Decoder:
         self._threads = threads
         self._refused = False
 
+    @property
+    def refused(self) -> bool:
+        """Whether the engine does not know the model, so that only that in memory can translate."""
+        return self._refused
+
     def __call__(self, folder: Path, texts: Sequence[str], beam_size: int) -> list[str]:
         """Translations with the weights in ``folder``, which ``model`` must have too."""
         options = SearchOptions(beam_size=beam_size, length_penalty=self._length_penalty)

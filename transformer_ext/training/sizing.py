@@ -8,12 +8,14 @@ set stays as set.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformer_ext.config import TrainConfig
+from transformer_ext.model.config import PRESETS
 
-__all__ = ["Recipe", "fill", "recipe_for", "shipped_recipe"]
+__all__ = ["Recipe", "fill", "fine_tuning_recipe", "recipe_for", "shipped_recipe"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Recipe:
     """Values for what a configuration leaves open.
 
     Attributes:
-        preset: Size of the model.
+        preset: Size of the model; None: it is there already.
         vocab_size: Pieces of the vocabulary; None: as ``transformer_ext.data`` chooses by the pairs.
         model: Fields of the model that differ from the preset.
         learning_rate: Peak.
@@ -33,7 +35,7 @@ class Recipe:
         early_stop_patience: Validations without a better loss; None: the steps end the training.
     """
 
-    preset: str
+    preset: str | None
     vocab_size: int | None
     learning_rate: float
     schedule: str
@@ -106,6 +108,8 @@ _BY_PAIRS: tuple[tuple[int, str, str, float, int], ...] = (
 
 #: Peak learning rate of inverse_sqrt by preset, at the batch sizes below.
 _LEARNING_RATES = {"tiny": 2e-3, "small": 1.5e-3, "base": 7e-4, "big": 5e-4}
+#: Of that, for weights that have learnt already.
+_FINE_TUNING = 0.3
 #: Target tokens of a batch by (preset, device); the paper's batches hold 25,000 (section 5.1).
 _MAX_TOKENS = {
     "cpu": {"tiny": 2048, "small": 2048, "base": 2048, "big": 2048},
@@ -144,6 +148,27 @@ def recipe_for(
         max_steps=max_steps,
         validate_every=validate_every,
         early_stop_patience=8,
+    )
+
+
+def fine_tuning_recipe(
+    pairs: int, target_tokens_per_pair: float, device_type: str, d_model: int
+) -> Recipe:
+    """The recipe for going on from the weights of a model.
+
+    Args:
+        pairs: Sentence pairs to train on.
+        target_tokens_per_pair: Mean length of a target.
+        device_type: "cpu", or a GPU's.
+        d_model: Width of the model.
+    """
+    size = min(PRESETS, key=lambda name: abs(math.log(PRESETS[name]["d_model"] / d_model)))
+    recipe = recipe_for(pairs, target_tokens_per_pair, device_type, size)
+    return dataclasses.replace(
+        recipe,
+        preset=None,
+        model={},
+        learning_rate=_FINE_TUNING * recipe.learning_rate,
     )
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from transformer_ext.config import ConfigError, TrainConfig
 from transformer_ext.data import BatchSampler, collate
@@ -16,7 +19,9 @@ from transformer_ext.files import atomic_write, load_model_dir, write_model_file
 from transformer_ext.model import Transformer, preset
 from transformer_ext.training.batches import BatchStream, Position
 from transformer_ext.training.machine import Machine
-from transformer_ext.training.report import Console, duration
+from transformer_ext.training.optimizer import parameters_by_name
+from transformer_ext.training.parent import Parent, misfit
+from transformer_ext.training.report import Console, JsonLog, duration
 from transformer_ext.training.run import Run
 from transformer_ext.training.scoring import (
     Decoder,
@@ -26,7 +31,13 @@ from transformer_ext.training.scoring import (
     print_samples,
     score,
 )
-from transformer_ext.training.sizing import fill, recipe_for, shipped_recipe
+from transformer_ext.training.sizing import (
+    fill,
+    fine_tuning_recipe,
+    recipe_for,
+    shipped_recipe,
+)
+from transformer_ext.training.trainer import Trainer
 
 __all__ = ["TranslationRun"]
 
@@ -42,20 +53,29 @@ class TranslationRun(Run):
         machine: What to train on.
         console: Where people read.
         prepared: The text as token ids.
+        parent: The model whose weights it begins with.
     """
 
     def __init__(
-        self, config: TrainConfig, machine: Machine, console: Console, prepared: PreparedData
+        self,
+        config: TrainConfig,
+        machine: Machine,
+        console: Console,
+        prepared: PreparedData,
+        parent: Parent | None = None,
     ) -> None:
         self.prepared = prepared
+        self.parent = parent
         self.shipped = not config.data.src_train
         self.pairs = len(prepared.train)
         device, tokens = machine.device.type, int(prepared.train.target_lengths.sum())
-        recipe = (
-            shipped_recipe(device, config.preset)
-            if self.shipped
-            else recipe_for(self.pairs, tokens / self.pairs, device, config.preset)
-        )
+        if parent is not None:
+            width = parent.config.d_model
+            recipe = fine_tuning_recipe(self.pairs, tokens / self.pairs, device, width)
+        elif self.shipped:
+            recipe = shipped_recipe(device, config.preset)
+        else:
+            recipe = recipe_for(self.pairs, tokens / self.pairs, device, config.preset)
         super().__init__(config, machine, console, recipe, tokens)
         self.decoder = Decoder(
             self.model,
@@ -73,15 +93,38 @@ class TranslationRun(Run):
         Raises:
             ValueError: The text cannot be used.
         """
-        data = config.data
-        if not data.src_train:
+        data, parent, tokenizers = config.data, None, None
+        if config.init_from is not None:
+            parent = Parent.open(config)
+            tokenizers = parent.model.source_tokenizer, parent.model.target_tokenizer
+        elif not data.src_train:
             data = fill(config, shipped_recipe(machine.device.type, config.preset)).data
         with machine.world.first_goes_first():
-            prepared = prepare_data(data, lambda text: console.print(f"data       {text} ..."))
-        return TranslationRun(config, machine, console, prepared)
+            prepared = prepare_data(
+                data, lambda text: console.print(f"data       {text} ..."), tokenizers
+            )
+        if tokenizers is not None:
+            prepared.messages += misfit(prepared.train, *tokenizers)
+        return TranslationRun(config, machine, console, prepared, parent)
+
+    def use_folder(self, folder: Path) -> None:
+        """Keeps a copy of the model that it begins with there."""
+        super().use_folder(folder)
+        if self.parent is not None and self.machine.world.first:
+            self.parent = self.parent.copied_to(folder)
+            # Their files are copied to every checkpoint.
+            self.prepared.source_tokenizer = self.parent.model.source_tokenizer
+            self.prepared.target_tokenizer = self.parent.model.target_tokenizer
 
     def make_model(self) -> Transformer:
-        """The encoder-decoder of the preset, with the options' changes."""
+        """The encoder-decoder of the preset, with the options' changes, or the parent."""
+        if self.parent is not None:
+            self.architecture = self.parent.architecture(self.config.model)
+            model = Transformer(self.architecture)
+            with torch.no_grad():
+                for name, parameter in parameters_by_name(model).items():
+                    parameter.copy_(torch.from_numpy(self.parent.model.weights[name]))
+            return model.to(self.machine.device).set_precision(self.machine.precision)
         source, target = self.prepared.source_tokenizer, self.prepared.target_tokenizer
         changes = dict(self.config.model)
         if source is not target:
@@ -100,8 +143,18 @@ class TranslationRun(Run):
         c, preset_name = self.architecture, self.config.preset
         count = sum(p.numel() for p in self.parameters.values())
         why = "" if self.shipped else f" (for {self.pairs:,} pairs; --preset chooses another size)"
+        begins = []
+        if self.parent is not None:
+            preset_name, why = "its architecture", ""
+            both = self.prepared.source_tokenizer, self.prepared.target_tokenizer
+            sizes = " and ".join(dict.fromkeys(f"{t.vocab_size:,}" for t in both))
+            begins = [
+                f"init       weights and tokenizer ({sizes} pieces) of {self.parent.name}, "
+                f"SHA-256 {self.parent.sha256[:16]}; optimizer and schedule begin anew"
+            ]
         return [
             *(f"data       {message}" for message in self.prepared.messages),
+            *begins,
             f"model      {preset_name}: {c.num_encoder_layers}+{c.num_decoder_layers} layers, "
             f"width {c.d_model}, {c.nhead} heads, feed-forward {c.dim_feedforward}, "
             f"{'pre' if c.norm_first else 'post'}-norm, dropout {c.dropout}; "
@@ -109,8 +162,11 @@ class TranslationRun(Run):
         ]
 
     def facts(self) -> dict[str, Any]:
-        """Name and number of pairs of the text."""
-        return {"corpus": self.prepared.name, "pairs": self.pairs}
+        """Name and number of pairs of the text; the model that it began with."""
+        facts: dict[str, Any] = {"corpus": self.prepared.name, "pairs": self.pairs}
+        if self.parent is not None:
+            facts["init_from"] = self.parent.notes()
+        return facts
 
     # Training -------------------------------------------------------------------------------------
 
@@ -168,6 +224,18 @@ class TranslationRun(Run):
             beam_size=evaluation.validation_beam_size,
             sentences=evaluation.validation_sentences,
         )
+
+    def make_trainer(self, log: JsonLog, resume_from: int | None) -> Trainer:
+        """Says first how the model that it begins with does on the new text."""
+        trainer = super().make_trainer(log, resume_from)
+        if self.parent is None or resume_from is not None or not trainer.validation_batches:
+            return trainer
+        before = trainer.validate()
+        self.console.print(f"before fine-tuning: {before.describe()}")
+        self.console.print()
+        scores = dataclasses.asdict(before)
+        log.write("before", **scores.pop("scores"), **scores)
+        return trainer
 
     def write_model(self, folder: Path, weights: Mapping[str, Any], notes: dict[str, Any]) -> None:
         """As ``translate`` reads it."""
@@ -227,6 +295,20 @@ class TranslationRun(Run):
             "chrf_signature": scores.chrf_signature,
             "decoding_seconds": round(time.monotonic() - began, 2),
         }
+        if self.parent is not None and not self.decoder.refused:
+            texts = [src for src, _ in pairs]
+            before = score(
+                self.decoder(self.parent.model.path, texts, evaluation.beam_size),
+                [tgt for _, tgt in pairs],
+            )
+            say(
+                f"before fine-tuning ({self.parent.name}): {part} BLEU {before.bleu:.2f}; chrF "
+                f"{before.chrf:.2f}"
+            )
+            results |= {
+                f"{part}_bleu_before": round(before.bleu, 3),
+                f"{part}_chrf_before": round(before.chrf, 3),
+            }
         say()
         samples = pick_samples(pairs, 5)
         print_samples(self.console, pairs, outputs, samples)
@@ -265,7 +347,7 @@ class TranslationRun(Run):
             f"translate  echo {shlex.quote(example)} | python -m transformer_ext.translate "
             f"{shlex.quote(str(model))}"
         ]
-        if self.shipped:
+        if self.shipped and self.parent is None:
             lines.append(
                 f"this model has read {self.pairs:,} sentences of software help and nothing else; "
                 f"for your own text: {self.command} --src-train my.en --tgt-train my.de"
