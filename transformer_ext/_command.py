@@ -18,7 +18,8 @@ def command(main: Main) -> Callable[..., int]:
     """``main`` of a command, with one line on stderr and a status for what a user can run into.
 
     The status is 2 for an error, 130 for Ctrl-C, and 141, without a word, where the reader of the
-    output has gone. An output that cannot be written is an error.
+    output has gone. An output that cannot be written is an error. With TRANSFORMER_EXT_TRACEBACK in
+    the environment an error is raised instead, to see where it comes from.
     """
 
     @functools.wraps(main)
@@ -35,15 +36,17 @@ def command(main: Main) -> Callable[..., int]:
             finally:
                 sys.stdout.flush()
         except BrokenPipeError:
-            _discard_output()
+            discard_output()
             return 141
         except KeyboardInterrupt:
             return 130
         except (ImportError, OSError, ValueError) as error:
+            if os.environ.get("TRANSFORMER_EXT_TRACEBACK"):
+                raise
             message = str(error)
             # Other files that cannot be written are in the error by name.
             if isinstance(error, OSError) and error.errno in _FULL and error.filename is None:
-                _discard_output()
+                discard_output()
                 message = f"standard output: {error.strerror}"
             print(f"error: {message}", file=sys.stderr)
             return 2
@@ -51,8 +54,8 @@ def command(main: Main) -> Callable[..., int]:
     return run
 
 
-def _discard_output() -> None:
-    """So that Python's own flush at exit does not fail."""
+def discard_output() -> None:
+    """Nothing goes to standard output any more, so that Python's own flush at exit does not fail."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, sys.stdout.fileno())
     os.close(null)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from transformer_ext._command import command
 from transformer_ext.config import ArgumentParser
 from transformer_ext.files import FileError, ModelDir, load_model_dir, save_model_dir
 from transformer_ext.model.config import ModelConfig
@@ -85,6 +86,7 @@ def _directories(names: Sequence[str], last: int) -> list[Path]:
     return [Path(name) for name in names]
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = ArgumentParser(
@@ -107,14 +109,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="model directory to write")
     options: Any = parser.parse_args(arguments)
-    try:
-        if options.last < 1:
-            raise ValueError(f"--last: got {options.last}, expected 1 or more")
-        directories = _directories(options.models, options.last)
-        output = average_models(directories, options.output)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if options.last < 1:
+        raise ValueError(f"--last: got {options.last}, expected 1 or more")
+    directories = _directories(options.models, options.last)
+    output = average_models(directories, options.output)
     names = ", ".join(str(d) for d in directories)
     print(f"average of {len(directories)} models ({names}) written to {output}")
     return 0

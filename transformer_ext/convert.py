@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from transformer_ext._command import command
 from transformer_ext.config import ArgumentParser
 
 
@@ -39,29 +40,24 @@ def _parser() -> ArgumentParser:
     return parser
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = _parser()
     arguments = parser.parse_args(argv)
     if arguments.zero_start and arguments.to_marian is None:
         parser.error("--zero-start: expected --to-marian with it")
-    try:
-        from transformer_ext.marian import from_marian, to_marian
+    from transformer_ext.marian import from_marian, to_marian
 
-        if arguments.from_marian is not None:
-            done = from_marian(
-                arguments.from_marian, arguments.output, overwrite=arguments.overwrite
-            )
-        else:
-            done = to_marian(
-                arguments.to_marian,
-                arguments.output,
-                overwrite=arguments.overwrite,
-                zero_start=arguments.zero_start,
-            )
-    except (ImportError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if arguments.from_marian is not None:
+        done = from_marian(arguments.from_marian, arguments.output, overwrite=arguments.overwrite)
+    else:
+        done = to_marian(
+            arguments.to_marian,
+            arguments.output,
+            overwrite=arguments.overwrite,
+            zero_start=arguments.zero_start,
+        )
     print("\n".join(done.messages))
     return 0
 

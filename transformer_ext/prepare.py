@@ -12,10 +12,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from transformer_ext._command import command
 from transformer_ext.config import DataConfig, TrainConfig, group, parse_arguments
-from transformer_ext.data.corpus import CorpusError
 from transformer_ext.data.preparation import prepare_data
-from transformer_ext.data.tokenizer import TokenizerError
 
 
 @dataclass
@@ -25,8 +24,9 @@ class PrepareConfig:
     data: DataConfig = group(DataConfig, help="Text and tokens; without files, the shipped corpus.")
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the exit status is 1 if the text cannot be used."""
+    """The command; returns its exit status."""
     config = parse_arguments(
         PrepareConfig,
         argv,
@@ -36,11 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         file_cls=TrainConfig,
     )
     start = time.perf_counter()
-    try:
-        data = prepare_data(config.data, lambda message: print(f"{message} ...", flush=True))
-    except (CorpusError, TokenizerError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    data = prepare_data(config.data, lambda message: print(f"{message} ...", flush=True))
     for message in data.messages:
         print(message)
     sources, targets = data.train.source_lengths, data.train.target_lengths

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from transformer_ext import __version__
+from transformer_ext._command import command
 from transformer_ext.config import (
     ArgumentParser,
     ConfigError,
@@ -208,16 +208,12 @@ def _copy(config: TrainConfig) -> int:
     return 0 if result.copied == result.sequences else 1
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status: 0, 1 (training failed), 2 (wrong input), 130 (stopped)."""
     try:
         config = _parse(argv)
         return _copy(config) if config.task == "copy" else _train(config)
-    except (ValueError, OSError, ImportError) as error:
-        if os.environ.get("TRANSFORMER_EXT_TRACEBACK"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from transformer_ext._command import command
 from transformer_ext.config import ArgumentParser
 
 if TYPE_CHECKING:
@@ -183,6 +184,7 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[Any, Any]:
     return model.eval(), saved
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = ArgumentParser(
@@ -215,11 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="picture to write: .png, .pdf or .svg (default: %(default)s)",
     )
     options = parser.parse_args(arguments)
-    try:
-        target = _draw(options)
-    except (ImportError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    target = _draw(options)
     print(f"{options.source}\n{target}\ndrawn into {options.output}")
     return 0
 

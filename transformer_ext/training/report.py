@@ -7,6 +7,7 @@ an ``event``: ``start``, ``train``, ``validation``, ``checkpoint``, ``resume``, 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from transformer_ext._command import discard_output
 from transformer_ext.training.tensorboard import Board
 
 __all__ = ["Console", "JsonLog", "duration", "read_log", "save_loss_curve"]
@@ -62,8 +64,7 @@ class Console:
         """Prints whole lines; a live line is cleared first."""
         if not self.silent:
             self._clear()
-            self._stream.write(text + "\n")
-            self._stream.flush()
+            self._write(text + "\n")
 
     def wants_update(self) -> bool:
         """Whether the live line is due."""
@@ -75,15 +76,32 @@ class Console:
         if self.silent or not self.live:
             return
         self._clear()
-        self._stream.write(text[: shutil.get_terminal_size().columns - 1])
-        self._stream.flush()
+        self._write(text[: shutil.get_terminal_size().columns - 1])
         self._line_open = True
         self._shown_at = time.monotonic()
 
     def _clear(self) -> None:
         if self._line_open:
-            self._stream.write("\r\x1b[K")
+            self._write("\r\x1b[K")
             self._line_open = False
+
+    def _write(self, text: str) -> None:
+        """Writes text at once; whoever has gone, or a full disk, is no reason to end a training."""
+        if self.silent:
+            return
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        try:
+            self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            self._stream.flush()
+        except OSError as error:
+            self.silent = True
+            if self._stream is sys.stdout:
+                discard_output()
+            with contextlib.suppress(OSError):
+                print(
+                    f"warning: standard output: {error.strerror}; the training goes on without it",
+                    file=sys.stderr,
+                )
 
 
 class JsonLog:
