@@ -13,6 +13,7 @@ import pytest
 from transformer_ext import config as configuration
 from transformer_ext.config import (
     ConfigError,
+    CorpusConfig,
     DataConfig,
     TrainConfig,
     from_dict,
@@ -175,6 +176,14 @@ def test_empty_file_is_all_defaults(tmp_path) -> None:
             data=DataConfig(src_train=["a: b", "#c"], tgt_train=["d", "e"], max_length_ratio=2.5),
             model={"d_model": 64, "norm_first": True, "activation": "swiglu"},
         ),
+        TrainConfig(
+            data=DataConfig(
+                corpora=[
+                    CorpusConfig("a: b", src=["x"], tgt=["y"], weight=2.0, source_tag="<2de>"),
+                    CorpusConfig("yes", pairs=["#c.tsv", "d.jsonl"], target_prefix="[de]"),
+                ]
+            )
+        ),
     ],
 )
 def test_printed_yaml_reads_back_equal(tmp_path, config) -> None:
@@ -228,12 +237,61 @@ def test_flags_of_a_training_are_unique_and_explained() -> None:
         ({"data": {"src_train": ["a"]}}, "data.src_train has 1 files and data.tgt_train 0"),
         ({"data": {"src_dev": ["a"], "tgt_dev": ["a"]}}, "data.src_train: got no file"),
         ({"data": {"src_tokenizer": "a"}}, "expected both or neither"),
+        (
+            {"data": {"corpora": [{"name": "a", "pairs": "a.tsv"}], "pairs_train": ["b.tsv"]}},
+            "data.corpora and data.pairs_train: expected one of them",
+        ),
+        (
+            {"data": {"corpora": [{"name": "a", "pairs": "a.tsv"}] * 2}},
+            "data.corpora: the name 'a' is given twice",
+        ),
+        (
+            {
+                "data": {
+                    "corpora": [
+                        {"name": "a", "pairs": "a.tsv"},
+                        {"name": "b", "pairs": "b.tsv", "weight": 2},
+                    ],
+                    "temperature": 2.0,
+                }
+            },
+            "data.temperature and the weight of corpus 'b': expected one of them",
+        ),
+        ({"data": {"temperature": 2.0}}, "data.temperature: got 2.0 without several data.corpora"),
         ({"output": {"resume": True, "overwrite": True}}, "expected one of them"),
     ],
 )
 def test_options_that_exclude_each_other(values, message: str) -> None:
     with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
         from_dict(TrainConfig, values)
+
+
+@pytest.mark.parametrize(
+    ("corpora", "message"),
+    [
+        ("3", "data.corpora: got 3, expected a list, each a mapping with keys of name, src, tgt"),
+        ("[3]", "data.corpora[0]: got 3, expected a mapping with keys of name"),
+        ("[{naem: x}]", "data.corpora[0]: unknown key 'naem'; did you mean 'name'?"),
+        ("[{pairs: x.tsv}]", "data.corpora[0]: name: got none, expected a name"),
+        ("[{name: x}]", "data.corpora[0]: corpus 'x': expected files: src and tgt, or pairs"),
+        ("[{name: x, src: a}]", "data.corpora[0]: src has 1 files and tgt 0"),
+        (
+            "[{name: x, pairs: a.tsv}, {name: y, pairs: b.tsv, weight: -1}]",
+            "data.corpora[1]: weight: got -1, expected a number of at least 0.0",
+        ),
+        ("[{name: x, pairs: a.tsv, weight: 0}]", "weight: got 0.0, expected a number above 0"),
+        ("[{name: x, pairs: a.tsv, source_tag: a b}]", "source_tag: got 'a b', expected a text"),
+        ("[{name: x, pairs: a.tsv, target_prefix: <s>}]", "target_prefix: got '<s>', expected"),
+        ("[{name: x, pairs: a.tsv, source_tag: <0x0A>}]", "source_tag: got '<0x0A>', expected"),
+    ],
+)
+def test_wrong_corpora(tmp_path, corpora: str, message: str) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(f"data: {{corpora: {corpora}}}\n")
+    with pytest.raises(ConfigError) as caught:
+        from_yaml(TrainConfig, str(path))
+    assert message in str(caught.value) and str(path) in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_a_list_default_is_not_shared() -> None:

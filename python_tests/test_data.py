@@ -27,7 +27,8 @@ from transformer_ext.data import (
     train_tokenizer,
 )
 from transformer_ext.data.batches import random_order
-from transformer_ext.data.corpus import HeldOut, open_text
+from transformer_ext.data.corpus import HeldOut, open_text, read_chunks
+from transformer_ext.data.dataset import DatasetWriter, IdEncoder, _repeated, encode_pairs
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +158,117 @@ def test_broken_compression(tmp_path, compress, damage) -> None:
     text = text_files(tmp_path, data[:middle] + end, "b\n" * 5000)
     with pytest.raises(CorpusError, match="src: its compressed data are broken"):
         list(read_pairs(text))
+
+
+# Pairs in one file
+
+
+def pairs_file(folder: Path, name: str, content: str | bytes) -> ParallelText:
+    data = content.encode() if isinstance(content, str) else content
+    (folder / name).write_bytes(data)
+    return ParallelText(pairs=(str(folder / name),))
+
+
+@pytest.mark.parametrize(
+    ("name", "pack"),
+    [("a.tsv", bytes), ("a.TSV.gz", gzip.compress), ("a.b.tsv.xz", lzma.compress)],
+)
+def test_tsv(tmp_path, name, pack) -> None:
+    text = pairs_file(tmp_path, name, pack("\ufeffa\tä\r\nb c\td\u2028e\n".encode()))
+    assert list(read_pairs(text)) == [("a", "ä"), ("b c", "d\u2028e")]
+
+
+@pytest.mark.parametrize(
+    ("name", "pack"),
+    [("a.jsonl", bytes), ("a.json", bytes), ("a.jsonl.gz", gzip.compress)],
+)
+def test_json_lines(tmp_path, name, pack) -> None:
+    content = '{"src": "a\\nb", "tgt": "\\u00e4", "id": 3}\n{"tgt": "d", "src": "c"}'
+    text = pairs_file(tmp_path, name, pack(content.encode()))
+    assert list(read_pairs(text)) == [("a b", "ä"), ("c", "d")]
+
+
+def test_json_keys(tmp_path) -> None:
+    content = '{"translation": {"en": "a", "de": "b"}, "x.y": "c"}\n'
+    text = pairs_file(tmp_path, "a.jsonl", content)
+    for keys, expected in (
+        (("translation.en", "translation.de"), ("a", "b")),
+        # A name with a dot of its own comes before what the dot would say.
+        (("x.y", "translation.de"), ("c", "b")),
+    ):
+        assert list(read_pairs(ParallelText(pairs=text.pairs, keys=keys))) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "message"),
+    [
+        ("a.tsv", b"x", "got 1 columns, expected two, source and target"),
+        ("a.tsv", b"", "got an empty line, expected two"),
+        ("a.tsv", b"x\ty\tz", "got 3 columns, expected two"),
+        ("a.tsv", b"x\t ", "empty target"),
+        ("a.tsv", b"\ty", "empty source"),
+        ("a.tsv", b"x\t\xffy", "not UTF-8: byte 0xff at byte 3 of the line"),
+        ("a.jsonl", b"x", "not a JSON object: Expecting value"),
+        ("a.jsonl", b"[1]", "got list, expected an object with the key 'src'"),
+        ("a.jsonl", b'{"src": "x", "target": "y"}', "'tgt' is not there, only 'src', 'target'"),
+        ("a.jsonl", b'{"src": "x", "tgt": 3}', "tgt: got int, expected a text"),
+        ("a.jsonl", b'{"src": "x", "tgt": "\\ud800"}', "tgt: has half a character"),
+        ("a.jsonl", b'{"src": "x", "tgt": ""}', "empty target"),
+    ],
+)
+def test_wrong_lines_in_files_of_pairs(tmp_path, name, line, message) -> None:
+    good = {"a.tsv": b"a\tb", "a.jsonl": b'{"src": "a", "tgt": "b"}'}[name]
+    text = pairs_file(tmp_path, name, good + b"\n" + line + b"\n" + good + b"\n")
+    with pytest.raises(CorpusError) as caught:
+        list(read_pairs(text))
+    assert f"{name}:2: " in str(caught.value) and message in str(caught.value)
+    assert "--bad-lines skip" in str(caught.value)
+    counts = SkippedPairs()
+    assert list(read_pairs(text, "skip", counts)) == [("a", "b"), ("a", "b")]
+    assert (counts.read, counts.used) == (3, 2)
+    assert counts.empty + counts.undecodable + counts.malformed == 1
+
+
+def test_the_first_wrong_line_is_the_one_that_is_named(tmp_path) -> None:
+    for name, content in (
+        ("a.tsv", b"a\tb\n\tb\nx\n\xff\ty\n"),
+        ("b.tsv", b"a\tb\nx\n\tb\n\xff\ty\n"),
+        ("c.tsv", b"a\tb\n\xff\ty\nx\n\tb\n"),
+    ):
+        with pytest.raises(CorpusError, match=f"{name}:2: "):
+            list(read_pairs(pairs_file(tmp_path, name, content)))
+
+
+def test_names_that_tell_no_format(tmp_path) -> None:
+    for name in ("pairs.txt", "tsv", "pairs.tsv.zip"):
+        with pytest.raises(
+            CorpusError, match=r"expected a name that ends in \.tsv, \.jsonl, \.json"
+        ):
+            list(read_pairs(pairs_file(tmp_path, name, "a\tb\n")))
+
+
+def test_the_same_text_in_both_columns(tmp_path) -> None:
+    with pytest.raises(CorpusError, match="source and target are the same text"):
+        list(read_pairs(pairs_file(tmp_path, "a.tsv", "a\ta\nb\tb\n")))
+
+
+def test_pipes_are_refused(tmp_path) -> None:
+    os.mkfifo(tmp_path / "pipe.tsv")
+    with pytest.raises(CorpusError, match="is a pipe or a device, expected a text file"):
+        list(read_pairs(ParallelText(pairs=(str(tmp_path / "pipe.tsv"),))))
+
+
+def test_long_texts_are_read_in_chunks_that_fit_together(tmp_path) -> None:
+    # Lines of very unequal length, so that blocks of the two files end in different places.
+    src = [f"{i} " + "x" * (i % 7) for i in range(30_000)]
+    tgt = [f"{i} " + "long " * (i % 50) for i in range(30_000)]
+    text = text_files(tmp_path, "\n".join(src), "\n".join(tgt) + "\n")
+    chunks = list(read_chunks(text))
+    assert len(chunks) > 5
+    assert [chunk.first for chunk in chunks[1:]] == [
+        chunk.first + chunk.size for chunk in chunks[:-1]
+    ]
+    assert list(read_pairs(text)) == list(zip(src, tgt, strict=True))
 
 
 def test_missing_and_same_files(tmp_path) -> None:
@@ -297,7 +409,159 @@ def test_a_model_without_special_pieces_gets_ids_for_them(tmp_path, pairs) -> No
     assert own.pieces([own.pad_id, own.bos_id, own.eos_id]) == ["<pad>", "<s>", "</s>"]
 
 
+# Tags
+
+
+@pytest.fixture(scope="module", params=["bpe", "unigram"])
+def tagged(request, tmp_path_factory, pairs) -> Tokenizer:
+    path = tmp_path_factory.mktemp("tagged") / "tokenizer.model"
+    tags = ["<2de>", "<2de>>", ">>fr<<", "[x]"]
+    data, _ = train_tokenizer(
+        (src for src, _ in pairs), vocab_size=700, kind=request.param, tags=tags
+    )
+    path.write_bytes(data)
+    return Tokenizer(path, None, tags[:3], ["[x]"])
+
+
+def test_a_tag_at_the_beginning_is_one_token(tagged) -> None:
+    plain = tagged.encode("the cell <2de>")
+    for tag in ("<2de>", "<2de>>", ">>fr<<", "[x]"):
+        for text in (f"{tag} the cell <2de>", f"{tag}the cell <2de>"):
+            ids = tagged.encode(text)
+            assert tagged.piece(ids[0]) == tag
+            assert ids[1:] == plain
+            assert tagged.encode_batch([text, "the cell <2de>"]) == [ids, plain]
+            # It is not shown.
+            assert tagged.decode(ids) == "the cell <2de>"
+            assert tagged.decode([tagged.bos_id, *ids, tagged.eos_id]) == "the cell <2de>"
+    # Within a text a tag is text.
+    assert not tagged.tag_ids & set(plain)
+    assert tagged.encode("<2de>") == [next(i for i in tagged.tag_ids if tagged.piece(i) == "<2de>")]
+    assert tagged.source_tags == ("<2de>", "<2de>>", ">>fr<<")
+    assert tagged.target_prefixes == ("[x]",)
+    copy = pickle.loads(pickle.dumps(tagged))
+    assert copy.encode("[x] a") == tagged.encode("[x] a")
+
+
+def test_tags_must_be_pieces(tokenizer) -> None:
+    for tag in ("<2de>", "<unk>", "</s>"):
+        with pytest.raises(
+            TokenizerError, match=f"the tag '{tag}' is not a piece of this tokenizer"
+        ):
+            Tokenizer(tokenizer.path, None, [tag])
+
+
 # Data set
+
+
+_ODD_TEXTS = [
+    " a  b ", "", " ", "a\u2581b c", "\u2581", "a\tb", "\u3000a \u3000 b", "x" * 60 + " y", "a " * 40,
+    "日本語 テキスト", "e\u0301 é", "\u00a0a b", "🙂🙂 🙂", "\x00 \x01a", "<2de> a <2de>", "<s> </s>",
+]  # fmt: skip
+
+
+def test_words_are_remembered_without_a_difference(tokenizer, pairs) -> None:
+    # Real text and odd text, also with a memory so small that it is emptied all the time.
+    texts = [text for pair in pairs for text in pair]
+    texts += _ODD_TEXTS + [" ".join(_ODD_TEXTS[i::3]) for i in range(3)]
+    for most in (1 << 18, 50):
+        fast = IdEncoder(tokenizer, with_eos=True, by_words=True)
+        fast._MOST_WORDS = most
+        for _ in range(2):
+            ids, lengths = fast.encode(texts)
+            expected = [[*row, tokenizer.eos_id] for row in tokenizer.encode_batch(texts)]
+            assert lengths.tolist() == [len(row) for row in expected]
+            assert np.frombuffer(ids, "<u2").tolist() == [id for row in expected for id in row]
+        assert len(fast._words) <= max(most, 100)
+
+
+@pytest.mark.parametrize("by_words", [False, True])
+def test_encoded_tags(tagged, by_words) -> None:
+    if by_words and "unigram" in str(tagged.path):
+        return
+    texts = ["the cell", "<2de> a", "a <2de> b", ""]
+    for tag, expected in (
+        ("", texts),
+        ("[x]", [f"[x] {text}" for text in texts]),
+        ("<2de>", [f"<2de> {text}" for text in texts]),
+    ):
+        ids, lengths = IdEncoder(tagged, by_words=by_words).encode(texts, tag)
+        rows = np.split(np.frombuffer(ids, "<u2"), np.cumsum(lengths)[:-1])
+        assert [row.tolist() for row in rows] == [tagged.encode(text) for text in expected]
+
+
+def test_several_corpora_and_filters(tmp_path, tokenizer, pairs) -> None:
+    encoders = IdEncoder(tokenizer, with_eos=True), IdEncoder(tokenizer)
+    writer = DatasetWriter(tmp_path, tokenizer, tokenizer)
+    parts = {
+        "first": [*pairs[:50], ("Same", "Same"), pairs[3], ("Same", "Same")],
+        "second": [pairs[5], *pairs[60:90], pairs[60], ("same", "same")],
+    }
+    for name, some in parts.items():
+        counts = writer.begin(name)
+        counts.read = len(some)
+        for begin in range(0, len(some), 20):
+            src, tgt = zip(*some[begin : begin + 20], strict=True)
+            writer.add(encode_pairs(src, tgt, *encoders))
+    writer.finish()
+    whole = ParallelDataset(tmp_path)
+    assert [(c.name, c.begin, c.end) for c in whole.corpora] == [
+        ("first", 0, 53),
+        ("second", 53, 86),
+    ]
+    assert [c.skipped.repeated for c in whole.corpora] == [2, 2]
+    assert [c.skipped.identical for c in whole.corpora] == [2, 1]
+    assert whole.skipped.describe() == (
+        "86 pairs; 4 of them are duplicates; 3 of them are the same on both sides"
+    )
+    rest = whole.filtered(10_000, duplicates="drop", identical="drop")
+    assert [(c.name, c.begin, c.end) for c in rest.corpora] == [
+        ("first", 0, 50),
+        ("second", 50, 80),
+    ]
+    assert rest.skipped.describe() == "80 pairs of 86 (3 duplicates, 3 the same on both sides)"
+    for index, (src, tgt) in enumerate(pairs[:50] + pairs[60:90]):
+        source, target = rest.example(index)
+        assert tokenizer.decode(source) == src and tokenizer.decode(target) == tgt
+    # A second filter on top, and the names of corpora that are left.
+    short = rest.filtered(30)
+    for rows in short.corpora:
+        assert 0 < len(rows) < 50
+        assert rows.skipped.used == len(rows)
+    assert short.corpora[1].end == len(short) and short.corpora[1].begin == short.corpora[0].end
+    # With the shortest pair of one corpus as the limit, nothing of the other is left.
+    lengths = np.maximum(rest.source_lengths, rest.target_lengths)
+    shortest = [int(lengths[:50].min()), int(lengths[50:].min())]
+    assert shortest[0] != shortest[1]
+    empty = ("50 pairs of corpus 'first'", "30 pairs of corpus 'second'")[int(np.argmax(shortest))]
+    with pytest.raises(CorpusError, match=f"none of {empty} is left"):
+        rest.filtered(min(shortest))
+
+
+def test_duplicates_among_many(tmp_path, monkeypatch) -> None:
+    import transformer_ext.data.dataset as module
+
+    generator = np.random.default_rng(0)
+    hashes = generator.integers(0, 1 << 63, 4000, dtype=np.uint64) * np.uint64(2)
+    hashes = hashes[generator.integers(0, 4000, 10_000)]
+    (tmp_path / "hashes").write_bytes(hashes.tobytes())
+    seen: set[int] = set()
+    expected = [h in seen or seen.add(h) is not None for h in hashes.tolist()]
+    for size in (1 << 22, 100, 4096):
+        monkeypatch.setattr(module, "_SORTED_PAIRS", size)
+        assert _repeated(tmp_path / "hashes", 10_000).tolist() == expected
+
+
+def test_altered_datasets_are_found(tmp_path, dataset) -> None:
+    dataset.verify()
+    for name in ("source.ids", "target.offsets", "flags"):
+        copy = tmp_path / name
+        shutil.copytree(dataset.folder, copy)
+        data = bytearray((copy / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (copy / name).write_bytes(data)
+        with pytest.raises(CorpusError, match=f"{name}: was altered after it was written"):
+            ParallelDataset(copy).verify()
 
 
 def test_dataset_holds_the_text(dataset, pairs, tokenizer) -> None:

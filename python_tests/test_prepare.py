@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from transformer_ext import prepare
-from transformer_ext.config import DataConfig, TrainConfig, to_commented_yaml
+from transformer_ext.config import CorpusConfig, DataConfig, TrainConfig, to_commented_yaml
 from transformer_ext.data import CorpusError, TokenizerError, read_pairs, shipped_corpus
 from transformer_ext.data.preparation import cache_folder, default_vocab_size, prepare_data
 
@@ -38,7 +39,7 @@ def own(tmp_path, pairs) -> DataConfig:
 
 def folders(config: DataConfig) -> list[str]:
     names = os.listdir(cache_folder(config))
-    return sorted(name for name in names if not name.endswith(".lock"))
+    return sorted(name for name in names if not name.endswith(".lock") and name != "digests")
 
 
 def test_own_text_without_validation_files(own, pairs) -> None:
@@ -205,6 +206,123 @@ def test_processes_that_prepare_the_same_text_at_the_same_time(own) -> None:
     # One of them did the work, the others waited.
     assert sum("training the tokenizer" in output for output in outputs) == 1
     assert len(folders(own)) == 4
+
+
+# Several corpora
+
+
+def write_pairs(folder: Path, name: str, pairs: list[tuple[str, str]]) -> str:
+    path = folder / name
+    with open(path, "w", encoding="utf-8") as file:
+        for src, tgt in pairs:
+            if name.endswith(".tsv"):
+                file.write(f"{src}\t{tgt}\n")
+            else:
+                file.write(json.dumps({"translation": {"en": src, "de": tgt}}) + "\n")
+    return str(path)
+
+
+@pytest.fixture
+def several(tmp_path, pairs) -> DataConfig:
+    """Three corpora in three formats, two with tags."""
+    src, tgt = write_text(tmp_path, "a", pairs[:800])
+    tsv = write_pairs(tmp_path, "b.tsv", [(tgt, src) for src, tgt in pairs[800:1000]])
+    jsonl = write_pairs(tmp_path, "c.jsonl", pairs[1000:])
+    return DataConfig(
+        corpora=[
+            CorpusConfig("a", [src], [tgt], source_tag="<2de>", target_prefix="[de]"),
+            CorpusConfig("b", pairs=[tsv], source_tag="<2en>", weight=2.5),
+            CorpusConfig("c", pairs=[jsonl]),
+        ],
+        pair_keys=("translation.en", "translation.de"),
+        vocab_size=700,
+        cache=str(tmp_path / "cache"),
+    )
+
+
+def test_several_corpora(several, pairs) -> None:
+    data = prepare_data(several)
+    rows = data.train.corpora
+    assert [entry.name for entry in rows] == ["a", "b", "c"]
+    assert [entry.begin for entry in rows[1:]] == [entry.end for entry in rows[:-1]]
+    assert rows[2].end == len(data.train) == 1485
+    assert data.corpus_weights == [1.0, 2.5, 1.0]
+    assert data.source_tokenizer.source_tags == ("<2de>", "<2en>")
+    assert data.target_tokenizer.target_prefixes == ("[de]",)
+    for entry, source_tag, target_prefix in zip(
+        rows, ("<2de>", "<2en>", None), ("[de]", None, None), strict=True
+    ):
+        for index in (entry.begin, entry.end - 1):
+            source, target = data.train.example(index)
+            for ids, tag in ((source, source_tag), (target, target_prefix)):
+                assert not data.source_tokenizer.tag_ids & set(ids[1:].tolist())
+                found = data.source_tokenizer.piece(int(ids[0]))
+                assert found == tag if tag else int(ids[0]) not in data.source_tokenizer.tag_ids
+    # Held-out pairs have their tags, but the reference of BLEU has not.
+    assert data.dev_set is not None and len(data.dev) == len(data.dev_set) == 15
+    texts = set(pairs) | {(tgt, src) for src, tgt in pairs}
+    tagged = 0
+    for index, (src, tgt) in enumerate(data.dev):
+        ids, plain = data.source_tokenizer.split_tag(src)
+        assert (plain, tgt) in texts
+        source, target = data.dev_set.example(index)
+        assert source.tolist() == [*data.source_tokenizer.encode(src), data.source_tokenizer.eos_id]
+        prefix = data.target_tokenizer.encode("[de]") if src.startswith("<2de>") else []
+        assert target.tolist() == prefix + data.target_tokenizer.encode(tgt)
+        tagged += bool(ids)
+    assert 5 <= tagged < 15
+    text = "\n".join(data.messages)
+    assert "corpus b: " in text and "; each 2.5 times an epoch; tag <2en>" in text
+
+
+def test_weights_need_no_new_ids(several) -> None:
+    first = prepare_data(several)
+    before = folders(several)
+    several.corpora[1].weight = None
+    several.temperature = 5.0
+    second = prepare_data(several)
+    assert folders(several) == before
+    sizes = [len(rows) for rows in second.train.corpora]
+    counts = [weight * size for weight, size in zip(second.corpus_weights, sizes, strict=True)]
+    assert sum(counts) == pytest.approx(sum(sizes))
+    for count, size in zip(counts, sizes, strict=True):
+        assert count / counts[0] == pytest.approx((size / sizes[0]) ** 0.2)
+    assert first.train.folder == second.train.folder
+    several.temperature = 1.0
+    assert prepare_data(several).corpus_weights == pytest.approx([1.0, 1.0, 1.0])
+
+
+def test_corpora_without_a_usable_pair(several, tmp_path) -> None:
+    several.corpora[2].pairs = [write_pairs(tmp_path, "empty.tsv", [])]
+    with pytest.raises(CorpusError, match="corpus 'c' has no usable sentence pair"):
+        prepare_data(several)
+    several.corpora[2].pairs = ["nowhere.tsv"]
+    with pytest.raises(CorpusError, match=r"nowhere\.tsv: no such file"):
+        prepare_data(several)
+
+
+def test_a_tokenizer_of_ones_own_must_know_the_tags(several) -> None:
+    plain = prepare_data(DataConfig(vocab_size=400, cache=several.cache, **{
+        "pairs_train": several.corpora[1].pairs}))  # fmt: skip
+    several.tokenizer = str(plain.source_tokenizer.path)
+    with pytest.raises(TokenizerError, match=r"the tag '<2de>' is not a piece of this tokenizer"):
+        prepare_data(several)
+    several.tokenizer = None
+    several.tokenizer = str(prepare_data(several).source_tokenizer.path)
+    data = prepare_data(several)
+    assert data.source_tokenizer.piece(int(data.train.example(0)[0][0])) == "<2de>"
+
+
+def test_duplicates_and_identical_pairs_are_left_out_by_option(own, pairs) -> None:
+    write_text(Path(own.src_train[0]).parent, "train", [*pairs, *pairs[:9], ("Esc", "Esc")])
+    first = prepare_data(own)
+    assert "9 of them are duplicates; 1 of them are the same on both sides" in first.messages[0]
+    before = folders(own)
+    own.duplicates = own.identical = "drop"
+    second = prepare_data(own)
+    assert folders(own) == before
+    assert "9 duplicates, 1 the same on both sides" in second.messages[0]
+    assert len(second.train) == len(first.train) - 10
 
 
 def test_default_vocabulary_grows_with_the_text() -> None:

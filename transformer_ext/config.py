@@ -8,6 +8,7 @@ themselves)::
         max_steps: int | None = option(None, help="optimizer steps", unit="steps", minimum=1)
 
 The field is ``--max-steps 4000`` on the command line, ``training: {max_steps: 4000}`` in YAML.
+A field may also be a list of dataclasses; such a list is given in YAML only, a mapping for each.
 The command line wins over the YAML file, the file over the defaults. A field of an optional type
 whose value is None is left to the program (its help says how it is then chosen); ``auto`` on the
 command line or ``null`` in YAML asks for that again.
@@ -98,7 +99,7 @@ class Option:
     Attributes:
         group: name of the group, empty at the top.
         name: field name.
-        kind: the plain type: bool, int, float or str.
+        kind: the plain type: bool, int, float or str; or, for a list in YAML only, a dataclass.
         optional: whether None is allowed.
         length: 0 for a single value, -1 for a list, n for a tuple of n values.
         default: value where none is given; None too where ``partial``.
@@ -130,9 +131,17 @@ class Option:
         """The name on the command line."""
         return "--" + self.name.replace("_", "-")
 
+    @property
+    def records(self) -> bool:
+        """Whether it is a list of dataclasses, which only a YAML file can give."""
+        return dataclasses.is_dataclass(self.kind)
+
     def expected(self, absent: str = "null") -> str:
         """What a value has to be, in words; ``absent`` stands for None."""
-        if self.choices:
+        if self.records:
+            names = ", ".join(field.name for field in dataclasses.fields(self.kind))
+            text = f"a mapping with keys of {names}"
+        elif self.choices:
             text = "one of " + ", ".join(self.choices)
         else:
             text = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}[
@@ -176,6 +185,10 @@ class Option:
         """
         if value is None and self.optional:
             return None
+        if self.records:
+            if not isinstance(value, (list, tuple)):
+                self._refuse(value, where)
+            return [self._check_record(item, number, where) for number, item in enumerate(value)]
         if self.length:
             values = [value] if self.length < 0 and isinstance(value, str) else value
             wrong = not isinstance(values, (list, tuple))
@@ -184,6 +197,20 @@ class Option:
             checked = [self._check_one(item, value, where) for item in values]
             return checked if self.length < 0 else tuple(checked)
         return self._check_one(value, value, where)
+
+    def _check_record(self, value: Any, number: int, where: str) -> Any:
+        if isinstance(value, self.kind):
+            return value
+        prefix = f"{where}: " if where else ""
+        place = f"{prefix}{self.key}[{number}]: "
+        if not isinstance(value, Mapping):
+            raise ConfigError(
+                f"{place}got {value!r}, expected {self.expected().removeprefix('a list, each ')}"
+            )
+        try:
+            return from_dict(self.kind, value)
+        except ConfigError as error:
+            raise ConfigError(f"{place}{error}") from None
 
     def parse(self, text: str) -> Any:
         """One value of the command line.
@@ -268,7 +295,9 @@ def _own_docstring_help(cls: type) -> dict[str, str]:
     return {name: text.replace("``", "").strip().rstrip(".") for name, text in texts.items()}
 
 
-def _plain_type(hint: Any, where: str) -> tuple[type, bool, int, tuple[str, ...]]:
+def _plain_type(
+    hint: Any, where: str, in_list: bool = False
+) -> tuple[type, bool, int, tuple[str, ...]]:
     """(kind, optional, length, choices) of an annotation."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType) and type(None) in args and len(args) == 2:
@@ -278,7 +307,7 @@ def _plain_type(hint: Any, where: str) -> tuple[type, bool, int, tuple[str, ...]
     if origin is Literal:
         return str, False, 0, args
     if origin is list:
-        kind, _, _, choices = _plain_type(args[0], where)
+        kind, _, _, choices = _plain_type(args[0], where, in_list=True)
         return kind, False, -1, choices
     if origin is tuple and len(args) == 2 and args[1] is Ellipsis:
         kind, _, _, choices = _plain_type(args[0], where)
@@ -287,6 +316,8 @@ def _plain_type(hint: Any, where: str) -> tuple[type, bool, int, tuple[str, ...]
         kind, _, _, choices = _plain_type(args[0], where)
         return kind, False, len(args), choices
     if hint in (bool, int, float, str):
+        return hint, False, 0, ()
+    if in_list and dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return hint, False, 0, ()
     raise TypeError(f"{where}: an option cannot have the type {hint!r}")
 
@@ -498,6 +529,13 @@ def to_commented_yaml(config: Any) -> str:
             )
             if entry.partial and entry.name not in group_values:
                 lines.append(f"{indent}# {entry.name}: {scalar(entry.default)}")
+            elif entry.records and group_values[entry.name]:
+                lines.append(f"{indent}{entry.name}:")
+                for record in group_values[entry.name]:
+                    lines += [
+                        f"{indent}{'  - ' if number == 0 else '    '}{key}: {scalar(value)}"
+                        for number, (key, value) in enumerate(record.items())
+                    ]
             else:
                 lines.append(f"{indent}{entry.name}: {scalar(group_values[entry.name])}")
     return "\n".join(lines) + "\n"
@@ -511,6 +549,8 @@ def add_arguments(parser: argparse.ArgumentParser, cls: type) -> None:
     for name, (text, found) in _groups(cls).items():
         section = parser.add_argument_group(name or "general", text or None)
         for entry in found:
+            if entry.records:
+                continue
             help = entry.description().replace("%", "%%")
             keywords: dict[str, Any] = {"dest": _dest(entry), "default": argparse.SUPPRESS}
             if entry.kind is bool:
@@ -681,6 +721,68 @@ FROM_PRESET = "follows from the preset"
 FROM_DATA = "follows from the data"
 
 
+#: What a tag may not be: pieces that a tokenizer has for itself.
+_OWN_PIECES = ("<pad>", "<unk>", "<s>", "</s>")
+
+
+@dataclass
+class CorpusConfig:
+    """One of several corpora to train on, in the YAML file's ``data.corpora``."""
+
+    name: str = option("", help="what it is called in reports")
+    src: list[str] = option([], help="files of the source side, plain, .gz or .xz")
+    tgt: list[str] = option([], help="files of the target side, as many")
+    pairs: list[str] = option(
+        [], help="files with both sides: .tsv, .jsonl or .json, also .gz, .xz"
+    )
+    weight: float | None = option(
+        None,
+        help="how many times an epoch has each pair: 2 is twice, 0.5 half of the pairs, others in "
+        "the next epoch",
+        minimum=0.0,
+        auto="1",
+    )
+    source_tag: str | None = option(
+        None, help="a token before each source sentence, such as <2de>", auto="none"
+    )
+    target_prefix: str | None = option(
+        None, help="a token before each target sentence, such as <de>", auto="none"
+    )
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ConfigError("name: got none, expected a name for reports")
+        check_sides("", self.src, self.tgt)
+        if not self.src and not self.pairs:
+            raise ConfigError(f"corpus {self.name!r}: expected files: src and tgt, or pairs")
+        if self.weight == 0:
+            raise ConfigError("weight: got 0.0, expected a number above 0; or leave the corpus out")
+        for key in ("source_tag", "target_prefix"):
+            tag = getattr(self, key)
+            if tag is None:
+                continue
+            wrong = (
+                not tag
+                or any(character.isspace() or character in ",\u2581" for character in tag)
+                or tag in _OWN_PIECES
+                or re.fullmatch("<0x[0-9A-Fa-f]{2}>", tag)
+            )
+            if wrong:
+                raise ConfigError(
+                    f"{key}: got {tag!r}, expected a text without spaces and commas, such as <2de>, "
+                    f"and none of {', '.join(_OWN_PIECES)} or a byte such as <0x0A>"
+                )
+
+
+def check_sides(key: str, src: Sequence[str], tgt: Sequence[str]) -> None:
+    """Refuse unequal numbers of files; ``key`` is ``data.{}_train``, or empty."""
+    if len(src) != len(tgt):
+        names = [key.format(side) if key else side for side in ("src", "tgt")]
+        raise ConfigError(
+            f"{names[0]} has {len(src)} files and {names[1]} {len(tgt)}, expected as many of each"
+        )
+
+
 @dataclass
 class DataConfig:
     """The text, how it is cut into tokens, and which sentence pairs are used."""
@@ -697,6 +799,31 @@ class DataConfig:
     tgt_dev: list[str] = option([], help="target side of the text for validation")
     src_test: list[str] = option([], help="source side of the text for the final BLEU")
     tgt_test: list[str] = option([], help="target side of the text for the final BLEU")
+    pairs_train: list[str] = option(
+        [],
+        help="training text with both sides in a file: .tsv (source, tab, target), or .jsonl or "
+        ".json (an object a line), also .gz and .xz",
+    )
+    pairs_dev: list[str] = option([], help="such files for validation")
+    pairs_test: list[str] = option([], help="such files for the final BLEU")
+    pair_keys: tuple[str, str] = option(
+        ("src", "tgt"),
+        help="where the source and the target stand in the objects of JSON files; a dot goes into "
+        "an object in it, as in translation.en",
+    )
+    corpora: list[CorpusConfig] = option(
+        [],
+        help="several corpora to train on instead of --src-train and --pairs-train, each a mapping "
+        "with keys of name, src, tgt, pairs, weight, source_tag, target_prefix (in a YAML file "
+        "only)",
+    )
+    temperature: float | None = option(
+        None,
+        help="draw from a corpus of n pairs in proportion to n^(1/temperature) instead of n: above "
+        "1 small corpora come more often",
+        minimum=0.01,
+        auto="each pair once an epoch, or as the weights say",
+    )
     held_out: float = option(
         0.01,
         help="part of the training pairs held out for validation where no dev files are given, "
@@ -721,6 +848,12 @@ class DataConfig:
         "skipped and counted",
         minimum=1.0,
         auto="no limit",
+    )
+    duplicates: Literal["keep", "drop"] = option(
+        "keep", help="what to do with training pairs that were there before, letter for letter"
+    )
+    identical: Literal["keep", "drop"] = option(
+        "keep", help="what to do with training pairs of the same text on both sides"
     )
     tokenizer_type: Literal["bpe", "unigram"] = option(
         "bpe", help="kind of SentencePiece model to train"
@@ -752,17 +885,45 @@ class DataConfig:
         help="folder for token ids, kept from run to run",
         auto="$TRANSFORMER_EXT_CACHE, else ~/.cache/transformer_ext",
     )
+    prepare_workers: int | None = option(
+        None,
+        help="processes that turn text into token ids; 0 does it in this one; the result is the "
+        "same",
+        minimum=0,
+        maximum=256,
+        auto="as many as CPUs may be used, none for little text",
+    )
+
+    @property
+    def shipped(self) -> bool:
+        """Whether no text is named, so that the shipped one is meant."""
+        return not (self.src_train or self.pairs_train or self.corpora)
 
     def __post_init__(self) -> None:
         for name in ("train", "dev", "test"):
-            src, tgt = getattr(self, f"src_{name}"), getattr(self, f"tgt_{name}")
-            if len(src) != len(tgt):
-                raise ConfigError(
-                    f"data.src_{name} has {len(src)} files and data.tgt_{name} {len(tgt)}, "
-                    "expected as many of each"
-                )
-        if (self.src_dev or self.src_test) and not self.src_train:
+            key = "data.{}_" + name
+            check_sides(key, getattr(self, f"src_{name}"), getattr(self, f"tgt_{name}"))
+        others = (*self.src_dev, *self.src_test, *self.pairs_dev, *self.pairs_test)
+        if others and self.shipped:
             raise ConfigError("data.src_train: got no file, expected one beside dev or test files")
+        if self.corpora and (self.src_train or self.pairs_train):
+            given = "src_train" if self.src_train else "pairs_train"
+            raise ConfigError(f"data.corpora and data.{given}: expected one of them")
+        names = [corpus.name for corpus in self.corpora]
+        if len(set(names)) != len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ConfigError(f"data.corpora: the name {twice!r} is given twice")
+        if self.temperature is not None:
+            weighted = next((c.name for c in self.corpora if c.weight is not None), None)
+            if weighted is not None:
+                raise ConfigError(
+                    f"data.temperature and the weight of corpus {weighted!r}: expected one of them"
+                )
+            if len(self.corpora) < 2:
+                raise ConfigError(
+                    f"data.temperature: got {self.temperature} without several data.corpora, "
+                    "between which it chooses"
+                )
         if (self.src_tokenizer is None) != (self.tgt_tokenizer is None):
             raise ConfigError("data.src_tokenizer and data.tgt_tokenizer: expected both or neither")
         if self.tokenizer is not None and self.src_tokenizer is not None:

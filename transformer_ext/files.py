@@ -19,6 +19,9 @@ A tokenizer with a vocabulary (``Tokenizer`` in ``transformer_ext/data/tokenizer
 is) has it in ``vocabulary.json``, or in ``source.vocabulary.json`` and ``target.vocabulary.json``;
 ``tokenizer`` then has the keys ``source_vocabulary`` and ``target_vocabulary`` too.
 
+Where texts may begin with tags, ``tokenizer`` has the lists ``source_tags`` (what a source text may
+begin with) and ``target_prefixes`` (the same of a target text); each is a piece.
+
 The hash is also in the header of ``model.safetensors``, so that weights cannot be used with the
 tokenizer of another model.
 """
@@ -735,11 +738,13 @@ def write_model_files(
     )
 
 
-def _write_tokenizers(folder: Path, source: Tokenizer, target: Tokenizer) -> dict[str, str]:
-    """Write their files; returns the names of these, as ``config.json`` has them."""
+def _write_tokenizers(folder: Path, source: Tokenizer, target: Tokenizer) -> dict[str, Any]:
+    """Write their files; returns the names of these, and the tags, as ``config.json`` has them."""
     tokenizers = {"source": source, "target": target}
     shared = source.sha256 == target.sha256
-    entry = {side: "tokenizer.model" if shared else f"{side}.model" for side in tokenizers}
+    entry: dict[str, Any] = {
+        side: "tokenizer.model" if shared else f"{side}.model" for side in tokenizers
+    }
     for side, tokenizer in tokenizers.items():
         atomic_write(folder / entry[side], tokenizer.path.read_bytes())
     vocabularies = {
@@ -752,6 +757,12 @@ def _write_tokenizers(folder: Path, source: Tokenizer, target: Tokenizer) -> dic
         name = "vocabulary.json" if one else f"{side}.vocabulary.json"
         entry[f"{side}_vocabulary"] = name
         atomic_write(folder / name, content)
+    for key, tags in (
+        ("source_tags", source.given_source_tags),
+        ("target_prefixes", target.target_prefixes),
+    ):
+        if tags:
+            entry[key] = list(tags)
     return entry
 
 
@@ -912,9 +923,20 @@ def _load_tokenizers(path: Path, entry: Mapping[str, Any]) -> tuple[Tokenizer, T
                 )
         found = [path / entry[key] for key in names]
         files.append((found[0], found[1] if len(found) == 2 else None))
+    tags = []
+    for key in ("source_tags", "target_prefixes"):
+        value = entry.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(tag, str) and tag for tag in value):
+            raise FileError(
+                f"{path / CONFIG_FILE}: tokenizer.{key}: got {reprlib.repr(value)}, expected a list "
+                "of texts"
+            )
+        tags.append(value)
     try:
-        source = Tokenizer(*files[0])
-        target = source if files[0] == files[1] else Tokenizer(*files[1])
+        if files[0] == files[1]:
+            source = target = Tokenizer(*files[0], *tags)
+        else:
+            source, target = Tokenizer(*files[0], tags[0]), Tokenizer(*files[1], (), tags[1])
     except TokenizerError as error:
         raise FileError(str(error)) from None
     if entry.get("sha256") != _tokenizer_hash(source, target):

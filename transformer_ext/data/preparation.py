@@ -11,35 +11,63 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformer_ext.config import DataConfig
 from transformer_ext.data.corpus import (
+    BadLines,
+    Chunk,
     Corpus,
     CorpusError,
+    CorpusPart,
     HeldOut,
+    HeldOutChoice,
     ParallelText,
+    SameTextCheck,
     SkippedPairs,
     file_digest,
+    pairs_format,
+    parse,
+    read_chunks,
     read_pairs,
     shipped_corpus,
+    text_hash,
 )
-from transformer_ext.data.dataset import DATASET_VERSION, ParallelDataset, build_dataset
-from transformer_ext.data.tokenizer import Tokenizer, train_tokenizer
-from transformer_ext.files import FileError, atomic_directory
+from transformer_ext.data.dataset import (
+    DATASET_VERSION,
+    Block,
+    DatasetWriter,
+    IdEncoder,
+    ParallelDataset,
+    build_dataset,
+    encode_pairs,
+)
+from transformer_ext.data.progress import Progress
+from transformer_ext.data.tokenizer import Tokenizer, train_tokenizer, usable_cpus
+from transformer_ext.data.workers import Workers
+from transformer_ext.files import FileError, atomic_directory, atomic_write
 
 CACHE_VARIABLE = "TRANSFORMER_EXT_CACHE"
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 
 # A SentencePiece trainer holds its text in memory; more than this changes the pieces little.
 TOKENIZER_PAIRS = 500_000
+
+# Below so many bytes of text, starting processes takes longer than the work.
+_LITTLE_TEXT = 4 << 20
+# The digest of a file below this size is computed each time; it takes some milliseconds.
+_SMALL_FILE = 16 << 20
+# A file that was changed in the last seconds may change again without a new time stamp.
+_SETTLED_SECONDS = 3
+# A data set up to this size is compared with its checksums whenever it is opened.
+_CHEAP_CHECK = 16 << 20
 
 
 def cache_folder(config: DataConfig) -> Path:
@@ -103,6 +131,40 @@ def cached(folder: Path, kind: str, key: dict[str, Any], build: Callable[[Path],
     return path
 
 
+def cached_digest(path: str, cache: Path) -> str:
+    """SHA-256 of a file's bytes; that of a large file is remembered while the file is not touched.
+
+    Raises:
+        CorpusError: it cannot be read.
+    """
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise CorpusError(f"{path}: cannot be read: {error.strerror}") from None
+    if status.st_size < _SMALL_FILE:
+        return file_digest(path)
+    # The time of change, too: that of modification can be set to any value.
+    name = os.path.realpath(path)
+    key = [
+        name,
+        status.st_size,
+        status.st_mtime_ns,
+        status.st_ctime_ns,
+        status.st_ino,
+    ]
+    note = cache / "digests" / f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:24]}.json"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        values = json.loads(note.read_text(encoding="utf-8"))
+        if values["key"] == key:
+            return str(values["sha256"])
+    digest = file_digest(path)
+    newest = max(status.st_mtime_ns, status.st_ctime_ns) / 1e9
+    if time.time() - newest > _SETTLED_SECONDS and os.stat(path).st_ctime_ns == status.st_ctime_ns:
+        with contextlib.suppress(OSError):
+            atomic_write(note, json.dumps({"key": key, "sha256": digest}))
+    return digest
+
+
 @dataclass
 class PreparedData:
     """All that training needs to know of the data.
@@ -112,9 +174,12 @@ class PreparedData:
         train: pairs to train on.
         source_tokenizer: of the source language.
         target_tokenizer: of the target language; the same object if there is one for both.
-        dev: sentence pairs for validation, as text; empty if there are none.
-        test: sentence pairs for the final test, as text; empty if there are none.
-        dev_set: ``dev`` as token ids; None if there are none.
+        dev: sentence pairs for validation, as text; empty if there are none. Source texts begin
+            with their tags, target texts do not.
+        test: sentence pairs for the final test, likewise.
+        dev_set: ``dev`` as token ids, target tags included; None if there are none.
+        corpus_weights: for each of ``train.corpora``, how many times an epoch has each of its
+            pairs.
         messages: what a person should know, one line each.
     """
 
@@ -125,28 +190,80 @@ class PreparedData:
     dev: list[tuple[str, str]]
     test: list[tuple[str, str]]
     dev_set: ParallelDataset | None
+    corpus_weights: list[float] = field(default_factory=list)
     messages: list[str] = field(default_factory=list)
 
 
 def chosen_corpus(config: DataConfig) -> Corpus:
     """The files named in the options, or the shipped corpus if none are.
 
+    Where there are several corpora, ``train`` has the files of all; see :func:`chosen_parts`.
+
     Raises:
         CorpusError: a file is missing, or the same on both sides.
     """
-    if not config.src_train:
+    if config.shipped:
         return shipped_corpus()
-    parts = [
-        ParallelText(tuple(src), tuple(tgt))
-        for src, tgt in (
-            (config.src_train, config.tgt_train),
-            (config.src_dev, config.tgt_dev),
-            (config.src_test, config.tgt_test),
+
+    def text(part: str) -> ParallelText:
+        return ParallelText(
+            tuple(getattr(config, f"src_{part}")),
+            tuple(getattr(config, f"tgt_{part}")),
+            tuple(getattr(config, f"pairs_{part}")),
+            config.pair_keys,
         )
-    ]
-    for part in parts:
+
+    train = text("train")
+    if config.corpora:
+        name = " + ".join(corpus.name for corpus in config.corpora)
+        train = ParallelText(
+            tuple(path for corpus in config.corpora for path in corpus.src),
+            tuple(path for corpus in config.corpora for path in corpus.tgt),
+            tuple(path for corpus in config.corpora for path in corpus.pairs),
+            config.pair_keys,
+        )
+    else:
+        name = Path(train.paths[0]).name
+    corpus = Corpus(name, train, text("dev"), text("test"))
+    for part in (corpus.train, corpus.dev, corpus.test):
         part.check_files()
-    return Corpus(Path(config.src_train[0]).name, *parts)
+    return corpus
+
+
+def chosen_parts(config: DataConfig, corpus: Corpus) -> list[CorpusPart]:
+    """The corpora that the text to train on consists of, in order."""
+    if not config.corpora:
+        return [CorpusPart(corpus.name, corpus.train)]
+    return [
+        CorpusPart(
+            part.name,
+            ParallelText(tuple(part.src), tuple(part.tgt), tuple(part.pairs), config.pair_keys),
+            part.weight,
+            part.source_tag or "",
+            part.target_prefix or "",
+        )
+        for part in config.corpora
+    ]
+
+
+def corpus_weights(
+    parts: Sequence[CorpusPart], sizes: Sequence[int], temperature: float | None
+) -> list[float]:
+    """How many times an epoch has each pair of each corpus.
+
+    Args:
+        parts: the corpora.
+        sizes: their numbers of pairs.
+        temperature: shares in proportion to ``size ** (1 / temperature)`` in an epoch of as many
+            pairs as there are; None: the weights of the corpora.
+    """
+    if temperature is None:
+        return [1.0 if part.weight is None else part.weight for part in parts]
+    largest = max(sizes)
+    shares = [(size / largest) ** (1 / temperature) for size in sizes]
+    return [
+        sum(sizes) * share / (sum(shares) * size) for share, size in zip(shares, sizes, strict=True)
+    ]
 
 
 def default_vocab_size(pairs: int) -> int:
@@ -155,6 +272,470 @@ def default_vocab_size(pairs: int) -> int:
         if pairs < limit:
             return size
     return 32_000
+
+
+class _ScanTask(NamedTuple):
+    part: int
+    chunk: Chunk
+    # Number of the chunk's first pair among all that are read.
+    begin: int
+    # Pairs whose hash is above this are not held out.
+    highest: int
+    # Of which so many go to the tokenizer's training; 0: none.
+    every: int
+
+
+class _Scanned(NamedTuple):
+    part: int
+    paths: tuple[str, ...]
+    counts: SkippedPairs
+    candidates: list[tuple[int, str, str]]
+    sample: list[tuple[int, str, str]]
+
+
+@dataclass
+class _Scan:
+    """The first pass: what is there, what may be held out, what a tokenizer may learn from."""
+
+    bad_lines: BadLines
+
+    def __call__(self, task: _ScanTask) -> _Scanned:
+        counts = SkippedPairs()
+        src, tgt, places = parse(task.chunk, self.bad_lines, counts)
+        candidates = []
+        if task.highest >= 0:
+            for place, text in enumerate(src):
+                key = text_hash(text)
+                if key <= task.highest:
+                    candidates.append((key, text, tgt[place]))
+        sample = [
+            (task.begin + place, src[number], tgt[number])
+            for number, place in enumerate(places)
+            if task.every and (task.begin + place) % task.every == 0
+        ]
+        return _Scanned(task.part, task.chunk.paths, counts, candidates, sample)
+
+
+class _Sample:
+    """Each pair whose number is a multiple of a power of two, that of the fewest above a limit."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self.every = 1
+        self.pairs: list[tuple[int, str, str]] = []
+
+    def add(self, pairs: list[tuple[int, str, str]]) -> None:
+        self.pairs += [pair for pair in pairs if pair[0] % self.every == 0]
+        while len(self.pairs) > self._limit:
+            self.every *= 2
+            self.pairs = [pair for pair in self.pairs if pair[0] % self.every == 0]
+
+
+class _EncodeTask(NamedTuple):
+    part: int
+    chunk: Chunk
+
+
+class _Encoded(NamedTuple):
+    part: int
+    paths: tuple[str, ...]
+    counts: SkippedPairs
+    block: Block
+
+
+class _Encode:
+    """The second pass: token ids of all pairs that are not held out."""
+
+    def __init__(
+        self,
+        bad_lines: BadLines,
+        threshold: int,
+        parts: Sequence[CorpusPart],
+        source: Tokenizer,
+        target: Tokenizer,
+        by_words: bool,
+    ) -> None:
+        self._bad_lines = bad_lines
+        self._held_out = HeldOut(threshold=threshold)
+        self._tags = [(part.source_tag, part.target_prefix) for part in parts]
+        self._tokenizers = (source, target)
+        self._by_words = by_words
+        self._encoders: tuple[IdEncoder, IdEncoder] | None = None
+
+    def __call__(self, task: _EncodeTask) -> _Encoded:
+        if self._encoders is None:
+            source, target = self._tokenizers
+            self._encoders = (
+                IdEncoder(source, with_eos=True, by_words=self._by_words),
+                IdEncoder(target, by_words=self._by_words),
+            )
+        counts = SkippedPairs()
+        src, tgt, _ = parse(task.chunk, self._bad_lines, counts)
+        if self._held_out.threshold >= 0:
+            kept = [place for place, text in enumerate(src) if text not in self._held_out]
+            if len(kept) < len(src):
+                counts.held_out += len(src) - len(kept)
+                src, tgt = [src[place] for place in kept], [tgt[place] for place in kept]
+        block = encode_pairs(src, tgt, *self._encoders, *self._tags[task.part])
+        return _Encoded(task.part, task.chunk.paths, counts, block)
+
+
+def _worker_count(config: DataConfig, size: int) -> int:
+    if config.prepare_workers is not None:
+        return config.prepare_workers
+    return 0 if size < _LITTLE_TEXT else usable_cpus()
+
+
+class _Preparation:
+    """The steps from a text to tokenizers and data set, each built or found in the cache."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        report: Callable[[str], None] | None,
+        tokenizers: tuple[Tokenizer, Tokenizer] | None,
+    ) -> None:
+        self.config = config
+        self._given = tokenizers
+        self.say = report or (lambda message: None)
+        self._report = report
+        self.corpus = chosen_corpus(config)
+        self.parts = chosen_parts(config, self.corpus)
+        self.cache = cache_folder(config)
+        self.messages: list[str] = []
+        self._size = sum(os.path.getsize(path) for part in self.parts for path in part.text.paths)
+        self._workers = _worker_count(config, self._size)
+        self.say(f"reading {self.corpus.name}")
+        trained = not (tokenizers or config.tokenizer or config.src_tokenizer)
+        self.text_key: dict[str, Any] = {
+            "corpora": [self._part_key(part) for part in self.parts],
+            "bad_lines": config.bad_lines,
+            "held_out": 0.0 if self.corpus.dev else config.held_out,
+        }
+        self.tags_key = [[part.source_tag, part.target_prefix] for part in self.parts]
+        self._sampled = trained
+        # SentencePiece's BPE joins symbols by fixed ranks, and the pieces trained here do not cross
+        # spaces: words are independent. A unigram model adds up scores over the whole sentence.
+        self._by_words = trained and config.tokenizer_type == "bpe"
+
+    def _part_key(self, part: CorpusPart) -> dict[str, Any]:
+        text = part.text
+        pairs = [[pairs_format(path), cached_digest(path, self.cache)] for path in text.pairs]
+        return {
+            "src": [cached_digest(path, self.cache) for path in text.src],
+            "tgt": [cached_digest(path, self.cache) for path in text.tgt],
+            "pairs": pairs,
+            "keys": list(text.keys) if any(form == "jsonl" for form, _ in pairs) else None,
+        }
+
+    def _chunks(self, progress: Progress) -> Iterator[tuple[int, Chunk]]:
+        for number, part in enumerate(self.parts):
+            for chunk in read_chunks(part.text, progress.read):
+                yield number, chunk
+
+    # First pass -----------------------------------------------------------------------------------
+
+    def split(self) -> tuple[HeldOut, int, Path]:
+        """What is held out, the number of pairs, and the folder of the tokenizer's sample."""
+        key = {"text": self.text_key, "sample": TOKENIZER_PAIRS if self._sampled else 0}
+        folder = cached(self.cache, "split", key, self._build_split)
+        values = json.loads((folder / "split.json").read_text(encoding="utf-8"))
+        held_out = HeldOut(
+            threshold=values["threshold"],
+            pairs=[(src, tgt) for _, src, tgt in values["pairs"]],
+            parts=[part for part, _, _ in values["pairs"]],
+        )
+        return held_out, values["used"], folder
+
+    def _build_split(self, folder: Path) -> None:
+        part_held_out: float = self.text_key["held_out"]
+        choice = HeldOutChoice()
+        sample = _Sample(TOKENIZER_PAIRS)
+        counts = SkippedPairs()
+        check = SameTextCheck()
+
+        def tasks(progress: Progress) -> Iterator[_ScanTask]:
+            begin = 0
+            for number, chunk in self._chunks(progress):
+                yield _ScanTask(
+                    number,
+                    chunk,
+                    begin,
+                    choice.highest if part_held_out else -1,
+                    sample.every if self._sampled else 0,
+                )
+                begin += chunk.size
+
+        with (
+            Progress("reading the text", self._size, self._report) as progress,
+            Workers(_Scan(self.config.bad_lines), self._workers) as workers,
+        ):
+            for result in workers.map(tasks(progress)):
+                check.add(result.paths, result.counts)
+                counts.add(result.counts)
+                progress.done(result.counts.used)
+                for key, src, tgt in result.candidates:
+                    choice.add(key, src, tgt, result.part)
+                sample.add(result.sample)
+        check.finish()
+        held_out = choice.result(part_held_out, counts.used)
+        pairs = [[part, *pair] for part, pair in zip(held_out.parts, held_out.pairs, strict=True)]
+        values = {"threshold": held_out.threshold, "pairs": pairs, "used": counts.used}
+        (folder / "split.json").write_text(json.dumps(values), encoding="utf-8")
+        with (
+            open(folder / "sample.source", "wb") as source,
+            open(folder / "sample.target", "wb") as target,
+        ):
+            for _, src, tgt in sample.pairs:
+                if src not in held_out:
+                    source.write(src.encode() + b"\n")
+                    target.write(tgt.encode() + b"\n")
+
+    # Tokenizers -----------------------------------------------------------------------------------
+
+    def tokenizers(self, pairs: int, sample: Path) -> tuple[Tokenizer, Tokenizer]:
+        """Those brought along, or ones trained on the sample."""
+        config = self.config
+        source_tags = list(dict.fromkeys(p.source_tag for p in self.parts if p.source_tag))
+        prefixes = list(dict.fromkeys(p.target_prefix for p in self.parts if p.target_prefix))
+        if self._given is not None:
+            source, target = self._given
+            if source is target:
+                source = target = source.with_tags(source_tags, prefixes)
+            else:
+                source, target = source.with_tags(source_tags), target.with_tags((), prefixes)
+            return source, target
+        if config.tokenizer is not None:
+            tokenizer = Tokenizer(config.tokenizer, None, source_tags, prefixes)
+            self.messages.append(f"tokenizer: {config.tokenizer}, {tokenizer.vocab_size:,} pieces")
+            return tokenizer, tokenizer
+        if config.src_tokenizer is not None and config.tgt_tokenizer is not None:
+            source = Tokenizer(config.src_tokenizer)
+            target = Tokenizer(config.tgt_tokenizer)
+            if source.sha256 == target.sha256:
+                source = target = Tokenizer(config.src_tokenizer, None, source_tags, prefixes)
+            else:
+                source = Tokenizer(config.src_tokenizer, None, source_tags)
+                target = Tokenizer(config.tgt_tokenizer, None, (), prefixes)
+            self.messages.append(
+                f"tokenizers: {config.src_tokenizer}, {source.vocab_size:,} pieces; "
+                f"{config.tgt_tokenizer}, {target.vocab_size:,} pieces"
+            )
+            return source, target
+
+        wanted = config.vocab_size or default_vocab_size(pairs)
+        key = {
+            "text": self.text_key,
+            "kind": config.tokenizer_type,
+            "vocab_size": wanted,
+            "joint": config.joint_vocab,
+            "character_coverage": config.character_coverage,
+            "sample": TOKENIZER_PAIRS,
+            "tags": [source_tags, prefixes],
+        }
+
+        def build(folder: Path) -> None:
+            self.say(f"training the tokenizer ({config.tokenizer_type}, {wanted:,} pieces)")
+            both = [*source_tags, *(tag for tag in prefixes if tag not in source_tags)]
+            for name, sides, tags in (
+                (("tokenizer", ("source", "target"), both),)
+                if config.joint_vocab
+                else (("source", ("source",), source_tags), ("target", ("target",), prefixes))
+            ):
+                model, _ = train_tokenizer(
+                    _sample_lines(sample, sides),
+                    vocab_size=wanted,
+                    kind=config.tokenizer_type,
+                    character_coverage=config.character_coverage,
+                    tags=tags,
+                )
+                (folder / f"{name}.model").write_bytes(model)
+
+        folder = cached(self.cache, "tokenizer", key, build)
+        if config.joint_vocab:
+            source = target = Tokenizer(folder / "tokenizer.model", None, source_tags, prefixes)
+        else:
+            source = Tokenizer(folder / "source.model", None, source_tags)
+            target = Tokenizer(folder / "target.model", None, (), prefixes)
+        sizes = sorted({source.vocab_size, target.vocab_size})
+        kind = {"bpe": "BPE", "unigram": "unigram"}[config.tokenizer_type]
+        what = "one for both languages" if config.joint_vocab else "one for each language"
+        message = f"tokenizer: {kind}, {what}, {' and '.join(f'{size:,}' for size in sizes)} pieces"
+        if sizes[0] < wanted:
+            message += f" (the text has no {wanted:,} different ones)"
+        self.messages.append(message)
+        return source, target
+
+    # Second pass ----------------------------------------------------------------------------------
+
+    def token_ids(self, held_out: HeldOut, source: Tokenizer, target: Tokenizer) -> ParallelDataset:
+        """All pairs that are not held out."""
+        key = {
+            "text": self.text_key,
+            "tags": self.tags_key,
+            "names": [part.name for part in self.parts],
+            **tokens_key(source, target),
+        }
+
+        def build(folder: Path) -> None:
+            self.say("turning the text into token ids")
+            self._build_ids(folder, held_out, source, target)
+
+        result = ParallelDataset(cached(self.cache, "pairs", key, build))
+        if result.bytes_on_disk < _CHEAP_CHECK:
+            result.verify()
+        return result
+
+    def _build_ids(
+        self, folder: Path, held_out: HeldOut, source: Tokenizer, target: Tokenizer
+    ) -> None:
+        encode = _Encode(
+            self.config.bad_lines,
+            held_out.threshold,
+            self.parts,
+            source,
+            target,
+            self._by_words,
+        )
+        writer = DatasetWriter(folder, source, target)
+        check = SameTextCheck()
+        counts: list[SkippedPairs] = []
+        try:
+            with (
+                Progress("token ids", self._size, self._report) as progress,
+                Workers(encode, self._workers) as workers,
+            ):
+                tasks = (_EncodeTask(*pair) for pair in self._chunks(progress))
+                for result in workers.map(tasks):
+                    check.add(result.paths, result.counts)
+                    while len(counts) <= result.part:
+                        counts.append(writer.begin(self.parts[len(counts)].name))
+                    counts[result.part].add(result.counts)
+                    writer.add(result.block)
+                    progress.done(result.counts.used)
+            check.finish()
+            while len(counts) < len(self.parts):
+                counts.append(writer.begin(self.parts[len(counts)].name))
+            writer.finish()
+        except BaseException:
+            writer.abort()
+            raise
+
+    # All together ---------------------------------------------------------------------------------
+
+    def run(self) -> PreparedData:
+        """Everything, in order."""
+        config, corpus = self.config, self.corpus
+        held_out, used, split_folder = self.split()
+        source, target = self.tokenizers(used, split_folder)
+        everything = self.token_ids(held_out, source, target)
+        train = everything.filtered(
+            config.max_length,
+            config.max_length_ratio,
+            duplicates=config.duplicates,
+            identical=config.identical,
+        )
+        wrong = train.skipped.too_long + train.skipped.ratio
+        if config.long_lines == "error" and wrong:
+            raise CorpusError(
+                f"{wrong:,} of {len(everything):,} pairs are longer than {config.max_length} tokens "
+                "or too unequal in length; --long-lines skip leaves them out"
+            )
+        weights = corpus_weights(
+            self.parts, [len(rows) for rows in train.corpora], config.temperature
+        )
+        summary = [f"training text: {train.skipped.describe()}"]
+        if len(self.parts) > 1:
+            summary += [
+                _describe(part, rows.skipped, weight)
+                for part, rows, weight in zip(self.parts, train.corpora, weights, strict=True)
+            ]
+        self.messages[:0] = summary
+        dev, dev_targets = self._dev(held_out, target)
+        test = []
+        if corpus.test:
+            test = [
+                (src, target.split_tag(tgt)[1]) for src, tgt in self._read_all(corpus.test, "test")
+            ]
+        dev_set = None
+        if dev:
+            pairs = [(src, tgt) for (src, _), tgt in zip(dev, dev_targets, strict=True)]
+            key = {
+                "text": hashlib.sha256(json.dumps(pairs).encode()).hexdigest(),
+                **tokens_key(source, target),
+            }
+            dev_set = ParallelDataset(
+                cached(
+                    self.cache,
+                    "dev",
+                    key,
+                    lambda folder: build_dataset(folder, pairs, source, target),
+                )
+            )
+        return PreparedData(
+            corpus.name, train, source, target, dev, test, dev_set, weights, self.messages
+        )
+
+    def _dev(self, held_out: HeldOut, target: Tokenizer) -> tuple[list[tuple[str, str]], list[str]]:
+        """Pairs for validation, and their target texts with tags."""
+        if self.corpus.dev:
+            pairs = self._read_all(self.corpus.dev, "validation")
+            return [(src, target.split_tag(tgt)[1]) for src, tgt in pairs], [t for _, t in pairs]
+        if not held_out.pairs:
+            self.messages.append("validation text: none")
+            return [], []
+        self.messages.append(
+            f"validation text: {len(held_out.pairs):,} pairs held out of the training text, the "
+            "same ones for every run on it"
+        )
+        parts = [self.parts[number] for number in held_out.parts]
+        dev = [
+            (f"{part.source_tag} {src}".removeprefix(" ") if part.source_tag else src, tgt)
+            for part, (src, tgt) in zip(parts, held_out.pairs, strict=True)
+        ]
+        targets = [
+            f"{part.target_prefix} {tgt}" if part.target_prefix else tgt
+            for part, (_, tgt) in zip(parts, held_out.pairs, strict=True)
+        ]
+        return dev, targets
+
+    def _read_all(self, text: ParallelText, name: str) -> list[tuple[str, str]]:
+        skipped = SkippedPairs()
+        pairs = list(read_pairs(text, self.config.bad_lines, skipped))
+        if not pairs:
+            raise CorpusError(
+                f"{', '.join(text.paths)}: the {name} text has no usable sentence pair"
+            )
+        self.messages.append(f"{name} text: {skipped.describe()}")
+        return pairs
+
+
+def tokens_key(source: Tokenizer, target: Tokenizer) -> dict[str, Any]:
+    """What token ids depend on beside the text."""
+    return {
+        "tokenizers": [source.sha256, target.sha256],
+        "known_tags": [[*t.source_tags, *t.target_prefixes] for t in (source, target)],
+        "dataset": DATASET_VERSION,
+    }
+
+
+def _sample_lines(folder: Path, sides: Sequence[str]) -> Iterator[str]:
+    """The lines of the sides, in turn."""
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open(folder / f"sample.{side}", "rb")) for side in sides]
+        for lines in zip(*files, strict=True):
+            for line in lines:
+                yield line[:-1].decode()
+
+
+def _describe(part: CorpusPart, skipped: SkippedPairs, weight: float) -> str:
+    text = f"corpus {part.name}: {skipped.describe()}"
+    if weight != 1.0:
+        text += f"; each {weight:.3g} times an epoch"
+    for what, tag in (("tag", part.source_tag), ("target prefix", part.target_prefix)):
+        if tag:
+            text += f"; {what} {tag}"
+    return text
 
 
 def prepare_data(
@@ -166,167 +747,11 @@ def prepare_data(
 
     Args:
         config: which text and tokenizers, and what to do with bad pairs.
-        report: is told each step that may take long, as it begins.
+        report: is told each step that may take long, as it begins, and how far it is.
         tokenizers: of source and target, whatever the options say; None goes by the options.
 
     Raises:
-        CorpusError: the text cannot be used.
+        CorpusError: the text cannot be used, or the cache cannot be written.
         TokenizerError: a tokenizer cannot be used or trained.
     """
-    say = report or (lambda message: None)
-    corpus = chosen_corpus(config)
-    cache = cache_folder(config)
-    messages: list[str] = []
-
-    say(f"reading {corpus.name}")
-    text_key: dict[str, Any] = {
-        "src": [file_digest(path) for path in corpus.train.src],
-        "tgt": [file_digest(path) for path in corpus.train.tgt],
-        "bad_lines": config.bad_lines,
-        "held_out": 0.0 if corpus.dev else config.held_out,
-    }
-
-    def build_split(folder: Path) -> None:
-        skipped = SkippedPairs()
-        held_out = HeldOut.choose(
-            read_pairs(corpus.train, config.bad_lines, skipped), text_key["held_out"]
-        )
-        values = {"threshold": held_out.threshold, "pairs": held_out.pairs, "used": skipped.used}
-        (folder / "split.json").write_text(json.dumps(values), encoding="utf-8")
-
-    split_folder = cached(cache, "split", {"text": text_key}, build_split)
-    split = json.loads((split_folder / "split.json").read_text(encoding="utf-8"))
-    held_out = HeldOut(
-        threshold=split["threshold"], pairs=[(src, tgt) for src, tgt in split["pairs"]]
-    )
-
-    def train_pairs(skipped: SkippedPairs) -> Iterator[tuple[str, str]]:
-        held = 0
-        for pair in read_pairs(corpus.train, config.bad_lines, skipped):
-            if pair[0] in held_out:
-                held += 1
-            else:
-                yield pair
-        skipped.held_out = held
-        skipped.used -= held
-
-    source, target = tokenizers or _tokenizers(
-        config, cache, text_key, split["used"], train_pairs, say, messages
-    )
-
-    def build_train(folder: Path) -> None:
-        say("turning the text into token ids")
-        skipped = SkippedPairs()
-        build_dataset(folder, train_pairs(skipped), source, target, skipped)
-
-    tokens_key = {"tokenizers": [source.sha256, target.sha256], "dataset": DATASET_VERSION}
-    key = {"text": text_key, **tokens_key}
-    everything = ParallelDataset(cached(cache, "pairs", key, build_train))
-    train = everything.filtered(config.max_length, config.max_length_ratio)
-    if config.long_lines == "error" and len(train) != len(everything):
-        raise CorpusError(
-            f"{len(everything) - len(train):,} of {len(everything):,} pairs are longer than "
-            f"{config.max_length} tokens or too unequal in length; --long-lines skip leaves them "
-            "out"
-        )
-    messages.insert(0, f"training text: {train.skipped.describe()}")
-
-    dev = held_out.pairs
-    if corpus.dev:
-        dev = _read_all(corpus.dev, config, "validation", messages)
-    elif dev:
-        messages.append(
-            f"validation text: {len(dev):,} pairs held out of the training text, the same ones for "
-            "every run on it"
-        )
-    else:
-        messages.append("validation text: none")
-    test = _read_all(corpus.test, config, "test", messages) if corpus.test else []
-
-    dev_set = None
-    if dev:
-        dev_text = hashlib.sha256(json.dumps(dev).encode()).hexdigest()
-        dev_set = ParallelDataset(
-            cached(
-                cache,
-                "dev",
-                {"text": dev_text, **tokens_key},
-                lambda folder: build_dataset(folder, dev, source, target),
-            )
-        )
-    return PreparedData(corpus.name, train, source, target, dev, test, dev_set, messages)
-
-
-def _read_all(
-    text: ParallelText, config: DataConfig, name: str, messages: list[str]
-) -> list[tuple[str, str]]:
-    skipped = SkippedPairs()
-    pairs = list(read_pairs(text, config.bad_lines, skipped))
-    if not pairs:
-        raise CorpusError(f"{', '.join(text.src)}: the {name} text has no usable sentence pair")
-    messages.append(f"{name} text: {skipped.describe()}")
-    return pairs
-
-
-def _tokenizers(
-    config: DataConfig,
-    cache: Path,
-    text_key: dict[str, Any],
-    pairs: int,
-    read: Callable[[SkippedPairs], Iterator[tuple[str, str]]],
-    say: Callable[[str], None],
-    messages: list[str],
-) -> tuple[Tokenizer, Tokenizer]:
-    if config.tokenizer is not None:
-        tokenizer = Tokenizer(config.tokenizer)
-        messages.append(f"tokenizer: {config.tokenizer}, {tokenizer.vocab_size:,} pieces")
-        return tokenizer, tokenizer
-    if config.src_tokenizer is not None and config.tgt_tokenizer is not None:
-        source, target = Tokenizer(config.src_tokenizer), Tokenizer(config.tgt_tokenizer)
-        if source.sha256 == target.sha256:
-            target = source
-        messages.append(
-            f"tokenizers: {config.src_tokenizer}, {source.vocab_size:,} pieces; "
-            f"{config.tgt_tokenizer}, {target.vocab_size:,} pieces"
-        )
-        return source, target
-
-    wanted = config.vocab_size or default_vocab_size(pairs)
-    every = -(-pairs // TOKENIZER_PAIRS)
-    key = {
-        "text": text_key,
-        "kind": config.tokenizer_type,
-        "vocab_size": wanted,
-        "joint": config.joint_vocab,
-        "character_coverage": config.character_coverage,
-        "every": every,
-    }
-
-    def build(folder: Path) -> None:
-        say(f"training the tokenizer ({config.tokenizer_type}, {wanted:,} pieces)")
-        for name, columns in (
-            (("tokenizer", (0, 1)),) if config.joint_vocab else (("source", (0,)), ("target", (1,)))
-        ):
-            chosen = itertools.islice(read(SkippedPairs()), 0, None, every)
-            sentences = (pair[column] for pair in chosen for column in columns)
-            model, _ = train_tokenizer(
-                sentences,
-                vocab_size=wanted,
-                kind=config.tokenizer_type,
-                character_coverage=config.character_coverage,
-            )
-            (folder / f"{name}.model").write_bytes(model)
-
-    folder = cached(cache, "tokenizer", key, build)
-    if config.joint_vocab:
-        source = target = Tokenizer(folder / "tokenizer.model")
-    else:
-        source, target = Tokenizer(folder / "source.model"), Tokenizer(folder / "target.model")
-    sizes = sorted({source.vocab_size, target.vocab_size})
-    kind = {"bpe": "BPE", "unigram": "unigram"}[config.tokenizer_type]
-    what = "one for both languages" if config.joint_vocab else "one for each language"
-    message = f"tokenizer: {kind}, {what}, {' and '.join(f'{size:,}' for size in sizes)} pieces"
-    if sizes[0] < wanted:
-        message += f" (the text has no {wanted:,} different ones)"
-    messages.append(message)
-    return source, target
+    return _Preparation(config, report, tokenizers).run()

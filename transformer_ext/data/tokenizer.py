@@ -23,7 +23,8 @@ class TokenizerError(ValueError):
     """A tokenizer that cannot be read or trained."""
 
 
-def _usable_cpus() -> int:
+def usable_cpus() -> int:
+    """How many CPUs this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -42,26 +43,39 @@ class Tokenizer:
          "eos": "</s>", "unk": "<unk>", "pad": "<pad>",  which of them are special
          "bos": "<pad>"}
 
-    A piece of the SentencePiece model that is not among them is unknown. A text that begins with one
-    of the pieces ``>>...<<`` (a target language) has that as its first token.
+    A piece of the SentencePiece model that is not among them is unknown.
+
+    A text that begins with a tag has the tag's piece as its first token, whatever SentencePiece
+    would make of it; elsewhere in a text a tag is text like any other. Tags are those given, and
+    the pieces ``>>...<<`` (target languages) of a vocabulary.
 
     Args:
         path: the SentencePiece model.
         vocabulary: the JSON file; None: ids are those of the SentencePiece model.
+        source_tags: tags of source texts; each is a piece.
+        target_prefixes: tags of target texts; each is a piece.
 
     Attributes:
         path: the SentencePiece model.
         vocabulary: the JSON file, or None.
+        source_tags: tags of source texts, in order; those of a vocabulary are among them.
+        target_prefixes: tags of target texts, in order.
         sha256: of the bytes of the model (and, where there is a vocabulary, of that), in hexadecimal.
         vocab_size: number of ids; rows of an embedding for it.
         pad_id, unk_id, bos_id, eos_id: special ids.
 
     Raises:
-        TokenizerError: no such file, not a SentencePiece model, not a vocabulary, or the vocabulary
-            of another SentencePiece model.
+        TokenizerError: no such file, not a SentencePiece model, not a vocabulary, the vocabulary
+            of another SentencePiece model, or a tag that is not a piece.
     """
 
-    def __init__(self, path: str | Path, vocabulary: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        vocabulary: str | Path | None = None,
+        source_tags: Sequence[str] = (),
+        target_prefixes: Sequence[str] = (),
+    ) -> None:
         self.path = Path(path)
         self.vocabulary = None if vocabulary is None else Path(vocabulary)
         model = _read(self.path)
@@ -101,12 +115,74 @@ class Tokenizer:
             self.pad_id, self.bos_id, self.eos_id = special
             self.unk_id = processor.unk_id()
         self.vocab_size: int = size
+        known = () if self._vocabulary is None else self._vocabulary.languages
+        self.source_tags: tuple[str, ...] = tuple(dict.fromkeys((*known, *source_tags)))
+        self.target_prefixes: tuple[str, ...] = tuple(dict.fromkeys(target_prefixes))
+        # The longest first: one may be the beginning of another.
+        tags = sorted({*self.source_tags, *self.target_prefixes}, key=lambda tag: (-len(tag), tag))
+        self._tags: dict[str, int] = {tag: self._tag_id(tag) for tag in tags}
+        self._tag_texts = tuple(tags)
+        self._tag_ids = frozenset(self._tags.values())
+        shown = set(known) - {*source_tags, *target_prefixes}
+        self._hidden = frozenset(id for tag, id in self._tags.items() if tag not in shown)
 
-    def __getstate__(self) -> dict[str, Path | None]:
-        return {"path": self.path, "vocabulary": self.vocabulary}
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "path": self.path,
+            "vocabulary": self.vocabulary,
+            "source_tags": self.source_tags,
+            "target_prefixes": self.target_prefixes,
+        }
 
-    def __setstate__(self, state: dict[str, Path]) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
+
+    def _tag_id(self, tag: str) -> int:
+        if self._vocabulary is not None:
+            found = self._vocabulary.find(tag)
+        else:
+            # What is no piece has the id of the unknown one.
+            id = self._processor.piece_to_id(tag)
+            found = id if self._processor.id_to_piece(id) == tag else None
+        if found is None or found in (self.pad_id, self.bos_id, self.eos_id, self.unk_id):
+            raise TokenizerError(
+                f"{self.vocabulary or self.path}: the tag {tag!r} is not a piece of this tokenizer "
+                "(a tokenizer of your own must have been trained with it as a symbol)"
+            )
+        return found
+
+    @property
+    def given_source_tags(self) -> tuple[str, ...]:
+        """``source_tags`` without those that follow from the vocabulary."""
+        known = () if self._vocabulary is None else self._vocabulary.languages
+        return tuple(tag for tag in self.source_tags if tag not in known)
+
+    @property
+    def tag_ids(self) -> frozenset[int]:
+        """Ids of all tags."""
+        return self._tag_ids
+
+    def split_tag(self, text: str) -> tuple[list[int], str]:
+        """The id of the tag that a text begins with, or none, and the text after it."""
+        if self._tag_texts and text.startswith(self._tag_texts):
+            tag = next(tag for tag in self._tag_texts if text.startswith(tag))
+            return [self._tags[tag]], text[len(tag) :].removeprefix(" ")
+        return [], text
+
+    def with_tags(
+        self, source_tags: Sequence[str] = (), target_prefixes: Sequence[str] = ()
+    ) -> Tokenizer:
+        """This tokenizer, or one that knows these tags too.
+
+        Raises:
+            TokenizerError: a tag is not a piece.
+        """
+        sources = tuple(dict.fromkeys((*self.source_tags, *source_tags)))
+        targets = tuple(dict.fromkeys((*self.target_prefixes, *target_prefixes)))
+        if (sources, targets) == (self.source_tags, self.target_prefixes):
+            return self
+        given = tuple(tag for tag in sources if tag in (*self.given_source_tags, *source_tags))
+        return Tokenizer(self.path, self.vocabulary, given, targets)
 
     @cached_property
     def _special(self) -> frozenset[int]:
@@ -114,16 +190,22 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a sentence, without start and end."""
-        if self._vocabulary is not None:
-            return self._vocabulary.encode([text], 1)[0]
-        ids: list[int] = self._processor.encode(text)
-        return ids
+        first, rest = self.split_tag(text)
+        return first + self.encode_untagged([rest])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """:meth:`encode` of each, faster."""
         # The threads are started anew in each call: for a few sentences they cost more than they
         # save.
-        threads = min(8, _usable_cpus()) if len(texts) >= 256 else 1
+        threads = min(8, usable_cpus()) if len(texts) >= 256 else 1
+        if not self._tags:
+            return self.encode_untagged(texts, threads)
+        split = [self.split_tag(text) for text in texts]
+        rows = self.encode_untagged([rest for _, rest in split], threads)
+        return [first + row if first else row for (first, _), row in zip(split, rows, strict=True)]
+
+    def encode_untagged(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
+        """:meth:`encode_batch` of texts in which a tag at the beginning is text like any other."""
         if self._vocabulary is not None:
             return self._vocabulary.encode(texts, threads)
         ids: list[list[int]] = self._processor.encode(list(texts), num_threads=threads)
@@ -132,10 +214,14 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; special ids are left out, and the text is always one line.
 
+        A tag at the beginning is left out too, unless it is of the vocabulary.
+
         Byte pieces can spell a line end or broken UTF-8: the former becomes a space, the latter
         U+FFFD.
         """
         known = [int(id) for id in ids if id not in self._special and id < self._pieces]
+        if known and known[0] in self._hidden:
+            del known[0]
         if self._vocabulary is not None:
             # A piece of the other language comes out as it is, its word boundary included.
             pieces = [self._vocabulary.pieces[id] for id in known]
@@ -207,29 +293,23 @@ class _Vocabulary:
                 f"{path}: has {found} of the {size} pieces of the SentencePiece model: it is the "
                 "vocabulary of another"
             )
-        self._languages = frozenset(p for p in self.pieces if re.fullmatch(">>.+<<", p))
+        #: Pieces that name a target language.
+        self.languages = tuple(p for p in self.pieces if re.fullmatch(">>.+<<", p))
+
+    def find(self, piece: str) -> int | None:
+        """The id of a piece, or None."""
+        return self._ids.get(piece)
 
     def encode(self, texts: Sequence[str], threads: int) -> list[list[int]]:
-        firsts: list[list[int]] = []
-        rests: list[str] = []
-        for text in texts:
-            language = re.match(">>.*?<<", text) if self._languages else None
-            if language is not None and language[0] in self._languages:
-                firsts.append([self._ids[language[0]]])
-                rests.append(text[language.end() :])
-            else:
-                firsts.append([])
-                rests.append(text)
         table, unknown = self._table, self.special["unk"]
-        rows = self._processor.encode(rests, num_threads=threads)
+        rows: list[list[int]] = self._processor.encode(list(texts), num_threads=threads)
         for number, row in enumerate(rows):
             if self._unknown in row:
                 # What the SentencePiece model does not know may be a piece of the other language.
-                pieces = self._processor.encode(rests[number], out_type=str)
-                ids = [self._ids.get(piece, unknown) for piece in pieces]
+                pieces = self._processor.encode(texts[number], out_type=str)
+                rows[number] = [self._ids.get(piece, unknown) for piece in pieces]
             else:
-                ids = [table[id] for id in row]
-            rows[number] = firsts[number] + ids
+                rows[number] = [table[id] for id in row]
         return rows
 
 
@@ -246,6 +326,7 @@ def train_tokenizer(
     vocab_size: int,
     kind: Literal["bpe", "unigram"] = "bpe",
     character_coverage: float = 1.0,
+    tags: Sequence[str] = (),
 ) -> tuple[bytes, int]:
     """Train a SentencePiece model: the same sentences give the same model.
 
@@ -257,6 +338,7 @@ def train_tokenizer(
         vocab_size: number of pieces wanted, special and byte pieces included.
         kind: ``bpe`` or ``unigram``.
         character_coverage: part of the characters that get a piece of their own.
+        tags: pieces that no text is cut into, see :class:`Tokenizer`.
 
     Returns:
         The model file's bytes, and its number of pieces: smaller than ``vocab_size`` where the text
@@ -280,6 +362,7 @@ def train_tokenizer(
             unk_id=UNK_ID,
             bos_id=BOS_ID,
             eos_id=EOS_ID,
+            control_symbols=list(tags),
             # A constant: unigram training sums floating-point counts by thread.
             num_threads=4,
             max_sentence_length=1 << 16,

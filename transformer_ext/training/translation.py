@@ -66,7 +66,7 @@ class TranslationRun(Run):
     ) -> None:
         self.prepared = prepared
         self.parent = parent
-        self.shipped = not config.data.src_train
+        self.shipped = config.data.shipped
         self.pairs = len(prepared.train)
         device, tokens = machine.device.type, int(prepared.train.target_lengths.sum())
         if parent is not None:
@@ -97,7 +97,7 @@ class TranslationRun(Run):
         if config.init_from is not None:
             parent = Parent.open(config)
             tokenizers = parent.model.source_tokenizer, parent.model.target_tokenizer
-        elif not data.src_train:
+        elif data.shipped:
             data = fill(config, shipped_recipe(machine.device.type, config.preset)).data
         with machine.world.first_goes_first():
             prepared = prepare_data(
