@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -69,6 +70,9 @@ def test_from_text_to_model(
     assert model.training["max_train_length"] > 5
     assert model.training["seed"] == 1 and model.training["versions"] == results["versions"]
     assert model.training["config"]["training"]["max_steps"] == 20
+    source = text[text.index("--src-train") + 1]
+    digest = hashlib.sha256(Path(source).read_bytes()).hexdigest()
+    assert model.training["text_sha256"][source] == digest
     assert model.training["pairs"] == results["pairs"] < 300
     assert {p.name for p in (output / "checkpoints").iterdir()} == {
         "step-10",

@@ -181,6 +181,7 @@ class PreparedData:
         corpus_weights: for each of ``train.corpora``, how many times an epoch has each of its
             pairs.
         messages: what a person should know, one line each.
+        digests: SHA-256 of each text file by its path.
     """
 
     name: str
@@ -192,6 +193,7 @@ class PreparedData:
     dev_set: ParallelDataset | None
     corpus_weights: list[float] = field(default_factory=list)
     messages: list[str] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)
 
 
 def chosen_corpus(config: DataConfig) -> Corpus:
@@ -672,8 +674,13 @@ class _Preparation:
                     lambda folder: build_dataset(folder, pairs, source, target),
                 )
             )
+        digests = {
+            path: cached_digest(path, self.cache)
+            for text in (corpus.train, corpus.dev, corpus.test)
+            for path in text.paths
+        }
         return PreparedData(
-            corpus.name, train, source, target, dev, test, dev_set, weights, self.messages
+            corpus.name, train, source, target, dev, test, dev_set, weights, self.messages, digests
         )
 
     def _dev(self, held_out: HeldOut, target: Tokenizer) -> tuple[list[tuple[str, str]], list[str]]:

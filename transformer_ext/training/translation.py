@@ -250,6 +250,7 @@ class TranslationRun(Run):
             {
                 "max_train_length": longest,
                 **self.facts(),
+                "text_sha256": self.prepared.digests,
                 "precision": self.machine.precision,
                 **notes,
             },
