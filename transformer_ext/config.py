@@ -1034,6 +1034,17 @@ class TrainingConfig:
         minimum=0,
         maximum=64,
     )
+    subword_dropout: float = option(
+        0.0,
+        help="cuts the training text into other pieces each time it is read: the share of a BPE "
+        "model's merges that are left out, or a unigram model's alpha; the papers take 0.1; 0 is "
+        "never",
+        minimum=0.0,
+        maximum=1.0,
+    )
+    subword_dropout_sides: Literal["both", "source", "target"] = option(
+        "both", help="where --subword-dropout acts"
+    )
 
 
 @dataclass

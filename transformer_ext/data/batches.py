@@ -23,11 +23,19 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _BLOCK = 1 << 18
 
 
-def _mix(values: np.ndarray) -> np.ndarray:
+def mix(values: np.ndarray) -> np.ndarray:
     """A bijection of uint64 whose output bits all depend on all input bits (splitmix64's)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
+
+
+def random_state(*keys: int) -> np.ndarray:
+    """uint64 [1] that depends on all the keys and their order."""
+    state = np.zeros(1, np.uint64)
+    for key in keys:
+        state = mix(state ^ mix(np.array([(key + _GOLDEN) % 2**64], np.uint64)))
+    return state
 
 
 def random_order(count: int, *keys: int) -> np.ndarray:
@@ -35,15 +43,13 @@ def random_order(count: int, *keys: int) -> np.ndarray:
 
     Not numpy's generators: their streams may change from one version to the next.
     """
-    state = np.zeros(1, np.uint64)
-    for key in keys:
-        state = _mix(state ^ _mix(np.array([(key + _GOLDEN) % 2**64], np.uint64)))
+    state = random_state(*keys)
     values = np.empty(count, np.uint64)
     for begin in range(0, count, _BLOCK):
         end = min(begin + _BLOCK, count)
         counters = np.arange(begin + 1, end + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
-        values[begin:end] = _mix(state + counters)
-    # _mix is a bijection, so no two are equal, and numpy's fastest sort gives the one order.
+        values[begin:end] = mix(state + counters)
+    # mix is a bijection, so no two are equal, and numpy's fastest sort gives the one order.
     return np.argsort(values)
 
 
@@ -143,16 +149,6 @@ class BatchSampler:
                 float(self._source.mean()) / self.max_source_tokens,
             )
             self._pool = max(1, round(pool_batches / share))
-
-    @property
-    def epoch_tokens(self) -> int:
-        """Target tokens in an epoch, about: repetitions count by the mean length of a corpus."""
-        return round(
-            sum(
-                repetition * float(self._target[begin:end].sum(dtype=np.int64))
-                for begin, end, repetition in self._corpora
-            )
-        )
 
     def epoch(self, epoch: int) -> EpochBatches:
         """The batches of an epoch (counted from 0): int64 indices of the pairs in each."""

@@ -133,14 +133,17 @@ class Step:
     Attributes:
         batches: Micro-batches of this rank; fewer than ``accum_steps`` never.
         microsteps: Number of each in the step, over all ranks: the third word of the dropout rng.
-        target_tokens: Labels in the step over all ranks: what the loss is divided by.
+        target_tokens: Labels in the step over all ranks: what the loss is divided by; of this rank
+            alone where ``partial``.
         after: Position behind this step.
+        partial: Only the other ranks know how many labels they have.
     """
 
     batches: list[Any]
     microsteps: list[int]
     target_tokens: int
     after: Position
+    partial: bool = False
 
 
 class BatchStream:
@@ -155,6 +158,8 @@ class BatchStream:
         rank: Number of this process.
         world_size: Number of processes.
         start: Where to begin.
+        resample: Makes another batch of one, its examples and the epoch, with any number of labels;
+            called by the workers.
         workers: Threads that read the next steps, two each, while this one is computed; 0: each
             step is read when it is asked for. The steps are the same for any number.
 
@@ -175,13 +180,14 @@ class BatchStream:
         rank: int = 0,
         world_size: int = 1,
         start: Position | None = None,
+        resample: Callable[[Any, np.ndarray, int], Any] | None = None,
         workers: int = 0,
     ) -> None:
         if accum_steps < 1:
             raise ValueError(f"accum_steps: got {accum_steps}, expected 1 or more")
         if workers < 0:
             raise ValueError(f"workers: got {workers}, expected 0 or more")
-        self._reader = _StepReader(collate, label_counts, rank, world_size)
+        self._reader = _StepReader(collate, label_counts, rank, world_size, resample)
         self._micros = accum_steps * world_size
         self._epochs = _Epochs(sampler)
         self._workers = workers
@@ -249,8 +255,8 @@ class BatchStream:
             else:
                 self._waiting.append(self._pool.submit(self._reader, places, self._planned))
 
-    def _plan(self) -> tuple[list[tuple[Sequence[np.ndarray], int]], Position]:
-        """The batches of the next step to be read, by epoch and place; the position after it."""
+    def _plan(self) -> tuple[list[_Place], Position]:
+        """The batches of the next step to be read; the position after it."""
         epoch, index = self._planned.epoch, self._planned.batch
         batches = self._epochs[epoch]
         places = []
@@ -258,11 +264,15 @@ class BatchStream:
             if index >= len(batches):
                 epoch, index = epoch + 1, 0
                 batches = self._epochs[epoch]
-            places.append((batches, index))
+            places.append((epoch, batches, index))
             index += 1
         if self._workers and 2 * index > len(batches):
             self._epochs.prepare(epoch + 1)
         return places, Position(epoch, index)
+
+
+#: Epoch of a batch, the epoch's batches, its index there.
+_Place = tuple[int, Sequence[np.ndarray], int]
 
 
 @dataclass(frozen=True)
@@ -273,18 +283,25 @@ class _StepReader:
     label_counts: np.ndarray
     rank: int
     world_size: int
+    resample: Callable[[Any, np.ndarray, int], Any] | None
 
-    def __call__(self, places: Sequence[tuple[Sequence[np.ndarray], int]], after: Position) -> Step:
+    def __call__(self, places: Sequence[_Place], after: Position) -> Step:
         mine: list[Any] = []
         microsteps: list[int] = []
         target_tokens = 0
-        for micro, (batches, index) in enumerate(places):
+        for micro, (epoch, batches, index) in enumerate(places):
             examples = batches[index]
-            target_tokens += int(self.label_counts[examples].sum())
             if micro % self.world_size == self.rank:
-                mine.append(self.collate(examples))
+                batch = self.collate(examples)
+                if self.resample is not None:
+                    batch = self.resample(batch, examples, epoch)
+                    target_tokens += batch.target_tokens
+                mine.append(batch)
                 microsteps.append(micro)
-        return Step(mine, microsteps, target_tokens, after)
+            if self.resample is None:
+                target_tokens += int(self.label_counts[examples].sum())
+        partial = self.resample is not None and self.world_size > 1
+        return Step(mine, microsteps, target_tokens, after, partial)
 
 
 class _Epochs:

@@ -365,8 +365,11 @@ class Trainer:
         self._data_seconds += time.monotonic() - began
         number = self.progress.step + 1
         world = self.world
+        target_tokens = step.target_tokens
+        if step.partial:
+            target_tokens = int(world.sum(target_tokens)[0])
         # DDP averages the gradients of the ranks, where the loss of the whole step is their sum.
-        normalizer: float | Tensor = step.target_tokens / world.size
+        normalizer: float | Tensor = target_tokens / world.size
         if self.optimizer.scale is not None:
             # In float16 the scale belongs inside the loss: its gradients are made there.
             normalizer = normalizer / self.optimizer.scale
@@ -391,8 +394,8 @@ class Trainer:
             self.moving_average.update(number)
         self.progress.step = number
         self.progress.position = step.after
-        self.progress.target_tokens += step.target_tokens
-        self._interval_all_tokens += step.target_tokens
+        self.progress.target_tokens += target_tokens
+        self._interval_all_tokens += target_tokens
         if self.world.device.type == "cpu" or len(self._unchecked) >= self.plan.log_every:
             self._check_skipped()
 

@@ -15,6 +15,7 @@ import torch
 from transformer_ext.config import ConfigError, TrainConfig
 from transformer_ext.data import BatchSampler, collate
 from transformer_ext.data.preparation import PreparedData, prepare_data
+from transformer_ext.data.subwords import SampledBatches, SubwordSampler
 from transformer_ext.files import atomic_write, load_model_dir, write_model_files
 from transformer_ext.model import Transformer, preset
 from transformer_ext.training.batches import BatchStream, Position
@@ -68,15 +69,23 @@ class TranslationRun(Run):
         self.parent = parent
         self.shipped = config.data.shipped
         self.pairs = len(prepared.train)
-        device, tokens = machine.device.type, int(prepared.train.target_lengths.sum())
+        self.corpora = [
+            (rows.begin, rows.end, weight)
+            for rows, weight in zip(prepared.train.corpora, prepared.corpus_weights, strict=True)
+        ]
+        device, lengths = machine.device.type, prepared.train.target_lengths
+        mean = float(lengths.mean())
         if parent is not None:
             width = parent.config.d_model
-            recipe = fine_tuning_recipe(self.pairs, tokens / self.pairs, device, width)
+            recipe = fine_tuning_recipe(self.pairs, mean, device, width)
         elif self.shipped:
             recipe = shipped_recipe(device, config.preset)
         else:
-            recipe = recipe_for(self.pairs, tokens / self.pairs, device, config.preset)
-        super().__init__(config, machine, console, recipe, tokens)
+            recipe = recipe_for(self.pairs, mean, device, config.preset)
+        epoch_tokens = sum(
+            repetition * float(lengths[begin:end].sum()) for begin, end, repetition in self.corpora
+        )
+        super().__init__(config, machine, console, recipe, round(epoch_tokens))
         self.decoder = Decoder(
             self.model,
             prepared.source_tokenizer,
@@ -177,14 +186,31 @@ class TranslationRun(Run):
         return BatchStream(
             functools.partial(collate, train, start_id=self.architecture.decoder_start_id),
             BatchSampler(
-                train.source_lengths, train.target_lengths, training.max_tokens, training.seed
+                train.source_lengths,
+                train.target_lengths,
+                training.max_tokens,
+                training.seed,
+                corpora=self.corpora,
             ),
             train.target_lengths,
             accum_steps=training.accum_steps,
             rank=world.rank,
             world_size=world.size,
             start=start,
+            resample=self._resample(),
             workers=training.data_workers,
+        )
+
+    def _resample(self) -> SampledBatches | None:
+        training = self.config.training
+        p, sides = training.subword_dropout, training.subword_dropout_sides
+        if not p:
+            return None
+        source, target = self.prepared.source_tokenizer, self.prepared.target_tokenizer
+        first = SubwordSampler(source, p, training.seed)
+        second = first if source is target else SubwordSampler(target, p, training.seed)
+        return SampledBatches(
+            first if sides != "target" else None, second if sides != "source" else None
         )
 
     def validation_batches(self) -> list[Callable[[], Any]]:
