@@ -7,6 +7,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from transformer_ext import files
@@ -19,10 +20,12 @@ class Operations:
 
     Args:
         before: Is called before each operation with its number, from 0.
+        folder: Where to count; what goes on elsewhere, in caches, is left out.
     """
 
-    def __init__(self, before: Callable[[int], None]) -> None:
+    def __init__(self, before: Callable[[int], None], folder: Path) -> None:
         self.count = 0
+        self._folder = str(folder)
         self._before = before
         write, fsync = files._write, os.fsync
 
@@ -52,7 +55,10 @@ class Operations:
             and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
         )
         if writes or event in _CHANGES:
-            self._tick()
+            path = os.fsdecode(arguments[0]) if not isinstance(arguments[0], int) else ""
+            # shutil.rmtree() names what it removes relative to the folder that it is in.
+            if path.startswith(self._folder) or not os.path.isabs(path):
+                self._tick()
 
 
 def forked(body: Callable[[], int | None]) -> int:
@@ -81,8 +87,8 @@ def end_of(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def killed_before(operation: int, body: Callable[[], int | None]) -> int:
-    """Runs the body in a process that is killed before its ``operation``-th operation on files.
+def killed_before(operation: int, folder: Path, body: Callable[[], int | None]) -> int:
+    """Runs the body in a process that is killed before its ``operation``-th operation in a folder.
 
     Returns:
         As :func:`end_of`: ``-signal.SIGKILL``, or 0 if the body had fewer operations.
@@ -93,7 +99,7 @@ def killed_before(operation: int, body: Callable[[], int | None]) -> int:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def counted() -> int | None:
-        Operations(die)
+        Operations(die, folder)
         return body()
 
     return end_of(forked(counted))

@@ -95,7 +95,7 @@ def test_killed_between_any_two_operations_on_files(
         folder = tmp_path / str(cut)
         shutil.copytree(tmp_path / "begun", folder)
         checkpoints = Checkpoints(folder, keep=2)
-        died = killed_before(cut, lambda: _save(Checkpoints(folder, keep=2), 4, best=True))  # noqa: B023
+        died = killed_before(cut, folder, lambda: _save(Checkpoints(folder, keep=2), 4, best=True))  # noqa: B023
         found = checkpoints.last_good(pytest.fail)
         assert found in (3, 4)
         outcomes.append(found)
@@ -258,7 +258,7 @@ def test_an_error_of_any_operation_leaves_all_as_it_was(
             assert found == (2 if at >= renamed_after else 1), (name, at)
             if found == 2:
                 shutil.rmtree(tmp_path / "step-2")
-                checkpoints.point("last", 1)
+                checkpoints.settle(1, [])
     _save(checkpoints, 2)
     _unchanged(checkpoints, 2)
 

@@ -91,7 +91,9 @@ class WriteError(OSError):
         return f"{self.filename}: cannot be written: {self.strerror}"
 
 
-def write_error(path: str | Path, error: OSError, needed: int | None = None) -> WriteError:
+def write_error(
+    path: str | os.PathLike[str], error: OSError, needed: int | None = None
+) -> WriteError:
     """An error of the system, saying which file was to be written, and how large it is.
 
     Args:
@@ -111,7 +113,7 @@ def write_error(path: str | Path, error: OSError, needed: int | None = None) -> 
     return WriteError(error.errno, reason, os.fspath(path))
 
 
-def free_bytes(path: str | Path) -> int | None:
+def free_bytes(path: str | os.PathLike[str]) -> int | None:
     """Bytes that this user may still write to the disk of a file that may not be there yet."""
     import shutil
 

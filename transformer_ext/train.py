@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,22 +21,35 @@ from transformer_ext.config import (
     ConfigError,
     TrainConfig,
     add_arguments,
+    from_yaml,
     given,
     parse_arguments,
     to_commented_yaml,
     to_dict,
 )
-from transformer_ext.files import atomic_write
+from transformer_ext.files import FileError, atomic_write, read_json
 from transformer_ext.training import copy_task, distributed
+from transformer_ext.training.folder import (
+    RunFolder,
+    check_changes,
+    choose_folder,
+    newest_run,
+    restarted_run,
+)
 from transformer_ext.training.machine import Machine
-from transformer_ext.training.report import Console, JsonLog, duration
+from transformer_ext.training.report import Console, JsonLog, duration, read_log, rewind_log
 from transformer_ext.training.run import Run
 from transformer_ext.training.tensorboard import Board
 from transformer_ext.training.translation import TranslationRun
 
 __all__ = ["main"]
 
-_RUNS = Path("runs")
+#: The last line of a config.yaml: without it, the file was cut off.
+_WHOLE = "# end\n"
+
+
+class TrainingStopped(Exception):
+    """The training cannot go on, for a reason outside of it that can be mended."""
 
 
 def _parse(argv: Sequence[str] | None) -> TrainConfig:
@@ -50,7 +62,7 @@ def _parse(argv: Sequence[str] | None) -> TrainConfig:
         description="Train a translation model; without options, on the shipped text.",
     )
     if "--resume" not in argv:
-        return parse(argv)
+        return _restarted(parse(argv))
     if any(argument.split("=")[0] == "--config" for argument in argv):
         raise ConfigError(
             "--resume: goes on with the config.yaml of the run itself; leave --config out"
@@ -59,63 +71,45 @@ def _parse(argv: Sequence[str] | None) -> TrainConfig:
         raise ConfigError("--resume: goes on from the run's own checkpoint; leave --init-from out")
     parser = ArgumentParser(prog=Run.command, add_help=False)
     add_arguments(parser, TrainConfig)
-    output = given(parser.parse_known_args(argv)[0], TrainConfig).get("output", {}).get("output")
-    run = Path(output) if output else _newest_run()
+    options = given(parser.parse_known_args(argv)[0], TrainConfig)
+    output = options.get("output", {}).get("output")
+    run = Path(output) if output else newest_run()
     file = run / "config.yaml"
     if not file.is_file():
         raise ConfigError(f"--resume: {run} holds no run to go on with ({file} is missing)")
-    return parse(["--config", str(file), *argv])
+    before = _read_config(file)
+    if options.get("training", {}).keys() & {"max_steps", "max_epochs"}:
+        # One of them takes the place of both: a run that ends by the other would not become longer.
+        argv = ["--max-steps", "auto", "--max-epochs", "auto", *argv]
+    config = parse(["--config", str(file), *argv])
+    # What it warns of is said when the checkpoint is compared.
+    check_changes(before, config, "--resume")
+    return _going_on(config, run)
 
 
-def _runs() -> list[Path]:
-    """The numbered runs in the default folder, ascending."""
-    if not _RUNS.is_dir():
-        return []
-    return sorted((p for p in _RUNS.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
-
-
-def _newest_run() -> Path:
-    runs = _runs()
-    if not runs:
-        raise ConfigError(f"--resume: there is no run in {_RUNS}/; name its folder with --output")
-    return runs[-1]
-
-
-def _choose_folder(config: TrainConfig) -> Path:
-    """The folder for this run; nothing is made or removed yet.
+def _read_config(file: Path) -> TrainConfig:
+    """The options that a run has noted.
 
     Raises:
-        ConfigError: It holds something, and neither --resume nor --overwrite is given.
+        ConfigError: The file is damaged.
     """
-    if config.output.output is None:
-        return _RUNS / f"{int(_runs()[-1].name) + 1 if _runs() else 1:03d}"
-    folder = Path(config.output.output)
-    if not config.output.resume and folder.is_dir() and any(folder.iterdir()):
-        if not config.output.overwrite:
-            raise ConfigError(
-                f"--output: {folder} is not empty; --overwrite replaces the run in it, --resume "
-                "goes on with it"
-            )
-        if not (folder / "config.yaml").is_file():
-            raise ConfigError(f"--overwrite: {folder} holds no run; nothing was removed")
-    return folder
+    if not file.read_bytes().endswith(_WHOLE.encode()):
+        raise ConfigError(
+            f"{file}: its last line is missing, it was cut off; the options of the run are also in "
+            f"{file.parent / 'log.jsonl'} and in training.json of each checkpoint"
+        )
+    return from_yaml(TrainConfig, str(file))
 
 
-def _claim(folder: Path, config: TrainConfig) -> Path:
-    """Makes the folder, empty unless a run in it is to be resumed; returns the one made."""
-    if config.output.output is None:
-        while True:
-            try:
-                folder.mkdir(parents=True)
-            except FileExistsError:
-                # Another training has begun in the meantime.
-                folder = folder.with_name(f"{int(folder.name) + 1:03d}")
-            else:
-                return folder
-    if config.output.overwrite and folder.is_dir():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def _going_on(config: TrainConfig, run: Path) -> TrainConfig:
+    output = dataclasses.replace(config.output, output=str(run), resume=True, overwrite=False)
+    return dataclasses.replace(config, output=output)
+
+
+def _restarted(config: TrainConfig) -> TrainConfig:
+    """The configuration, going on where ``torchrun --max-restarts`` has begun this run before."""
+    run = None if config.output.dry_run else restarted_run(config.output.output)
+    return config if run is None else _going_on(_read_config(run / "config.yaml"), run)
 
 
 def _train(config: TrainConfig) -> int:
@@ -124,27 +118,33 @@ def _train(config: TrainConfig) -> int:
     machine = Machine.join(config)
     world = machine.world
     console = Console(silent=not world.first)
-    folder = None if config.output.dry_run else _choose_folder(config)
-    machine.print(console, "nothing (dry run)" if folder is None else f"{folder}/")
+    planned = None if config.output.dry_run else choose_folder(config)
+    machine.print(console, "nothing (dry run)" if planned is None else f"{planned}/")
     run = TranslationRun.prepare(config, machine, console)
     run.print_plan()
-    if folder is None:
+    if planned is None:
         run.dry_run()
         return 0
-    planned = folder
-    folder = Path(world.broadcast(str(_claim(folder, config)) if world.first else ""))
-    if folder != planned:
-        console.print(f"output     {folder}/ ({planned} was taken in the meantime)")
-    run.use_folder(folder)
-    assert run.checkpoints is not None
-    resume_from = None
-    if config.output.resume:
-        resume_from = run.checkpoints.last()
-        console.print(f"going on from step {resume_from or 0}")
-    if world.first:
-        atomic_write(folder / "config.yaml", to_commented_yaml(run.settled_config()))
+    claimed = RunFolder.claim(planned, config) if world.first else None
+    try:
+        folder = Path(world.broadcast(str(claimed.path) if claimed else ""))
+        if folder != planned:
+            console.print(f"output     {folder}/ ({planned} was taken in the meantime)")
+        run.use_folder(folder)
+        return _train_in(folder, run)
+    finally:
+        if claimed is not None:
+            claimed.release()
+
+
+def _train_in(folder: Path, run: Run) -> int:
+    """Trains in a folder that is this training's alone."""
+    machine, console, world = run.machine, run.console, run.machine.world
+    resume_from = _find_checkpoint(folder, run) if run.config.output.resume else None
+    if world.first and not run.config.output.resume:
+        _write_config(folder, run)
     board = None
-    if config.output.tensorboard and world.first:
+    if run.config.output.tensorboard and world.first:
         board = Board(folder / "tensorboard", resume_from or 0)
     log = JsonLog(folder / "log.jsonl" if world.first else None, board)
     log.write(
@@ -157,19 +157,86 @@ def _train(config: TrainConfig) -> int:
         config=to_dict(run.config),
     )
     trainer = run.make_trainer(log, resume_from)
-    with trainer.stop.installed():
-        reason = trainer.fit()
-        if reason == "interrupted":
-            console.print(
-                f"interrupted; step {trainer.progress.step} is saved. To go on: "
-                f"{run.go_on_command()}"
-            )
-            return 130
+    if world.first and run.config.output.resume:
+        # Not before: options that the checkpoint does not allow must not replace those that it has.
+        _write_config(folder, run)
+    if trainer.ended() and world.any(world.first and run.is_complete(trainer)):
+        console.print(
+            f"this run is finished: {trainer.progress.step:,} steps, results in "
+            f"{folder / 'results.json'}. To train on: {run.go_on_command()} --max-steps N"
+        )
+        return 0
+    try:
+        with trainer.stop.installed():
+            reason = trainer.fit()
+    except OSError as error:
+        raise TrainingStopped(
+            f"{error}\nthe training stopped after step {trainer.progress.step}; "
+            f"{_kept(run)}. When the cause is mended, to go on: {run.go_on_command()}"
+        ) from error
+    if reason == "interrupted":
+        console.print(
+            f"interrupted; step {trainer.progress.step} is saved. To go on: {run.go_on_command()}"
+        )
+        return 130
     if world.first:
         run.finish(trainer, reason, log)
     log.close()
     world.barrier()
     return 0
+
+
+def _write_config(folder: Path, run: Run) -> None:
+    atomic_write(folder / "config.yaml", to_commented_yaml(run.settled_config()) + _WHOLE)
+
+
+def _kept(run: Run) -> str:
+    assert run.checkpoints is not None
+    last = run.checkpoints.last()
+    if last is None:
+        return "there is no checkpoint yet"
+    return f"the checkpoint of step {last} is whole ({run.checkpoints.path(last)})"
+
+
+def _results_of(folder: Path) -> int | None:
+    """The step whose results are in the folder."""
+    try:
+        return read_json(folder / "results.json").get("steps")
+    except FileError:
+        return None
+
+
+def _find_checkpoint(folder: Path, run: Run) -> int | None:
+    """Step to go on from, on every rank; the first one makes log and folder fit it.
+
+    Raises:
+        FileError: No checkpoint is good, though some were saved.
+    """
+    world, say = run.machine.world, run.console.print
+    checkpoints = run.checkpoints
+    assert checkpoints is not None
+    found = ""
+    if world.first:
+        step = checkpoints.last_good(lambda problem: say(f"warning: {problem}"))
+        log = folder / "log.jsonl"
+        if step is None and log.is_file():
+            saved = [e["step"] for e in read_log(log) if e["event"] == "checkpoint"]
+            if saved:
+                raise FileError(
+                    f"{checkpoints.directory}: holds no checkpoint, though {log} tells of one at "
+                    f"step {saved[-1]}"
+                )
+        for path in checkpoints.set_aside_after(step):
+            say(f"warning: {path}: is what is left of a damaged checkpoint; not used")
+        for problem in rewind_log(log, step or 0, ended=_results_of(folder) == step):
+            say(f"warning: {problem}")
+        found = "" if step is None else str(step)
+    found = world.broadcast(found)
+    if not found:
+        say("the run has no checkpoint yet: it begins anew at step 0")
+        return None
+    say(f"going on from step {found}")
+    return int(found)
 
 
 def _copy(config: TrainConfig) -> int:
@@ -214,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = _parse(argv)
         return _copy(config) if config.task == "copy" else _train(config)
-    except FloatingPointError as error:
+    except (FloatingPointError, TrainingStopped) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -14,6 +14,7 @@ order of the epoch and the map of the files, cannot die alone, and do not fork b
 from __future__ import annotations
 
 import weakref
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -205,6 +206,12 @@ class BatchStream:
     def steps_per_epoch(self) -> float:
         """Optimizer steps in the current epoch."""
         return len(self._epochs[self.position.epoch]) / self._micros
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells this data from other data: the number of examples, a checksum of their lengths."""
+        counts = np.ascontiguousarray(self._reader.label_counts)
+        return f"{len(counts):,} examples {zlib.crc32(counts.view(np.uint8).data):08x}"
 
     def __iter__(self) -> Iterator[Step]:
         return self

@@ -114,12 +114,20 @@ class Checkpoints:
             content = {"format_version": TRAINING_FORMAT_VERSION, "step": step, **state}
             write_json(folder / _STATE, content)
             self._write_sums(folder, step)
-        self.point("last", step)
-        if best:
-            self.point("best", best[0])
-        self._prune(best)
+        self.settle(step, best)
         shutil.rmtree(self._aside(step), ignore_errors=True)
         return final
+
+    def settle(self, step: int, best: Sequence[int]) -> None:
+        """Sets the pointers and removes what is not kept, after the checkpoint of ``step``.
+
+        Also for one whose process ended before it could do so.
+        """
+        self._point("last", step)
+        if best and self.path(best[0]).is_dir():
+            self._point("best", best[0])
+        self._prune(best)
+        remove_abandoned(self.directory)
 
     def _check_space(self, path: Path, needed: int) -> None:
         free = free_bytes(path)
@@ -142,9 +150,9 @@ class Checkpoints:
         sums: dict[str, Any] = {"step": step, "algorithm": "crc32", "files": files}
         write_json(folder / _SUMS, {**sums, "crc32": _sum_of_sums(sums)})
 
-    def point(self, name: str, step: int) -> None:
-        """Lets the pointer ``name`` (``last`` or ``best``) name the checkpoint of ``step``."""
-        atomic_write(self.directory / name, f"{self.path(step).name}\n")
+    def _point(self, name: str, step: int) -> None:
+        if self._pointer(name) != step:
+            atomic_write(self.directory / name, f"{self.path(step).name}\n")
 
     def pointed(self, name: str) -> int | None:
         """Step that the pointer ``name`` names; None if there is none or it is gone."""
@@ -168,8 +176,12 @@ class Checkpoints:
         """Directories of the newest ``count`` checkpoints, ascending by step."""
         return [self.path(step) for step in self.steps()[-count:]]
 
-    def verify(self, step: int) -> None:
+    def verify(self, step: int, *, model_only: bool = False) -> None:
         """Compares every file of a checkpoint with its size and checksum.
+
+        Args:
+            step: Which one.
+            model_only: Leaves out the training state.
 
         Raises:
             FileError: A file is missing, of another length, or altered; the message names it.
@@ -186,6 +198,8 @@ class Checkpoints:
         if sums.get("step") != step:
             raise FileError(f"{path}: is of the checkpoint of step {sums.get('step')}")
         for name, expected in files.items():
+            if model_only and name in (_STATE, _TENSORS):
+                continue
             path = folder / name
             try:
                 size = path.stat().st_size
@@ -251,15 +265,24 @@ class Checkpoints:
         Raises:
             FileError: No such checkpoint, one without training state, or in an unknown format.
         """
-        directory = self.path(step)
-        state = read_json(directory / _STATE)
+        state = self.state(step)
+        arrays = Tensors(self.path(step) / _TENSORS)
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}, state
+
+    def state(self, step: int) -> dict[str, Any]:
+        """Content of training.json of ``step``.
+
+        Raises:
+            FileError: As :meth:`load`.
+        """
+        path = self.path(step) / _STATE
+        state = read_json(path)
         if state.get("format_version") != TRAINING_FORMAT_VERSION:
             raise FileError(
-                f"{directory / _STATE}: format_version is {state.get('format_version')!r}, expected "
+                f"{path}: format_version is {state.get('format_version')!r}, expected "
                 f"{TRAINING_FORMAT_VERSION}; another version of this package wrote it"
             )
-        arrays = Tensors(directory / _TENSORS)
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}, state
+        return state
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:

@@ -6,7 +6,7 @@ Without torchrun's environment variables everything here does nothing for a worl
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -71,6 +71,13 @@ class World:
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, kind)
         return [float(v) for v in tensor.tolist()]
+
+    def gather(self, values: Sequence[float]) -> list[list[float]]:
+        """Values of each rank, exactly, by rank; waits for the device."""
+        rows = [[0.0] * len(values) for _ in range(self.size)]
+        rows[self.rank] = list(values)
+        flat = self.sum(*(value for row in rows for value in row))
+        return [flat[i : i + len(values)] for i in range(0, len(flat), len(values))]
 
     def broadcast(self, value: str) -> str:
         """The first rank's value, on every rank."""

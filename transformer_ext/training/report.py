@@ -8,6 +8,7 @@ an ``event``: ``start``, ``train``, ``validation``, ``checkpoint``, ``resume``, 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -16,12 +17,13 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO, cast
 
 from transformer_ext._command import discard_output
+from transformer_ext.files import atomic_write, write_error
 from transformer_ext.training.tensorboard import Board
 
-__all__ = ["Console", "JsonLog", "duration", "read_log", "save_loss_curve"]
+__all__ = ["Console", "JsonLog", "duration", "read_log", "rewind_log", "save_loss_curve"]
 
 
 def duration(seconds: float) -> str:
@@ -114,7 +116,14 @@ class JsonLog:
 
     def __init__(self, path: str | os.PathLike[str] | None, board: Board | None = None) -> None:
         self._board = board
-        self._file = None if path is None else open(path, "a", encoding="utf-8")
+        self._path = path
+        self._file: BinaryIO | None = None
+        if path is not None:
+            try:
+                # Unbuffered: a line that the disk had no room for is not tried again at the end.
+                self._file = cast(BinaryIO, open(path, "ab", buffering=0))
+            except OSError as error:
+                raise write_error(path, error) from error
 
     def write(self, event: str, /, **values: Any) -> None:
         """Writes one event; a number that JSON cannot hold (NaN, infinity) becomes null."""
@@ -124,10 +133,20 @@ class JsonLog:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in values.items()
         }
-        self._file.write(json.dumps({"event": event, **clean}, ensure_ascii=False) + "\n")
-        self._file.flush()
+        assert self._path is not None
+        line = (json.dumps({"event": event, **clean}, ensure_ascii=False) + "\n").encode()
+        try:
+            if self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise write_error(self._path, error, len(line)) from error
         if self._board is not None:
             self._board.write(event, values)
+
+    def sync(self) -> None:
+        """Waits until all lines are on the disk."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Closes the file."""
@@ -139,15 +158,55 @@ class JsonLog:
             self._board = None
 
 
+def rewind_log(path: str | os.PathLike[str], step: int, *, ended: bool = False) -> list[str]:
+    """Removes from a ``log.jsonl`` what a run that goes on from ``step`` writes again.
+
+    Those are the lines of later steps, and a last line cut short by a crash. A file that is not there
+    stays so.
+
+    Args:
+        path: The file.
+        step: Of the checkpoint that is gone on from.
+        ended: Whether the run had come to its end there, and the line that says so stays.
+
+    Returns:
+        What else was wrong, a line each: broken lines, which are removed too.
+    """
+    path = Path(path)
+    try:
+        # Not splitlines(): JSON leaves U+2028 and its like as they are, and they end no line here.
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    kept, problems = [], []
+    for number, line in enumerate(lines, 1):
+        event = _parse_line(line)
+        if event is None:
+            if number < len(lines) and line.strip(b"\0 "):
+                problems.append(f"{path}: line {number} is broken and was removed")
+        elif event.get("step", 0) <= step and (ended or event["event"] != "end"):
+            kept.append(line + b"\n")
+    if kept != [line + b"\n" for line in lines[:-1]] or lines[-1]:
+        atomic_write(path, b"".join(kept))
+    return problems
+
+
+def _parse_line(line: bytes) -> dict[str, Any] | None:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    whole = isinstance(event, dict) and isinstance(event.get("event"), str)
+    return event if whole and isinstance(event.get("step", 0), int) else None
+
+
 def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Events of a ``log.jsonl`` in order of steps; what was trained again after a resume counts
     once, as trained last. A line cut short by a crash is left out."""
     events: list[dict[str, Any]] = []
-    # Not splitlines(): JSON leaves U+2028 and its like as they are, and they end no line here.
-    for line in Path(path).read_text(encoding="utf-8").split("\n"):
-        try:
-            event = json.loads(line)
-        except json.JSONDecodeError:
+    for line in Path(path).read_bytes().split(b"\n"):
+        event = _parse_line(line)
+        if event is None:
             continue
         if event["event"] == "resume":
             events = [e for e in events if e.get("step", 0) <= event["step"]]

@@ -20,13 +20,14 @@ import torch
 from torch import nn
 
 from transformer_ext.average import average_weights
-from transformer_ext.config import ConfigError, TrainConfig, to_dict
-from transformer_ext.files import atomic_directory, write_json
+from transformer_ext.config import ConfigError, TrainConfig, from_dict, to_dict
+from transformer_ext.files import FileError, atomic_directory, read_json, write_json
 from transformer_ext.ops import backend
 from transformer_ext.training.batches import BatchStream, Position
 from transformer_ext.training.checkpoint import Checkpoints
 from transformer_ext.training.distributed import World
 from transformer_ext.training.environment import peak_memory_bytes
+from transformer_ext.training.folder import check_changes
 from transformer_ext.training.machine import Machine
 from transformer_ext.training.moving_average import MovingAverage
 from transformer_ext.training.optimizer import Optimizer, parameters_by_name
@@ -214,7 +215,11 @@ class Run(ABC):
         start = None
         if resume_from is not None:
             assert self.checkpoints is not None
-            start = Progress.from_dict(self.checkpoints.load(resume_from)[1]["progress"]).position
+            state = self.checkpoints.state(resume_from)
+            start = Progress.from_dict(state["progress"]).position
+            trained = from_dict(TrainConfig, state["config"], f"checkpoint of step {resume_from}")
+            for warning in check_changes(trained, config, f"{self.folder}/config.yaml"):
+                self.console.print(f"warning: {warning}")
             self._set_weights(self.read_model(self.checkpoints.path(resume_from)))
         optimizer = Optimizer(
             self.parameters.items(),
@@ -259,6 +264,7 @@ class Run(ABC):
             console=self.console,
             log=log,
             run_facts=machine.facts(),
+            config=to_dict(self.settled_config()),
         )
         if resume_from is not None:
             for warning in trainer.restore(resume_from):
@@ -313,11 +319,14 @@ class Run(ABC):
         assert self.folder is not None and self.checkpoints is not None
         progress, output = trainer.progress, self.config.output
         best = progress.best_step
+        if best and not self._good([best]):
+            best = 0
         if output.average_best > 1:
-            averaged, which = [self.checkpoints.path(step) for _, step in progress.best], "best"
-            averaged = averaged[: output.average_best]
+            steps, which = [step for _, step in progress.best[: output.average_best]], "best"
         else:
-            averaged, which = self.checkpoints.newest(output.average_last), "last"
+            steps, which = self.checkpoints.steps()[-output.average_last :], "last"
+        good = self._good(steps)
+        averaged = [self.checkpoints.path(step) for step in good]
         weights = None
         if len(averaged) > 1:
             weights = average_weights(averaged)
@@ -338,7 +347,7 @@ class Run(ABC):
                 if not better:
                     weights = None
         if weights is None:
-            step = best or progress.step
+            step = best or (max(good) if good else progress.step)
             choice = f"checkpoint of step {step}"
             weights = dict(self.read_model(self.checkpoints.path(step)))
         self._set_weights(weights)
@@ -348,6 +357,28 @@ class Run(ABC):
                 folder, weights, {"steps": progress.step, "weights": choice, **self.notes()}
             )
         return model, choice
+
+    def _good(self, steps: Sequence[int]) -> list[int]:
+        """Those of the checkpoints whose models are as they were written; the others are named."""
+        assert self.checkpoints is not None
+        good = []
+        for step in steps:
+            try:
+                self.checkpoints.verify(step, model_only=True)
+            except FileError as error:
+                self.console.print(f"warning: {error}; not used")
+            else:
+                good.append(step)
+        return good
+
+    def is_complete(self, trainer: Trainer) -> bool:
+        """Whether :meth:`finish` has come to its end, and what it wrote is there."""
+        assert self.folder is not None
+        try:
+            self.read_model(self.folder / "model")
+            return read_json(self.folder / "results.json").get("steps") == trainer.progress.step
+        except ValueError:
+            return False
 
     def finish(self, trainer: Trainer, reason: str, log: JsonLog) -> None:
         """Averages, tests, draws, writes the results, and says how to go on from here."""
@@ -383,12 +414,13 @@ class Run(ABC):
                 "precision": self.machine.precision,
                 "backend": backend(),
             },
-            "config": to_dict(self.config),
+            "config": to_dict(self.settled_config()),
         }
         results |= self.test(model)
         log.write("end", **{k: v for k, v in results.items() if k not in ("config", "versions")})
-        write_json(self.folder / "results.json", results)
         save_loss_curve(read_log(self.folder / "log.jsonl"), self.folder / "loss.png")
+        # The last of all: where it is, a run that is to go on has nothing left to do.
+        write_json(self.folder / "results.json", results)
         say(f"model      {model}")
         say(f"results    {self.folder / 'results.json'}")
         say(f"pictures   {', '.join(map(str, sorted(self.folder.glob('*.png'), reverse=True)))}")

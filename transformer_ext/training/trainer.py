@@ -304,6 +304,7 @@ class Trainer:
         console: Where people read.
         log: Where programs read.
         run_facts: Added to ``training.json``, and compared on resuming: a difference is warned of.
+        config: Added to ``training.json``.
     """
 
     def __init__(
@@ -324,6 +325,7 @@ class Trainer:
         console: Console | None = None,
         log: JsonLog | None = None,
         run_facts: dict[str, Any] | None = None,
+        config: dict[str, Any] | None = None,
     ) -> None:
         self.model = model
         self.stream = stream
@@ -340,6 +342,7 @@ class Trainer:
         self.console = console or Console(silent=True)
         self.log = log or JsonLog(None)
         self.run_facts = run_facts or {}
+        self.config = config or {}
         self.progress = Progress(position=stream.position)
         self.stop = StopRequest()
         self.losses = LossModule(model, plan.label_smoothing)
@@ -354,6 +357,7 @@ class Trainer:
         self._unchecked: list[tuple[int, Step, Tensor]] = []
         self._interval_all_tokens = 0
         self._interval_started = time.monotonic()
+        self._began: float | None = None
         self._data_seconds = 0.0
 
     # One optimizer step ---------------------------------------------------------------------------
@@ -480,15 +484,12 @@ class Trainer:
 
     def _loop(self) -> str:
         plan, progress = self.plan, self.progress
-        began = time.monotonic() - progress.seconds
-        self._start_interval()
-        reason, first, warm = "finished", progress.step, began
-        while progress.step < plan.max_steps:
-            if plan.early_stop_patience and progress.worse >= plan.early_stop_patience:
-                reason = "early stop"
-                break
+        self._began = time.monotonic() - progress.seconds
+        first, warm = progress.step, self._began
+        reason = self.ended()
+        while not reason:
             self.train_step()
-            progress.seconds = time.monotonic() - began
+            self._count_seconds()
             if progress.step - first == _ESTIMATE_FROM:
                 warm = time.monotonic()
             elif progress.step - first == _ESTIMATE_AT:
@@ -496,18 +497,34 @@ class Trainer:
             if progress.step % plan.log_every == 0 or progress.step == plan.max_steps:
                 self.report()
             elif self.console.wants_update():
-                self.console.update(self._line(*self._averages()))
+                self.console.update(self._line(*self._averages(self._sums.tolist())))
             stopped = self._agreed_stop()
             due = progress.step % plan.validate_every == 0 or progress.step == plan.max_steps
             if due or stopped == "time":
                 self.validate_and_save()
-                progress.seconds = time.monotonic() - began
-                self._start_interval()
+                self._interval_started = time.monotonic()
             elif stopped or (plan.checkpoint_every and progress.step % plan.checkpoint_every == 0):
                 self.save()
-            if stopped:
-                return stopped
+            reason = stopped or self._finished()
         return reason
+
+    def _count_seconds(self) -> None:
+        if self._began is not None:
+            self.progress.seconds = time.monotonic() - self._began
+
+    def ended(self) -> str:
+        """Why there is nothing to train at this beginning, as :meth:`fit` says it; "" if there is."""
+        limit = self.plan.max_seconds
+        over_time = limit is not None and self.progress.seconds >= limit
+        return self._finished() or ("time" if over_time else "")
+
+    def _finished(self) -> str:
+        plan, progress = self.plan, self.progress
+        if progress.step >= plan.max_steps:
+            return "finished"
+        if plan.early_stop_patience and progress.worse >= plan.early_stop_patience:
+            return "early stop"
+        return ""
 
     def _agreed_stop(self) -> str:
         progress, limit = self.progress, self.plan.max_seconds
@@ -528,9 +545,29 @@ class Trainer:
         self._interval_started = time.monotonic()
         self._data_seconds = 0.0
 
-    def _averages(self) -> tuple[float, float, float]:
-        """(loss, nll) per token of this rank and target tokens/s of all since the last report."""
-        loss, nll, tokens = self._sums.tolist()
+    def _interval(self) -> dict[str, Any]:
+        """What the next report depends on, so that it says the same after a resume."""
+        return {
+            "sums": self.world.gather(self._sums.tolist()),
+            "tokens": self._interval_all_tokens,
+            "seconds": time.monotonic() - self._interval_started,
+            "data_seconds": self._data_seconds,
+        }
+
+    def _restore_interval(self, values: dict[str, Any]) -> None:
+        sums = values["sums"]
+        if len(sums) != self.world.size:
+            # There are not as many processes as then, to go on with their own each.
+            total = [sum(column) for column in zip(*sums, strict=True)]
+            sums = [total] + [[0.0] * len(total)] * (self.world.size - 1)
+        self._sums.copy_(torch.tensor(sums[self.world.rank]))
+        self._interval_all_tokens = values["tokens"]
+        self._interval_started = time.monotonic() - values["seconds"]
+        self._data_seconds = values["data_seconds"]
+
+    def _averages(self, sums: list[float]) -> tuple[float, float, float]:
+        """(loss, nll) per token, from their sums, and target tokens/s, since the last report."""
+        loss, nll, tokens = sums
         tokens = tokens or math.nan
         elapsed = max(1e-9, time.monotonic() - self._interval_started)
         return loss / tokens, nll / tokens, self._interval_all_tokens / elapsed
@@ -570,7 +607,7 @@ class Trainer:
             FloatingPointError: Too many steps were skipped.
         """
         self._check_skipped()
-        loss, nll, speed = self._averages()
+        loss, nll, speed = self._averages(self.world.sum(*self._sums.tolist()))
         line = self._line(loss, nll, speed)
         if self.console.live:
             self.console.update(line)
@@ -626,6 +663,7 @@ class Trainer:
         self._check_skipped()
         progress = self.progress
         progress.skipped = 0
+        self._start_interval()
         if not self.validation_batches:
             self.save()
             return None
@@ -634,7 +672,7 @@ class Trainer:
             best = progress.rank(
                 result.value(self.plan.metric), self.plan.metric, self.plan.keep_best
             )
-            self.save()
+        self._count_seconds()
         self.console.print(
             f"validation at step {result.step}: {result.describe()}"
             + ("  (best so far)" if best else f"  (best: step {progress.best_step})")
@@ -648,18 +686,29 @@ class Trainer:
             training_seconds=round(progress.seconds, 3),
             target_tokens=progress.target_tokens,
         )
+        # After the line: a run killed between the two says it again when it is back here, not never.
+        self.save()
         self.world.barrier()
         return result
 
     def save(self) -> Path | None:
         """Writes the checkpoint of this moment; returns its directory (None on other ranks)."""
-        if self.checkpoints is None or self.write_model is None or not self.world.first:
+        if self.checkpoints is None or self.write_model is None:
+            return None
+        self._check_skipped()
+        interval = self._interval()
+        if not self.world.first:
             return None
         state = {
             "progress": self.progress.to_dict(),
+            "interval": interval,
             "metric": self.plan.metric,
+            "data": self.stream.fingerprint,
             "facts": self.run_facts,
+            "config": self.config,
         }
+        # Whoever finds the checkpoint finds the lines before it.
+        self.log.sync()
         with self._averaged() as weights:
             tensors = {f"{_WEIGHTS}{name}": weight for name, weight in weights.items()}
             directory = self.checkpoints.save(
@@ -668,6 +717,7 @@ class Trainer:
                 self.optimizer.state_dict() | tensors,
                 state,
                 best=[step for _, step in self.progress.best],
+                model_bytes=sum(p.nbytes for p in self.optimizer.parameters.values()),
             )
         self.log.write("checkpoint", step=self.progress.step, path=str(directory))
         return directory
@@ -680,6 +730,11 @@ class Trainer:
         """
         assert self.checkpoints is not None
         tensors, state = self.checkpoints.load(step)
+        if state["data"] != self.stream.fingerprint:
+            raise ValueError(
+                f"training data: got {self.stream.fingerprint}, but the checkpoint of step {step} was "
+                f"trained with {state['data']}; its text or what cuts it into tokens has changed"
+            )
         weights = {
             name.removeprefix(_WEIGHTS): tensors.pop(name)
             for name in list(tensors)
@@ -700,6 +755,9 @@ class Trainer:
             raise ValueError(
                 f"stream: begins at {self.stream.position}, expected {self.progress.position}"
             )
+        self._restore_interval(state["interval"])
+        if self.world.first:
+            self.checkpoints.settle(step, [step for _, step in self.progress.best])
         self.log.write("resume", step=step)
         return [
             f"{name} was {value!r} and is {self.run_facts.get(name)!r} now: the training goes on, "
