@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from transformer_ext import prepare
 from transformer_ext.config import CorpusConfig, DataConfig, TrainConfig, to_commented_yaml
-from transformer_ext.data import CorpusError, TokenizerError, read_pairs, shipped_corpus
+from transformer_ext.data import (
+    CorpusError,
+    TokenizerError,
+    preparation,
+    progress,
+    read_pairs,
+    shipped_corpus,
+)
+from transformer_ext.data.corpus import file_digest
 from transformer_ext.data.preparation import cache_folder, default_vocab_size, prepare_data
+from transformer_ext.data.workers import Workers
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +221,225 @@ def test_processes_that_prepare_the_same_text_at_the_same_time(own) -> None:
     assert len(folders(own)) == 4
 
 
+# Processes, and what can go wrong
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_any_number_of_processes_writes_the_same_bytes(own, tmp_path, pairs) -> None:
+    # Several chunks, so that each process has some.
+    write_text(Path(own.src_train[0]).parent, "train", [pair for _ in range(12) for pair in pairs])
+    own.bad_lines, lines = "skip", Path(own.tgt_train[0]).read_bytes().split(b"\n")
+    lines[5000], lines[9000] = b"", b"\xff"
+    Path(own.tgt_train[0]).write_bytes(b"\n".join(lines))
+    found = []
+    for count in (0, 1, 3):
+        own.prepare_workers, own.cache = count, str(tmp_path / f"cache{count}")
+        prepare_data(own)
+        names = folders(own)
+        found.append((names, [contents(cache_folder(own) / name) for name in names]))
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_wrong_line_is_the_first_one_with_processes_too(own, pairs) -> None:
+    write_text(Path(own.src_train[0]).parent, "train", [pair for _ in range(12) for pair in pairs])
+    path, own.prepare_workers = Path(own.tgt_train[0]), 2
+    whole = path.read_bytes().split(b"\n")
+    lines = list(whole)
+    for wrong in (17_000, 9000, 12_000):
+        lines[wrong] = b"\xff"
+    # Fewer lines are found while the line before is still looked at.
+    path.write_bytes(b"\n".join(lines[:17_500]))
+    with pytest.raises(CorpusError, match=r"train\.de:9001: not UTF-8"):
+        prepare_data(own)
+    path.write_bytes(b"\n".join(whole[:17_500]))
+    with pytest.raises(CorpusError, match=r"train\.en has 18,000 lines and .* has 17,500"):
+        prepare_data(own)
+    assert folders(own) == []
+
+
+def _sleepless(task: int) -> int:
+    if task == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return task * 2
+
+
+def test_a_killed_worker_is_one_clear_error() -> None:
+    with Workers(_double, 2) as workers:
+        assert list(workers.map(range(50))) == [2 * number for number in range(50)]
+    with Workers(_sleepless, 2) as workers:
+        results = workers.map(range(50))
+        assert [next(results) for _ in range(3)] == [0, 2, 4]
+        with pytest.raises(CorpusError, match="ended by signal 9; --prepare-workers"):
+            list(results)
+
+
+def _double(task: int) -> int:
+    # What is printed does no harm.
+    print("a word")
+    return task * 2
+
+
+_PREPARE = (sys.executable, "-m", "transformer_ext.prepare")
+
+
+def arguments_of(config: DataConfig) -> list[str]:
+    return [
+        *("--src-train", *config.src_train, "--tgt-train", *config.tgt_train),
+        *("--vocab-size", str(config.vocab_size), "--cache", str(config.cache)),
+    ]
+
+
+def children_of(process: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[1]) == process:
+                found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+def test_killed_at_any_moment_nothing_half_built_is_used(own, tmp_path, pairs) -> None:
+    write_text(Path(own.src_train[0]).parent, "train", [pair for _ in range(8) for pair in pairs])
+    arguments = [*arguments_of(own), "--prepare-workers", "2"]
+    own.cache = str(tmp_path / "whole")
+    expected = prepare_data(own)
+    own.cache = arguments[-3]
+    # Each time it is killed when another thing is under way, which the file system tells.
+    killed = []
+    for kind, file in (
+        ("split", "split-*.tmp-*"),
+        ("tokenizer", "tokenizer-*.tmp-*"),
+        ("pairs", "pairs-*.tmp-*/source.ids"),
+        ("dev", "dev-*.tmp-*"),
+    ):
+        process = subprocess.Popen([*_PREPARE, *arguments], stdout=subprocess.DEVNULL)
+        workers: list[int] = []
+        while process.poll() is None:
+            workers = children_of(process.pid) or workers
+            if any(cache_folder(own).glob(file)):
+                process.kill()
+                killed.append(kind)
+        process.wait()
+        deadline = time.monotonic() + 20
+        while any(Path(f"/proc/{worker}").exists() for worker in workers):
+            assert time.monotonic() < deadline, "a worker outlived its parent"
+            time.sleep(0.01)
+    # The last one may be over before it is seen.
+    assert len(killed) >= 3
+    data = prepare_data(own)
+    data.train.verify()
+    assert contents(data.train.folder) == contents(expected.train.folder)
+    assert not any(".tmp-" in name for name in folders(own))
+
+
+def test_a_full_disk_is_one_clear_error(own, pairs) -> None:
+    resource = pytest.importorskip("resource")
+    write_text(Path(own.src_train[0]).parent, "train", [pair for _ in range(8) for pair in pairs])
+    # A limit to the size of files: what a disk gives that is full.
+    own.vocab_size = 380
+    for limit, left in ((1000, []), (150_000, []), (1_000_000, ["split", "tokenizer"])):
+        done = subprocess.run(
+            [*_PREPARE, *arguments_of(own), "--prepare-workers", "0"],
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),  # noqa: B023
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        assert line == (
+            f"error: {own.cache}: the cache cannot be written: File too large; choose another "
+            "folder with --cache or $TRANSFORMER_EXT_CACHE"
+        )
+        assert [name.split("-")[0] for name in folders(own)] == left
+
+
+def test_digests_of_large_files_are_remembered(own, monkeypatch) -> None:
+    monkeypatch.setattr(preparation, "_SMALL_FILE", 1000)
+    monkeypatch.setattr(preparation, "_SETTLED_SECONDS", -1)
+    path, cache = own.src_train[0], Path(own.cache)
+    digest = preparation.cached_digest(path, cache)
+    assert digest == file_digest(path)
+    monkeypatch.setattr(preparation, "file_digest", lambda path: "read again")
+    assert preparation.cached_digest(path, cache) == digest
+    # Neither size nor time of modification tell of this change.
+    status = os.stat(path)
+    with open(path, "r+b") as file:
+        file.write(b"x")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert preparation.cached_digest(path, cache) == "read again"
+    (note,) = (cache / "digests").iterdir()
+    note.write_text("{")
+    assert preparation.cached_digest(path, cache) == "read again"
+    # A file that has just been written may change again within the same time stamp.
+    monkeypatch.setattr(preparation, "_SETTLED_SECONDS", 1000)
+    note.unlink()
+    preparation.cached_digest(path, cache)
+    assert not note.exists()
+
+
+def test_altered_token_ids_are_found(own, capsys) -> None:
+    data = prepare_data(own)
+    path = data.train.folder / "target.ids"
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(content)
+    for options in ([], ["--verify"]):
+        assert prepare.main([*arguments_of(own), *options]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "target.ids: was altered after it was written" in line
+
+
+def test_large_data_sets_are_verified_when_asked(own, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(preparation, "_CHEAP_CHECK", 0)
+    data = prepare_data(own)
+    assert prepare.main([*arguments_of(own), "--verify"]) == 0
+    assert "bytes, as their checksums say)" in capsys.readouterr().out
+    path = data.train.folder / "source.ids"
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(content)
+    assert prepare.main(arguments_of(own)) == 0
+    assert prepare.main([*arguments_of(own), "--verify"]) == 2
+    assert "source.ids: was altered" in capsys.readouterr().err
+
+
+def test_progress_in_a_file(monkeypatch) -> None:
+    monkeypatch.setattr(progress, "_FIRST_LINE_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "_LINE_SECONDS", 1e9)
+    lines: list[str] = []
+    with progress.Progress("token ids", 200, lines.append) as shown:
+        shown.read(50)
+        shown.done(1000)
+        shown.read(150)
+        shown.done(1000)
+    (line,) = lines
+    assert re.fullmatch(r"token ids: 25 %, 1,000 pairs, [\d,]+ a second", line)
+
+
+def test_progress_on_a_terminal(monkeypatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    lines: list[str] = []
+    with progress.Progress("token ids", 2000, lines.append) as shown:
+        for _ in range(20):
+            shown.done(1000)
+            shown.read(100)
+    assert lines == []
+    assert "token ids:" in terminal.getvalue() and "/2.00k" in terminal.getvalue()
+
+
 # Several corpora
 
 
@@ -338,7 +570,7 @@ def test_command(own, tmp_path, capsys) -> None:
     output = capsys.readouterr().out
     # The command's cache is the one that training finds.
     data = prepare_data(own)
-    assert f"token ids: {data.train.folder}" in output
+    assert f"token ids: {data.train.folder} (" in output
     assert f"tokenizer: {data.source_tokenizer.path}" in output
 
 

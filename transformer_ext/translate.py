@@ -63,6 +63,12 @@ def _parser() -> ArgumentParser:
         help="what each translation is to begin with: as many lines as the input has",
     )
     parser.add_argument(
+        "--source-tag",
+        metavar="TAG",
+        help="a tag that the model was trained with, such as <2de>, before each line; without it "
+        "lines may begin with tags themselves",
+    )
+    parser.add_argument(
         "--search-preset",
         choices=tuple(PRESETS),
         default="paper",
@@ -165,8 +171,12 @@ def _translate(
     batch_size: int,
     batch_tokens: int,
     prefix_file: str | None,
+    source_tag: str | None,
 ) -> None:
-    number = over_long = cut = 0
+    number = over_long = cut = untagged = 0
+    tags = translator.source_tokenizer.given_source_tags if source_tag is None else ()
+    if source_tag is not None:
+        translator.check_source_tag(source_tag)
     # A line that is no sentence (a file without line ends, say) must not take all memory.
     longest = translator.options.max_source_length or max(
         LONGEST_LINE, 2 * (translator.max_train_length or 0)
@@ -182,7 +192,9 @@ def _translate(
     shown = pieces if options.return_alignment or options.return_attention else None
     try:
         for block in _blocks(text, files, 4 * batch_size):
-            sources = translator.encode(block)
+            sources = translator.encode(block, source_tag)
+            if tags:
+                untagged += sum(not line.startswith(tags) for line in block if line.strip())
             over_long += translator.count_over_long(sources)
             cut += sum(len(source) > longest for source in sources)
             sources = [
@@ -217,6 +229,7 @@ def _translate(
                 f"{number} lines of the input"
             )
     finally:
+        _warn(untagged, f"lines that begin with none of {', '.join(tags)}: {untagged}")
         _warn(over_long, translator.over_long_message(over_long))
         what = (
             f"the {longest} positions of this model"
@@ -254,6 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.batch_size,
             arguments.batch_tokens,
             arguments.target_prefix,
+            arguments.source_tag,
         )
     return 0
 

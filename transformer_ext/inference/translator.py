@@ -198,11 +198,35 @@ class Translator:
     ) -> None:
         self.close()
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Source ids of each text, end of sentence included; none for empty text or white space."""
+    def encode(self, texts: Sequence[str], source_tag: str | None = None) -> list[list[int]]:
+        """Source ids of each text, end of sentence included; none for empty text or white space.
+
+        Args:
+            texts: the texts; a tag that one begins with is one token.
+            source_tag: the tag that all of them begin with, if they have none yet.
+
+        Raises:
+            ValueError: the model was not trained with this tag.
+        """
         eos = self.source_tokenizer.eos_id
+        if source_tag is not None:
+            self.check_source_tag(source_tag)
+            texts = [f"{source_tag} {text}" if text.strip() else text for text in texts]
         ids = self.source_tokenizer.encode_batch(texts)
         return [[*row, eos] if text.strip() else [] for text, row in zip(texts, ids, strict=True)]
+
+    def check_source_tag(self, tag: str) -> None:
+        """Refuse a tag that the model was not trained with.
+
+        Raises:
+            ValueError: the message lists those that it knows.
+        """
+        known = self.source_tokenizer.source_tags
+        if tag not in known:
+            expected = (
+                f"expected one of {', '.join(known)}" if known else "but this model knows no tags"
+            )
+            raise ValueError(f"source_tag: got {tag!r}, {expected}")
 
     @overload
     def translate(
@@ -211,6 +235,7 @@ class Translator:
         options: SearchOptions | None = None,
         *,
         target_prefix: str | None = None,
+        source_tag: str | None = None,
         **changes: Any,
     ) -> Translation: ...
 
@@ -221,6 +246,7 @@ class Translator:
         options: SearchOptions | None = None,
         *,
         target_prefix: Sequence[str] | None = None,
+        source_tag: str | None = None,
         **changes: Any,
     ) -> list[Translation]: ...
 
@@ -230,6 +256,7 @@ class Translator:
         options: SearchOptions | None = None,
         *,
         target_prefix: str | Sequence[str] | None = None,
+        source_tag: str | None = None,
         batch_size: int = BATCH_SIZE,
         batch_tokens: int = BATCH_TOKENS,
         **changes: Any,
@@ -244,7 +271,9 @@ class Translator:
             options: how to search; the translator's own if None.
             target_prefix: what the translation is to begin with: a text for one text, a sequence of
                 as many for a sequence. It is cut into tokens by itself, so the word that it ends
-                with may go on.
+                with may go on. A target prefix of the training (``<de>``) is not shown in the text.
+            source_tag: a tag of the training (``<2de>``) that each text gets; the texts may begin
+                with tags of their own instead.
             batch_size: most texts decoded together; it has no influence on the results.
             batch_tokens: most tokens decoded together, which bounds memory; the same.
             changes: single search options, as ``beam_size=8``.
@@ -257,7 +286,7 @@ class Translator:
             ConfigError: an unknown search option, or a wrong value.
             TypeError: neither a text nor a sequence of texts.
             ValueError: a text longer than the learned positions of the model, a prefix as long as
-                the longest output, or not as many prefixes as texts.
+                the longest output, not as many prefixes as texts, or an unknown source tag.
         """
         texts = _texts("text", text)
         prefixes = None
@@ -268,7 +297,7 @@ class Translator:
                     "sequence"
                 )
             prefixes = self.encode_prefixes(_texts("target_prefix", target_prefix))
-        sources = self.encode(texts)
+        sources = self.encode(texts, source_tag)
         over_long = self.count_over_long(sources)
         if over_long:
             warnings.warn(self.over_long_message(over_long), stacklevel=2)
@@ -289,6 +318,7 @@ class Translator:
         options: SearchOptions | None = None,
         *,
         target_prefix: Iterable[str] | None = None,
+        source_tag: str | None = None,
         read_ahead: int = 4 * BATCH_SIZE,
         batch_size: int = BATCH_SIZE,
         batch_tokens: int = BATCH_TOKENS,
@@ -306,6 +336,7 @@ class Translator:
             texts: any iterable, read only as translations are asked for.
             options: see :meth:`translate`.
             target_prefix: what each translation is to begin with, as many as texts.
+            source_tag: see :meth:`translate`.
             read_ahead: texts that are read, sorted by length, translated and held at once.
             batch_size: see :meth:`translate`.
             batch_tokens: see there.
@@ -324,9 +355,12 @@ class Translator:
         if read_ahead < 1:
             raise ValueError(f"read_ahead: got {read_ahead}, expected at least 1")
         options = (options or self.options).replace(**changes)
+        if source_tag is not None:
+            self.check_source_tag(source_tag)
         return self._translate_blocks(
             iter(texts),
             None if target_prefix is None else iter(target_prefix),
+            source_tag,
             options,
             read_ahead,
             batch_size,
@@ -337,6 +371,7 @@ class Translator:
         self,
         texts: Iterator[str],
         prefixes: Iterator[str] | None,
+        source_tag: str | None,
         options: SearchOptions,
         read_ahead: int,
         batch_size: int,
@@ -345,7 +380,7 @@ class Translator:
         number = 0
         warned = False
         while block := list(itertools.islice(texts, read_ahead)):
-            sources = self.encode(_texts("texts", block, number))
+            sources = self.encode(_texts("texts", block, number), source_tag)
             prefix_ids = None
             if prefixes is not None:
                 beginnings = list(itertools.islice(prefixes, len(block)))
