@@ -177,7 +177,7 @@ def ours(task: Task, precision: str) -> TrainStep:
     trainer.losses.register_forward_hook(lambda *call: losses.append(call[2][0].detach()))
 
     def step(index: int) -> float:
-        stream.position = Position(0, index)
+        stream.seek(Position(0, index))
         trainer.train_step()
         return losses.pop().item()
 

@@ -186,8 +186,10 @@ def test_read_ahead_batches_are_not_lost_on_resuming() -> None:
     resumed = Examples().stream(accum_steps=2, workers=2, start=stream.position)
     assert take(resumed, 8) == expected[4:]
     resumed.close()
-    # A closed stream itself goes on, too.
+    # A closed stream itself goes on, too, and from any position.
     assert take(stream, 8) == expected[4:]
+    stream.seek(expected[1].after)
+    assert take(stream, 10) == expected[2:]
     stream.close()
 
 

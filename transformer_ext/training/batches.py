@@ -164,9 +164,6 @@ class BatchStream:
         workers: Threads that read the next steps, two each, while this one is computed; 0: each
             step is read when it is asked for. The steps are the same for any number.
 
-    Attributes:
-        position: Behind the last step handed out, whatever the workers have read.
-
     Raises:
         ValueError: An epoch without a batch, or a position behind the end of its epoch.
     """
@@ -194,13 +191,18 @@ class BatchStream:
         self._workers = workers
         self._pool: ThreadPoolExecutor | None = None
         self._waiting: deque[Future[Step]] = deque()
-        self.position = self._planned = start or Position()
+        self._position = self._planned = start or Position()
         batches = self._epochs[self.position.epoch]
         if self.position.batch > len(batches):
             raise ValueError(
                 f"position: epoch {self.position.epoch} has {len(batches)} batches, got "
                 f"batch {self.position.batch}; the training data or max_tokens changed"
             )
+
+    @property
+    def position(self) -> Position:
+        """Behind the last step handed out, whatever the workers have read."""
+        return self._position
 
     @property
     def steps_per_epoch(self) -> float:
@@ -232,9 +234,14 @@ class BatchStream:
             self._waiting.popleft()
             # Here, not when the next step is asked for: a worker may begin at once.
             self._read_ahead()
-        self.position = step.after
+        self._position = step.after
         self._epochs.forget_before(step.after.epoch)
         return step
+
+    def seek(self, position: Position) -> None:
+        """Lets the next step be the one at a position."""
+        self.close()
+        self._position = self._planned = position
 
     def close(self) -> None:
         """Ends the workers and forgets what they have read; a next step begins them anew."""
