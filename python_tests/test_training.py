@@ -503,13 +503,13 @@ def test_a_run_goes_on_with_or_without_the_moving_average(tmp_path: Path) -> Non
     # What the caller does on resuming; then the trainer puts the weights themselves back.
     model.load_state_dict(saved)
     without = make(Plan(max_steps=3), None)
-    without.stream.position = with_average.progress.position
+    without.stream.seek(with_average.progress.position)
     without.restore(3)
     assert torch.equal(model.generator.weight, trained)
     without.save()
 
     anew = make(Plan(max_steps=3), 0.9)
-    anew.stream.position = with_average.progress.position
+    anew.stream.seek(with_average.progress.position)
     anew.restore(3)
     assert anew.moving_average is not None
     with anew.moving_average.applied():
