@@ -277,7 +277,7 @@ def test_print_config_reads_back(
         (["--device", "abacus"], "device"),
         (["--precision", "float16", "--device", "cpu"], "float16"),
         (["--nhead", "5", "--dry-run"], "nhead"),
-        (["--max-tokens", "3", "--dry-run"], "max_tokens"),
+        (["--max-tokens", "3", "--dry-run"], "--max-tokens: got 3"),
         (["--task", "copy", "--output", "runs/copy"], "--output: --task copy writes no files"),
     ],
 )

@@ -481,8 +481,13 @@ def read_yaml(path: str) -> dict[str, Any]:
             values = yaml.load(file, Loader)  # noqa: S506 (a subclass of SafeLoader)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = "" if mark is None else f":{mark.line + 1}:{mark.column + 1}"
+        raise ConfigError(f"{path}{place}: not YAML: {error.problem}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from None
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{path}: not YAML: {reason}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -903,6 +908,17 @@ class DataConfig:
         for name in ("train", "dev", "test"):
             key = "data.{}_" + name
             check_sides(key, getattr(self, f"src_{name}"), getattr(self, f"tgt_{name}"))
+            sides = [getattr(self, f"{side}_{name}") for side in ("src", "tgt", "pairs")]
+            seen: set[tuple[str, ...]] = set()
+            for files in (*zip(*sides[:2], strict=True), *zip(sides[2])):
+                place = tuple(map(os.path.realpath, files))
+                if place in seen:
+                    raise ConfigError(
+                        f"{key.format('src' if len(files) == 2 else 'pairs')}: "
+                        f"{' with '.join(files)} is given twice; data.corpora with a weight has a "
+                        "text more often"
+                    )
+                seen.add(place)
         others = (*self.src_dev, *self.src_test, *self.pairs_dev, *self.pairs_test)
         if others and self.shipped:
             raise ConfigError("data.src_train: got no file, expected one beside dev or test files")
@@ -938,6 +954,7 @@ class OptimizerConfig:
         None,
         help="highest learning rate (for the noam schedule: the factor before its formula)",
         minimum=0.0,
+        maximum=1000.0,
         auto=FROM_PRESET,
     )
     schedule: Literal["noam", "inverse_sqrt", "cosine", "linear", "constant"] | None = option(
@@ -953,16 +970,33 @@ class OptimizerConfig:
         auto=FROM_PRESET,
     )
     betas: tuple[float, float] = option(
-        (0.9, 0.98), help="Adam's decay of the two moments", minimum=0.0, maximum=1.0
+        (0.9, 0.98), help="Adam's decay of the two moments, below 1", minimum=0.0, maximum=1.0
     )
-    eps: float = option(1e-9, help="Adam's denominator offset", minimum=0.0)
-    weight_decay: float = option(0.0, help="decoupled weight decay", minimum=0.0)
+    eps: float = option(1e-9, help="Adam's denominator offset, above 0", minimum=0.0, maximum=1.0)
+    weight_decay: float = option(0.0, help="decoupled weight decay", minimum=0.0, maximum=100.0)
     clip_norm: float = option(
         1.0, help="gradients are scaled down to this norm; 0 is never", minimum=0.0
     )
     label_smoothing: float = option(
-        0.1, help="label smoothing of the training loss, section 5.4", minimum=0.0, maximum=1.0
+        0.1,
+        help="label smoothing of the training loss, below 1, section 5.4",
+        minimum=0.0,
+        maximum=1.0,
     )
+
+    def __post_init__(self) -> None:
+        if self.learning_rate == 0.0:
+            raise ConfigError("optimizer.learning_rate: got 0.0, expected a number above 0")
+        if max(self.betas) >= 1.0:
+            got = " and ".join(map(str, self.betas))
+            raise ConfigError(f"optimizer.betas: got {got}, expected numbers below 1")
+        if self.eps == 0.0:
+            raise ConfigError("optimizer.eps: got 0.0, expected a number above 0")
+        if self.label_smoothing >= 1.0:
+            raise ConfigError(
+                f"optimizer.label_smoothing: got {self.label_smoothing}, expected a number below 1: "
+                "no probability would be left for the right token"
+            )
 
 
 @dataclass
@@ -977,7 +1011,11 @@ class TrainingConfig:
         auto=FROM_PRESET,
     )
     accum_steps: int = option(
-        1, help="batches whose gradients are added up for one step", unit="batches", minimum=1
+        1,
+        help="batches whose gradients are added up for one step",
+        unit="batches",
+        minimum=1,
+        maximum=10_000,
     )
     max_steps: int | None = option(
         None, help="end after this many steps", unit="steps", minimum=1, auto=FROM_PRESET
@@ -1108,6 +1146,13 @@ class OutputConfig:
     def __post_init__(self) -> None:
         if self.overwrite and self.resume:
             raise ConfigError("output.overwrite and output.resume: expected one of them")
+        if self.overwrite and self.output is None:
+            raise ConfigError("output.overwrite: expected output beside it, the folder to replace")
+        if self.average_last > self.keep_checkpoints:
+            raise ConfigError(
+                f"output.average_last: got {self.average_last}, expected at most keep_checkpoints, "
+                f"{self.keep_checkpoints}: the others are not there any more"
+            )
         if self.average_best > self.keep_best:
             raise ConfigError(
                 f"output.average_best: got {self.average_best}, expected at most keep_best, "

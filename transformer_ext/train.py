@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -275,6 +276,15 @@ def _copy(config: TrainConfig) -> int:
     return 0 if result.copied == result.sequences else 1
 
 
+def _is_out_of_memory(error: BaseException) -> bool:
+    import torch
+
+    # On the CPU torch has no class of its own for it.
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        "can't allocate memory" in str(error)
+    )
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status: 0, 1 (training failed), 2 (wrong input), 130 (stopped)."""
@@ -283,6 +293,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _copy(config) if config.task == "copy" else _train(config)
     except (FloatingPointError, TrainingStopped) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error) or os.environ.get("TRANSFORMER_EXT_TRACEBACK"):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else "no more can be had"
+        print(
+            f"error: the memory does not suffice ({reason}); a smaller --max-tokens, --preset or "
+            "--vocab-size needs less",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print("stopped at once; the last checkpoint is as it was", file=sys.stderr)

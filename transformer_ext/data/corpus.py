@@ -702,6 +702,8 @@ class HeldOutChoice:
         kept = self._kept
         if part <= 0:
             return HeldOut(self._seed)
+        if count == 0:
+            raise CorpusError("the training text has no usable sentence pair")
         if len(kept) < 2:
             raise CorpusError(
                 f"{count} pairs with {len(kept)} different source sentences: too few to hold some "

@@ -49,6 +49,7 @@ from transformer_ext.data.dataset import (
     build_dataset,
     encode_pairs,
 )
+from transformer_ext.data.doubts import look_misaligned, look_swapped
 from transformer_ext.data.progress import Progress
 from transformer_ext.data.tokenizer import Tokenizer, train_tokenizer, usable_cpus
 from transformer_ext.data.workers import Workers
@@ -674,6 +675,7 @@ class _Preparation:
                     lambda folder: build_dataset(folder, pairs, source, target),
                 )
             )
+        self._doubt(train, dev, test, source, target)
         digests = {
             path: cached_digest(path, self.cache)
             for text in (corpus.train, corpus.dev, corpus.test)
@@ -682,6 +684,40 @@ class _Preparation:
         return PreparedData(
             corpus.name, train, source, target, dev, test, dev_set, weights, self.messages, digests
         )
+
+    def _doubt(
+        self,
+        train: ParallelDataset,
+        dev: list[tuple[str, str]],
+        test: list[tuple[str, str]],
+        source: Tokenizer,
+        target: Tokenizer,
+    ) -> None:
+        """Says what looks wrong, though it can be learnt from."""
+        correlation = look_misaligned(train)
+        if correlation is not None:
+            self.messages.append(
+                "warning: the lengths of the source sentences say nothing of those of the target "
+                f"(correlation {correlation:.2f}): are the lines translations of each other?"
+            )
+        read = {os.path.realpath(path) for path in self.corpus.train.paths}
+        for name, text, pairs in (
+            ("validation", self.corpus.dev, dev),
+            ("test", self.corpus.test, test),
+        ):
+            if not text:
+                continue
+            for path in text.paths:
+                if os.path.realpath(path) in read:
+                    self.messages.append(
+                        f"warning: {path} is given as training text and as {name} text: the figures "
+                        "will be too good"
+                    )
+            if look_swapped(pairs, train, source, target):
+                self.messages.append(
+                    f"warning: the {name} text looks as if source and target were swapped: "
+                    f"{', '.join(text.paths)}"
+                )
 
     def _dev(self, held_out: HeldOut, target: Tokenizer) -> tuple[list[tuple[str, str]], list[str]]:
         """Pairs for validation, and their target texts with tags."""

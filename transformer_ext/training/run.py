@@ -76,6 +76,12 @@ class Run(ABC):
         self.checkpoints: Checkpoints | None = None
         self.config = fill(config, recipe)
         self.max_steps = self._max_steps()
+        warmup = config.optimizer.warmup_steps
+        if warmup is not None and warmup > self.max_steps:
+            raise ConfigError(
+                f"--warmup-steps: got {warmup}, expected at most the {self.max_steps} steps of the "
+                "whole training"
+            )
         self._shorten_warmup(config.optimizer.warmup_steps is not None)
         torch.manual_seed(self.config.training.seed)
         # As LossModule wants it, and with its configuration.
@@ -217,11 +223,6 @@ class Run(ABC):
             assert self.checkpoints is not None
             state = self.checkpoints.state(resume_from)
             start = Progress.from_dict(state["progress"]).position
-            wanted = training.max_steps
-            if wanted is not None and wanted < resume_from:
-                raise ConfigError(
-                    f"--max-steps: got {wanted}, but the run has done {resume_from} steps already"
-                )
             trained = from_dict(TrainConfig, state["config"], f"checkpoint of step {resume_from}")
             for warning in check_changes(trained, config, f"{self.folder}/config.yaml"):
                 self.console.print(f"warning: {warning}")

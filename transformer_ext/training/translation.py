@@ -67,6 +67,14 @@ class TranslationRun(Run):
     ) -> None:
         self.prepared = prepared
         self.parent = parent
+        if prepared.dev_set is None:
+            if config.training.early_stop_patience:
+                raise ConfigError(
+                    f"--early-stop-patience: got {config.training.early_stop_patience}, but there "
+                    "is no text for validation; expected --held-out above 0, or dev files"
+                )
+            training = dataclasses.replace(config.training, early_stop_patience=0)
+            config = dataclasses.replace(config, training=training)
         self.shipped = config.data.shipped
         self.pairs = len(prepared.train)
         self.corpora = [
@@ -86,6 +94,7 @@ class TranslationRun(Run):
             repetition * float(lengths[begin:end].sum()) for begin, end, repetition in self.corpora
         )
         super().__init__(config, machine, console, recipe, round(epoch_tokens))
+        self._check_sizes()
         self.decoder = Decoder(
             self.model,
             prepared.source_tokenizer,
@@ -94,6 +103,46 @@ class TranslationRun(Run):
             length_penalty=config.evaluation.length_penalty,
             threads=machine.threads,
         )
+
+    def _check_sizes(self) -> None:
+        """What goes together only with this text and this vocabulary.
+
+        Raises:
+            ConfigError: It does not.
+        """
+        pieces = self.architecture.tgt_vocab_size
+        for name in ("beam_size", "validation_beam_size"):
+            wanted = getattr(self.config.evaluation, name)
+            if wanted > pieces:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')}: got {wanted}, expected at most the {pieces} "
+                    "pieces of the vocabulary"
+                )
+        train, dev = self.prepared.train, self.prepared.dev_set
+        max_tokens = self.config.training.max_tokens
+        assert max_tokens is not None
+        # As BatchSampler has it, but before anything is written.
+        for side, lengths, share in (
+            ("target", train.target_lengths, 1),
+            ("source", train.source_lengths, 2),
+        ):
+            longest = int(lengths.max(initial=1))
+            if longest > share * max_tokens:
+                raise ConfigError(
+                    f"--max-tokens: got {max_tokens}, but the longest {side} sentence has {longest} "
+                    f"tokens; expected at least {-(-longest // share)}, or a lower --max-length, "
+                    "which leaves such pairs out"
+                )
+        if self.architecture.positions == "learned":
+            sets = [train] if dev is None else [train, dev]
+            sides = [side for data in sets for side in (data.source_lengths, data.target_lengths)]
+            longest = max(int(lengths.max(initial=1)) for lengths in sides)
+            if longest > self.architecture.max_positions:
+                raise ConfigError(
+                    f"--max-positions: got {self.architecture.max_positions}, but the longest "
+                    f"sentence has {longest} tokens; expected at least {longest}, or a lower "
+                    "--max-length, which leaves such pairs out of the training"
+                )
 
     @staticmethod
     def prepare(config: TrainConfig, machine: Machine, console: Console) -> TranslationRun:
@@ -122,8 +171,16 @@ class TranslationRun(Run):
         if self.parent is not None and self.machine.world.first:
             self.parent = self.parent.copied_to(folder)
             # Their files are copied to every checkpoint.
-            self.prepared.source_tokenizer = self.parent.model.source_tokenizer
-            self.prepared.target_tokenizer = self.parent.model.target_tokenizer
+            model, before = self.parent.model, self.prepared
+            copies = [
+                copy.with_tags(old.given_source_tags, old.target_prefixes)
+                for copy, old in (
+                    (model.source_tokenizer, before.source_tokenizer),
+                    (model.target_tokenizer, before.target_tokenizer),
+                )
+            ]
+            one = before.source_tokenizer is before.target_tokenizer
+            before.source_tokenizer, before.target_tokenizer = copies[0], copies[0 if one else 1]
 
     def make_model(self) -> Transformer:
         """The encoder-decoder of the preset, with the options' changes, or the parent."""
@@ -137,7 +194,11 @@ class TranslationRun(Run):
         source, target = self.prepared.source_tokenizer, self.prepared.target_tokenizer
         changes = dict(self.config.model)
         if source is not target:
-            changes.setdefault("tie", "target")
+            if changes.setdefault("tie", "target") == "all":
+                raise ConfigError(
+                    "--tie: got all, but source and target have a vocabulary each; expected target "
+                    "or none, or --joint-vocab"
+                )
         for name in ("pad_id", "unk_id", "bos_id", "eos_id"):
             changes[name] = getattr(target, name)
         assert self.config.preset is not None
