@@ -171,7 +171,7 @@ def test_a_step_has_the_gradient_of_the_mean_over_all_its_tokens() -> None:
     total = torch.zeros(())
     for batch in step.batches:
         b = to_device(batch, torch.device("cpu"))
-        logits = twin.generator.logits(twin.forward_packed(b.src_ids, b.src, b.tgt_ids, b.tgt))
+        logits = twin.generator.logits(twin.forward_packed(*b.inputs))
         total = total + torch.nn.functional.cross_entropy(
             logits, b.labels, label_smoothing=0.1, reduction="sum"
         )
@@ -222,7 +222,7 @@ def test_evaluation_equals_the_loss_by_hand_and_leaves_dropout_off() -> None:
     sums = 0.0
     for make in batches:
         b = to_device(make(), torch.device("cpu"))
-        hidden = model.forward_packed(b.src_ids, b.src, b.tgt_ids, b.tgt)
+        hidden = model.forward_packed(*b.inputs)
         logits = model.generator.logits(hidden)
         sums += torch.nn.functional.cross_entropy(logits, b.labels, reduction="sum").item()
     assert nll == pytest.approx(sums / data.label_counts.sum(), rel=1e-5)

@@ -10,6 +10,8 @@ COMMANDS = {
     "train": "train a model: on the shipped corpus, or on your own text",
     "prepare": "build tokenizer and data set without training",
     "translate": "translate text, line by line",
+    "generate": "continue texts by a language model",
+    "classify": "label texts by a classifier",
     "score": "log-probabilities of given translations",
     "evaluate": "BLEU and chrF of a model on a test set",
     "average": "average checkpoints into one model",

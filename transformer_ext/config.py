@@ -977,11 +977,12 @@ class OptimizerConfig:
     clip_norm: float = option(
         1.0, help="gradients are scaled down to this norm; 0 is never", minimum=0.0
     )
-    label_smoothing: float = option(
-        0.1,
+    label_smoothing: float | None = option(
+        None,
         help="label smoothing of the training loss, below 1, section 5.4",
         minimum=0.0,
         maximum=1.0,
+        auto="0.1 for translation, 0 for the other tasks",
     )
 
     def __post_init__(self) -> None:
@@ -992,7 +993,7 @@ class OptimizerConfig:
             raise ConfigError(f"optimizer.betas: got {got}, expected numbers below 1")
         if self.eps == 0.0:
             raise ConfigError("optimizer.eps: got 0.0, expected a number above 0")
-        if self.label_smoothing >= 1.0:
+        if self.label_smoothing is not None and self.label_smoothing >= 1.0:
             raise ConfigError(
                 f"optimizer.label_smoothing: got {self.label_smoothing}, expected a number below 1: "
                 "no probability would be left for the right token"
@@ -1104,11 +1105,11 @@ class EvaluationConfig:
         minimum=1,
         maximum=1000,
     )
-    validation_metric: Literal["nll", "accuracy", "bleu", "chrf"] = option(
+    validation_metric: Literal["nll", "accuracy", "bleu", "chrf", "exact", "macro_f1"] = option(
         "nll",
         help="what says which validation is the best, for the checkpoints kept and for early "
-        "stopping: negative log-likelihood or accuracy per target token, or a score of the "
-        "translations",
+        "stopping: negative log-likelihood or accuracy per label, or a score of the task: bleu and "
+        "chrf of translations, exact of made-up sequences, macro_f1 of labels",
     )
     validation_sentences: int = option(
         300, help="dev sentences translated at each validation", unit="sentences", minimum=0
@@ -1161,14 +1162,109 @@ class OutputConfig:
 
 
 @dataclass
+class SyntheticConfig:
+    """Sequences of numbers to copy, sort or reverse."""
+
+    symbols: int = option(
+        20, help="how many different numbers there are", minimum=2, maximum=10_000
+    )
+    sequence_lengths: tuple[int, int] = option(
+        (4, 12), help="numbers in the shortest and in the longest sequence", minimum=1, maximum=500
+    )
+    sequences: int = option(20_000, help="sequences to train on", minimum=1)
+
+    def __post_init__(self) -> None:
+        shortest, longest = self.sequence_lengths
+        if shortest > longest:
+            raise ConfigError(
+                f"synthetic.sequence_lengths: got {shortest} {longest}, expected the shortest first"
+            )
+
+
+@dataclass
+class LanguageModelTaskConfig:
+    """Text for a language model."""
+
+    text_train: list[str] = option(
+        [],
+        help="text to train on, one or more files, plain, .gz or .xz: lines, or .jsonl with objects "
+        "that have a text",
+    )
+    text_dev: list[str] = option(
+        [], help="text for validation; without it a part of the training text"
+    )
+    text_test: list[str] = option([], help="text for the final perplexity")
+    block_size: int | None = option(
+        None,
+        help="join the lines and cut them into sequences of this length",
+        unit="tokens",
+        minimum=2,
+        auto="each line is a sequence",
+    )
+    prompts: list[str] = option(
+        [],
+        help="beginnings that the final model continues",
+    )
+
+    def __post_init__(self) -> None:
+        if (self.text_dev or self.text_test) and not self.text_train:
+            raise ConfigError(
+                "language_model.text_train: got no file, expected one beside dev or test files"
+            )
+
+
+@dataclass
+class ClassificationConfig:
+    """Labelled text for a classifier."""
+
+    labelled_train: list[str] = option(
+        [],
+        help="texts to train on, one or more files, plain, .gz or .xz: lines of a label, a tab and "
+        "a text, or .jsonl with objects that have a label and a text",
+    )
+    labelled_dev: list[str] = option(
+        [], help="texts for validation; without them a part of the training texts"
+    )
+    labelled_test: list[str] = option([], help="texts for the final test")
+    pooling: Literal["first", "mean"] = option(
+        "mean", help="what stands for a text: the state of its first token, or the mean of all"
+    )
+
+    def __post_init__(self) -> None:
+        if (self.labelled_dev or self.labelled_test) and not self.labelled_train:
+            raise ConfigError(
+                "classification.labelled_train: got no file, expected one beside dev or test files"
+            )
+
+
+#: The group of options that belongs to each task; translation has its own among ``data``.
+_TASK_GROUPS = {
+    "copy": "synthetic",
+    "sort": "synthetic",
+    "reverse": "synthetic",
+    "language-model": "language_model",
+    "classify": "classification",
+}
+#: Options of ``data`` that have a meaning for every task, for texts of one side, and for made-up
+#: sequences; the rest is about pairs of sentences.
+_TEXT_OPTIONS = (
+    *("held_out", "bad_lines", "max_length", "long_lines", "tokenizer_type", "vocab_size"),
+    *("character_coverage", "tokenizer", "cache"),
+)
+_SYNTHETIC_OPTIONS = ("cache",)
+
+
+@dataclass
 class TrainConfig:
     """Everything that ``python -m transformer_ext.train`` can be told.
 
     A value of None is chosen by the trainer from the preset, the data and the device.
     """
 
-    task: Literal["translate", "copy"] = option(
-        "translate", help="what to learn; copy repeats random symbols, to see that all works"
+    task: Literal["translate", "copy", "sort", "reverse", "language-model", "classify"] = option(
+        "translate",
+        help="what to learn: a translation; to copy, sort or reverse numbers, which are made for "
+        "it; to go on with a text (decoder only); or to label texts (encoder only)",
     )
     preset: str | None = option(
         None,
@@ -1202,3 +1298,36 @@ class TrainConfig:
         EvaluationConfig, help="Translation at validation and in the final test."
     )
     output: OutputConfig = group(OutputConfig, help="Where the model goes, and what is kept.")
+    synthetic: SyntheticConfig = group(
+        SyntheticConfig, help="Numbers to copy, sort or reverse (--task copy, sort, reverse)."
+    )
+    language_model: LanguageModelTaskConfig = group(
+        LanguageModelTaskConfig,
+        help="Text for --task language-model; without files, the English side of the shipped text.",
+    )
+    classification: ClassificationConfig = group(
+        ClassificationConfig,
+        help="Labelled text for --task classify; without files, matching and other shipped pairs.",
+    )
+
+    def __post_init__(self) -> None:
+        for name in dict.fromkeys(_TASK_GROUPS.values()):
+            if _TASK_GROUPS.get(self.task) == name:
+                continue
+            tasks = [task for task, group in _TASK_GROUPS.items() if group == name]
+            values = getattr(self, name)
+            for entry in _group_options(type(values), name):
+                if getattr(values, entry.name) != entry.default:
+                    raise ConfigError(
+                        f"{entry.key}: is an option of task {' or '.join(tasks)}, but the task is "
+                        f"{self.task}"
+                    )
+        if self.task == "translate":
+            return
+        synthetic = _TASK_GROUPS[self.task] == "synthetic"
+        known = _SYNTHETIC_OPTIONS if synthetic else _TEXT_OPTIONS
+        for entry in _group_options(DataConfig, "data"):
+            if entry.name not in known and getattr(self.data, entry.name) != entry.default:
+                raise ConfigError(f"{entry.key}: has no meaning for the task {self.task}")
+        if self.init_from is not None:
+            raise ConfigError(f"init_from: expected none for the task {self.task}")

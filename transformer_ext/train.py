@@ -1,9 +1,8 @@
-"""``python -m transformer_ext.train``: trains a translation model, from text to a model directory.
+"""``python -m transformer_ext.train``: trains a model, from text to a model directory.
 
-Without arguments it trains on the shipped English-German corpus. ``--src-train`` and
-``--tgt-train`` name your own text, ``--resume`` goes on with an interrupted run, ``--task copy``
-is the first example of the Annotated Transformer. Under ``torchrun`` several processes train one
-model.
+Without arguments it trains a translation model on the shipped English-German corpus. ``--src-train``
+and ``--tgt-train`` name your own text, ``--resume`` goes on with an interrupted run, ``--task``
+chooses another task. Under ``torchrun`` several processes train one model.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from transformer_ext.config import (
     to_dict,
 )
 from transformer_ext.files import FileError, atomic_write, read_json
-from transformer_ext.training import copy_task, distributed
+from transformer_ext.training import distributed
 from transformer_ext.training.folder import (
     RunFolder,
     check_changes,
@@ -38,10 +37,10 @@ from transformer_ext.training.folder import (
     restarted_run,
 )
 from transformer_ext.training.machine import Machine
-from transformer_ext.training.report import Console, JsonLog, duration, read_log, rewind_log
+from transformer_ext.training.report import Console, JsonLog, read_log, rewind_log
 from transformer_ext.training.run import Run
+from transformer_ext.training.tasks import task_of
 from transformer_ext.training.tensorboard import Board
-from transformer_ext.training.translation import TranslationRun
 
 __all__ = ["main"]
 
@@ -60,7 +59,7 @@ def _parse(argv: Sequence[str] | None) -> TrainConfig:
         parse_arguments,
         TrainConfig,
         prog=Run.command,
-        description="Train a translation model; without options, on the shipped text.",
+        description="Train a model; without options, a translation model on the shipped text.",
     )
     if "--resume" not in argv:
         return _restarted(parse(argv))
@@ -116,12 +115,14 @@ def _restarted(config: TrainConfig) -> TrainConfig:
 def _train(config: TrainConfig) -> int:
     if config.output.tensorboard:
         Board.require()
+    task = task_of(config)
+    config = task.preferences(config)
     machine = Machine.join(config)
     world = machine.world
     console = Console(silent=not world.first)
     planned = None if config.output.dry_run else choose_folder(config)
     machine.print(console, "nothing (dry run)" if planned is None else f"{planned}/")
-    run = TranslationRun.prepare(config, machine, console)
+    run = task.prepare(config, machine, console)
     run.print_plan()
     if planned is None:
         run.dry_run()
@@ -240,42 +241,6 @@ def _find_checkpoint(folder: Path, run: Run) -> int | None:
     return int(found)
 
 
-def _copy(config: TrainConfig) -> int:
-    files = config.output
-    for name, wanted in (
-        ("output", files.output is not None),
-        ("resume", files.resume),
-        ("overwrite", files.overwrite),
-    ):
-        if wanted:
-            raise ConfigError(f"--{name}: --task copy writes no files; leave it out")
-    if config.init_from is not None:
-        raise ConfigError("--init-from: --task copy begins with random weights; leave it out")
-    # The model is so small that a second thread or another precision costs more than it brings.
-    training = dataclasses.replace(
-        config.training,
-        threads=config.training.threads or 1,
-        precision="float32" if config.training.precision == "auto" else config.training.precision,
-    )
-    machine = Machine.join(dataclasses.replace(config, training=training))
-    console = Console(silent=not machine.world.first)
-    machine.print(console, "none: nothing is written")
-    console.print(
-        "task       repeat 10 random symbols, as the Annotated Transformer's first example"
-    )
-    result = copy_task.run(
-        machine.device, precision=machine.precision, seed=config.training.seed, console=console
-    )
-    source, output = (" ".join(map(str, side)) for side in result.example)
-    console.print(f"  source     {source}\n  output     {output}")
-    share = 100 * result.copied / result.sequences
-    console.print(
-        f"{share:.1f} % of {result.sequences} unseen sequences copied exactly after "
-        f"{result.steps} steps, {duration(result.seconds)}"
-    )
-    return 0 if result.copied == result.sequences else 1
-
-
 def _is_out_of_memory(error: BaseException) -> bool:
     import torch
 
@@ -290,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status: 0, 1 (training failed), 2 (wrong input), 130 (stopped)."""
     try:
         config = _parse(argv)
-        return _copy(config) if config.task == "copy" else _train(config)
+        return _train(config)
     except (FloatingPointError, TrainingStopped) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from transformer_ext._command import command
@@ -139,30 +139,6 @@ def _warn(count: int, message: str) -> None:
         print(f"warning: {message}", file=sys.stderr)
 
 
-def _blocks(text: TextLines, files: Sequence[str], limit: int) -> Iterator[list[str]]:
-    if files not in ([], ["-"]):
-        if "-" in files:
-            raise ValueError("-: standard input cannot be one of several files")
-        yield from text.file_blocks(files, limit)
-        return
-    if sys.stdin is None:
-        raise ValueError("standard input: is closed")
-    terminal = sys.stdin.isatty()
-    if terminal:
-        print(
-            "Type a sentence and press Enter (Ctrl-D ends):\n> ",
-            file=sys.stderr,
-            end="",
-            flush=True,
-        )
-    for block in text.stream_blocks(sys.stdin.fileno(), limit):
-        yield block
-        if terminal:
-            print("> ", file=sys.stderr, end="", flush=True)
-    if terminal:
-        print(file=sys.stderr)
-
-
 def _translate(
     translator: Translator,
     text: TextLines,
@@ -190,8 +166,10 @@ def _translate(
 
     options = translator.options
     shown = pieces if options.return_alignment or options.return_attention else None
+    from transformer_ext.inference.lines import input_blocks
+
     try:
-        for block in _blocks(text, files, 4 * batch_size):
+        for block in input_blocks(text, files, 4 * batch_size):
             sources = translator.encode(block, source_tag)
             if tags:
                 untagged += sum(not line.startswith(tags) for line in block if line.strip())

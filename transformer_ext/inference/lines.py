@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import select
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 
 
 class TextLines:
@@ -96,3 +97,38 @@ def _ready(descriptor: int) -> bool:
     except (OSError, ValueError):
         # Where files cannot be asked (Windows), each line is taken by itself.
         return False
+
+
+def input_blocks(text: TextLines, files: Sequence[str], limit: int) -> Iterator[list[str]]:
+    """What a command reads: the lines of files, or of standard input, at most ``limit`` at a time.
+
+    Args:
+        text: decodes them.
+        files: the files; none or ``-`` is standard input, which is invited to type on a terminal.
+        limit: most lines held.
+
+    Raises:
+        ValueError: standard input among files, or closed.
+        CorpusError: a file cannot be read.
+    """
+    if files not in ([], ["-"]):
+        if "-" in files:
+            raise ValueError("-: standard input cannot be one of several files")
+        yield from text.file_blocks(files, limit)
+        return
+    if sys.stdin is None:
+        raise ValueError("standard input: is closed")
+    terminal = sys.stdin.isatty()
+    if terminal:
+        print(
+            "Type a sentence and press Enter (Ctrl-D ends):\n> ",
+            file=sys.stderr,
+            end="",
+            flush=True,
+        )
+    for block in text.stream_blocks(sys.stdin.fileno(), limit):
+        yield block
+        if terminal:
+            print("> ", file=sys.stderr, end="", flush=True)
+    if terminal:
+        print(file=sys.stderr)

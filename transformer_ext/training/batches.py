@@ -63,19 +63,15 @@ class DeviceBatch:
     The rows may be more than the tokens: those past the last sentence have no effect.
 
     Attributes:
-        src_ids: ``[source tokens]`` int64, each sentence ending with end-of-sentence.
-        src: Where the source sentences lie.
-        tgt_ids: ``[target tokens]`` int64, each sentence beginning with the start token.
-        tgt: Where the target sentences lie.
-        labels: ``[target tokens]`` int64, each sentence ending with end-of-sentence.
+        inputs: What the model's ``forward_packed`` takes: for each side of the batch its ids,
+            ``[tokens]`` int64, and where its sentences lie.
+        labels: int64, what the states that it returns have to predict: one for each row of the last
+            side, or one for each text.
         target_tokens: Number of labels.
-        sentences: Number of sentence pairs.
+        sentences: Number of sentence pairs, or of texts.
     """
 
-    src_ids: Tensor
-    src: Packed
-    tgt_ids: Tensor
-    tgt: Packed
+    inputs: tuple[Tensor | Packed, ...]
     labels: Tensor
     target_tokens: int
     sentences: int
@@ -97,7 +93,7 @@ def to_device(batch: Any, device: torch.device, *, recurring: bool = False) -> D
     """Moves a batch of ``transformer_ext.data`` to the device, without waiting for it.
 
     Args:
-        batch: numpy arrays as ``collate`` makes them.
+        batch: numpy arrays as ``collate``, ``collate_text`` or ``collate_labelled`` make them.
         device: where to.
         recurring: adds rows without effect up to :func:`recurring_rows`.
     """
@@ -113,15 +109,18 @@ def to_device(batch: Any, device: torch.device, *, recurring: bool = False) -> D
         lengths = torch.as_tensor(lengths)
         return Packed.from_lengths(lengths, rows).to(device, non_blocking=True)
 
-    src_rows, tgt_rows = len(batch.src_ids), len(batch.tgt_ids)
-    if recurring:
-        src_rows, tgt_rows = recurring_rows(src_rows), recurring_rows(tgt_rows)
+    if hasattr(batch, "src_ids"):
+        sides = [(batch.src_ids, batch.src_lengths), (batch.tgt_ids, batch.tgt_lengths)]
+    else:
+        sides = [(batch.ids, batch.lengths)]
+    inputs: list[Tensor | Packed] = []
+    for ids, lengths in sides:
+        rows = recurring_rows(len(ids)) if recurring else len(ids)
+        inputs += [move(ids, rows, 0), packed(lengths, rows)]
+    labels = len(batch.labels)
     return DeviceBatch(
-        src_ids=move(batch.src_ids, src_rows, 0),
-        src=packed(batch.src_lengths, src_rows),
-        tgt_ids=move(batch.tgt_ids, tgt_rows, 0),
-        tgt=packed(batch.tgt_lengths, tgt_rows),
-        labels=move(batch.labels, tgt_rows, _NO_LABEL),
+        inputs=tuple(inputs),
+        labels=move(batch.labels, rows if labels == len(ids) else labels, _NO_LABEL),
         target_tokens=int(batch.target_tokens),
         sentences=int(batch.sentences),
     )

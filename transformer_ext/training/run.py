@@ -47,7 +47,7 @@ class Run(ABC):
         machine: What to train on.
         console: Where people read.
         recipe: Fills in what the configuration leaves open.
-        epoch_tokens: Labels in one pass over the training data.
+        epoch_tokens: What ``max_tokens`` counts, in one pass over the training data.
 
     Attributes:
         config: With the recipe's values filled in.
@@ -60,6 +60,9 @@ class Run(ABC):
 
     #: The command that trains.
     command: ClassVar[str] = "python -m transformer_ext.train"
+    #: What ``max_tokens`` counts, and what one label is.
+    batch_unit: ClassVar[str] = "target tokens"
+    counted: ClassVar[str] = "tok"
 
     def __init__(
         self,
@@ -75,6 +78,7 @@ class Run(ABC):
         self.folder: Path | None = None
         self.checkpoints: Checkpoints | None = None
         self.config = fill(config, recipe)
+        self._metric()  # An unknown one is to be found before anything is written.
         self.max_steps = self._max_steps()
         warmup = config.optimizer.warmup_steps
         if warmup is not None and warmup > self.max_steps:
@@ -89,6 +93,11 @@ class Run(ABC):
         self.parameters = parameters_by_name(self.model)
 
     # What a task defines --------------------------------------------------------------------------
+
+    @staticmethod
+    def preferences(config: TrainConfig) -> TrainConfig:
+        """The configuration with what suits the task in place of what the machine would choose."""
+        return config
 
     @abstractmethod
     def make_model(self) -> nn.Module:
@@ -182,12 +191,12 @@ class Run(ABC):
         for line in self.describe():
             say(line)
         say(f"seed       {training.seed}: of weights, order of batches and dropout")
-        batch = f"{training.max_tokens:,} target tokens"
+        batch = f"{training.max_tokens:,} {self.batch_unit}"
         ranks = self.machine.world.size
         if training.accum_steps * ranks > 1:
             assert training.max_tokens is not None
             total = training.max_tokens * training.accum_steps * ranks
-            batch = f"{total:,} target tokens ({training.accum_steps} x {ranks} batches)"
+            batch = f"{total:,} {self.batch_unit} ({training.accum_steps} x {ranks} batches)"
         epochs = self.max_steps / self.steps_per_epoch
         at_most = "at most " if training.early_stop_patience else ""
         say(
@@ -218,6 +227,7 @@ class Run(ABC):
         assert config.optimizer.schedule is not None
         assert config.optimizer.learning_rate is not None
         assert config.optimizer.warmup_steps is not None
+        assert config.optimizer.label_smoothing is not None
         start = None
         if resume_from is not None:
             assert self.checkpoints is not None
@@ -259,6 +269,7 @@ class Run(ABC):
                 metric=self._metric(),
                 keep_best=config.output.keep_best,
                 max_skipped=training.max_skipped_steps,
+                counted=self.counted,
             ),
             world=machine.world,
             validation_batches=self.validation_batches(),

@@ -33,6 +33,7 @@ class Recipe:
         max_steps: Optimizer steps.
         validate_every: Steps between validations.
         early_stop_patience: Validations without a better loss; None: the steps end the training.
+        label_smoothing: Of the training loss.
     """
 
     preset: str | None
@@ -45,6 +46,7 @@ class Recipe:
     validate_every: int
     early_stop_patience: int | None
     model: dict[str, Any] = field(default_factory=dict)
+    label_smoothing: float = 0.1
 
 
 def shipped_recipe(device_type: str, preset: str | None = None) -> Recipe:
@@ -187,6 +189,7 @@ def fill(config: TrainConfig, recipe: Recipe) -> TrainConfig:
             learning_rate=rate,
             schedule=schedule,
             warmup_steps=_first(optimizer.warmup_steps, recipe.warmup_steps),
+            label_smoothing=_first(optimizer.label_smoothing, recipe.label_smoothing),
         ),
         training=dataclasses.replace(
             training,

@@ -50,7 +50,8 @@ class LossModule(nn.Module):
     """A model with its loss, so that a wrapper of modules (DDP) sees one forward pass.
 
     Args:
-        model: Has ``forward_packed(src_ids, src, tgt_ids, tgt) -> [tokens, d_model]`` and
+        model: Has ``forward_packed``, which takes the ids of each side of a batch and where its
+            sentences lie, and returns a state for each label, ``[labels, d_model]``; and
             ``generator`` with ``weight`` and ``bias``.
         label_smoothing: As in :func:`transformer_ext.ops.linear_cross_entropy`.
     """
@@ -70,7 +71,7 @@ class LossModule(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(loss divided by the normalizer, sum of the negative log-likelihoods, count correct)."""
         model: Any = self.model
-        hidden = model.forward_packed(batch.src_ids, batch.src, batch.tgt_ids, batch.tgt)
+        hidden = model.forward_packed(*batch.inputs)
         output = ops.linear_cross_entropy(
             hidden,
             model.generator.weight,
@@ -161,6 +162,8 @@ class Plan:
         keep_best: How many of the best checkpoints are kept.
         max_skipped: Skipped steps (loss or gradients not finite) since the last validation after
             which the training ends with an error.
+        counted: What a label is, for the speed in the log: "tok", or "texts" where there is one
+            label for each.
     """
 
     max_steps: int
@@ -174,6 +177,7 @@ class Plan:
     metric: str = "nll"
     keep_best: int = 1
     max_skipped: int = 20
+    counted: str = "tok"
 
 
 @dataclass
@@ -577,7 +581,7 @@ class Trainer:
         left = self._seconds_left()
         return (
             f"step {progress.step}/{plan.max_steps}  loss {loss:.3f}  "
-            f"ppl {math.exp(min(nll, 20.0)):.2f}  {speed:,.0f} tok/s  "
+            f"ppl {math.exp(min(nll, 20.0)):.2f}  {speed:,.0f} {plan.counted}/s  "
             f"lr {self.schedule(max(1, progress.step)):.2e}  {duration(left)} left"
         )
 

@@ -33,6 +33,7 @@ from transformer_ext.training.scoring import (
     score,
 )
 from transformer_ext.training.sizing import (
+    Recipe,
     fill,
     fine_tuning_recipe,
     recipe_for,
@@ -81,18 +82,11 @@ class TranslationRun(Run):
             (rows.begin, rows.end, weight)
             for rows, weight in zip(prepared.train.corpora, prepared.corpus_weights, strict=True)
         ]
-        device, lengths = machine.device.type, prepared.train.target_lengths
-        mean = float(lengths.mean())
-        if parent is not None:
-            width = parent.config.d_model
-            recipe = fine_tuning_recipe(self.pairs, mean, device, width)
-        elif self.shipped:
-            recipe = shipped_recipe(device, config.preset)
-        else:
-            recipe = recipe_for(self.pairs, mean, device, config.preset)
+        lengths = prepared.train.target_lengths
         epoch_tokens = sum(
             repetition * float(lengths[begin:end].sum()) for begin, end, repetition in self.corpora
         )
+        recipe = self._recipe(config, machine.device.type, float(lengths.mean()))
         super().__init__(config, machine, console, recipe, round(epoch_tokens))
         self._check_sizes()
         self.decoder = Decoder(
@@ -143,6 +137,15 @@ class TranslationRun(Run):
                     f"sentence has {longest} tokens; expected at least {longest}, or a lower "
                     "--max-length, which leaves such pairs out of the training"
                 )
+
+    def _recipe(self, config: TrainConfig, device: str, tokens_per_pair: float) -> Recipe:
+        """What fills in the options that were left open."""
+        if self.parent is not None:
+            width = self.parent.config.d_model
+            return fine_tuning_recipe(self.pairs, tokens_per_pair, device, width)
+        if self.shipped:
+            return shipped_recipe(device, config.preset)
+        return recipe_for(self.pairs, tokens_per_pair, device, config.preset)
 
     @staticmethod
     def prepare(config: TrainConfig, machine: Machine, console: Console) -> TranslationRun:

@@ -1,0 +1,273 @@
+"""Texts of one side: the lines that a language model reads, the labelled texts of a classifier.
+
+They are stored as pairs are (:mod:`transformer_ext.data.dataset`): the text is the source, which
+ends with the end id, so that the stored source of all lines is one stream of text; the label, if
+there is one, is a target of one id, its number.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from transformer_ext.data.corpus import BadLines, CorpusError, read_lines
+from transformer_ext.data.dataset import ParallelDataset
+from transformer_ext.data.tokenizer import Tokenizer
+
+
+@dataclass
+class TextCounts:
+    """How many texts were read and used, and why others were not."""
+
+    read: int = 0
+    empty: int = 0
+    undecodable: int = 0
+    held_out: int = 0
+    too_long: int = 0
+
+    @property
+    def used(self) -> int:
+        """Texts that are left."""
+        return self.read - self.empty - self.undecodable - self.held_out - self.too_long
+
+    def describe(self, what: str) -> str:
+        """One line for people; ``what`` is the plural of what was counted."""
+        reasons = {
+            "empty": self.empty,
+            "not UTF-8": self.undecodable,
+            "too long": self.too_long,
+            "held out for validation": self.held_out,
+        }
+        text = f"{self.used:,} {what}"
+        if self.used != self.read:
+            found = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
+            text += f" of {self.read:,} ({found})"
+        return text
+
+
+def _has_format(path: str, ending: str) -> bool:
+    name = path.lower()
+    for packed in (".gz", ".xz"):
+        name = name.removesuffix(packed)
+    return name.endswith(ending)
+
+
+def _decoded(path: str, bad_lines: BadLines, counts: TextCounts) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(read_lines(path), start=1):
+        counts.read += 1
+        try:
+            yield number, line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            if bad_lines == "error":
+                raise CorpusError(
+                    f"{path}:{number}: not UTF-8: byte 0x{line[error.start]:02x} at byte "
+                    f"{error.start + 1} of the line; --bad-lines skip leaves such lines out"
+                ) from None
+            counts.undecodable += 1
+
+
+def _json_fields(path: str, number: int, line: str, keys: Sequence[str]) -> list[str]:
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise CorpusError(f"{path}:{number}: not JSON: {error}") from None
+    found = [values.get(key) if isinstance(values, dict) else None for key in keys]
+    for key, value in zip(keys, found, strict=True):
+        if not isinstance(value, str):
+            raise CorpusError(
+                f"{path}:{number}: got {value!r:.40} under {key!r}, expected an object with a text "
+                "there"
+            )
+    return [str(value) for value in found]
+
+
+def read_texts(
+    paths: Sequence[str], bad_lines: BadLines = "error", counts: TextCounts | None = None
+) -> Iterator[tuple[str, str]]:
+    """The lines of files as (text, ""), or of ``.jsonl`` files what stands under ``text``.
+
+    Empty lines, which divide paragraphs in many corpora, are left out and counted.
+
+    Raises:
+        CorpusError: a file cannot be read or is broken, or (under ``error``) a line is not UTF-8.
+    """
+    counts = TextCounts() if counts is None else counts
+    for path in paths:
+        as_json = _has_format(path, ".jsonl")
+        for number, line in _decoded(path, bad_lines, counts):
+            if as_json and line.strip():
+                (line,) = _json_fields(path, number, line, ["text"])
+                # A data set holds lines.
+                line = " ".join(line.split("\n"))
+            if not line.strip():
+                counts.empty += 1
+                continue
+            yield line, ""
+
+
+def read_labelled(
+    paths: Sequence[str], bad_lines: BadLines = "error", counts: TextCounts | None = None
+) -> Iterator[tuple[str, str]]:
+    """The lines ``label<TAB>text`` of files as (text, label); of ``.jsonl`` files objects with both.
+
+    Raises:
+        CorpusError: a file cannot be read or is broken, a line has no label or no text, or (under
+            ``error``) is not UTF-8 or has an empty label or text.
+    """
+    counts = TextCounts() if counts is None else counts
+    for path in paths:
+        as_json = _has_format(path, ".jsonl")
+        for number, line in _decoded(path, bad_lines, counts):
+            if not line.strip():
+                label = text = ""
+            elif as_json:
+                label, text = _json_fields(path, number, line, ["label", "text"])
+                text = " ".join(text.split("\n"))
+            else:
+                label, tab, text = line.partition("\t")
+                if not tab:
+                    raise CorpusError(
+                        f"{path}:{number}: got {line!r:.40}, expected a label, a tab and a text"
+                    )
+            label = label.strip()
+            if not label or not text.strip():
+                if bad_lines == "error":
+                    raise CorpusError(
+                        f"{path}:{number}: empty {'text' if label else 'label'}; --bad-lines skip "
+                        "leaves such lines out"
+                    )
+                counts.empty += 1
+                continue
+            yield text, label
+
+
+class Labels:
+    """The names of classes in the part of a tokenizer: a label is a text of one id, its number.
+
+    Args:
+        names: the labels, in the order of their numbers; none for texts without labels, whose ids
+            are then none, too.
+        tokenizer: of the texts; a data set keeps its special ids.
+    """
+
+    vocabulary = None
+    tag_ids: frozenset[int] = frozenset()
+
+    def __init__(self, names: Sequence[str], tokenizer: Tokenizer) -> None:
+        self.names = list(names)
+        self._numbers = {name: number for number, name in enumerate(self.names)}
+        self.vocab_size = max(1, len(self.names))
+        self.bos_id, self.eos_id = tokenizer.bos_id, tokenizer.eos_id
+
+    def encode_untagged(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
+        """The number of each label."""
+        return [[self._numbers[text]] if self.names else [] for text in texts]
+
+
+@dataclass
+class TextBatch:
+    """Texts one after the other, without padding.
+
+    Attributes:
+        ids: int64 [tokens], what the model reads: each text after the start id.
+        lengths: int64 [texts].
+        labels: int64, what it has to predict: for each id the next one, or for each text its label.
+        target_tokens: number of labels.
+        sentences: number of texts.
+    """
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    labels: np.ndarray
+    target_tokens: int
+    sentences: int
+
+
+class Lines:
+    """The lines of a data set as examples of a language model: each is a sequence of its own.
+
+    Attributes:
+        lengths: int32 [examples], labels of each: its tokens and the end id.
+    """
+
+    def __init__(self, dataset: ParallelDataset) -> None:
+        self._dataset = dataset
+        self.lengths = dataset.source_lengths
+
+    def __call__(self, indices: np.ndarray) -> TextBatch:
+        """A batch of these examples."""
+        labels, lengths = self._dataset.gather_source(indices)
+        ids = np.roll(labels, 1)
+        ids[np.cumsum(lengths) - lengths] = self._dataset.bos_id
+        return TextBatch(ids, lengths, labels, len(labels), len(indices))
+
+
+class Blocks:
+    """A data set as one stream of text, cut into blocks of as many tokens each.
+
+    A line ends with the end id as label; what follows it is read after the start id, as the
+    beginning of a text is everywhere else. The model reads across the ends of lines.
+
+    Args:
+        dataset: the lines.
+        size: tokens of a block; the last may have fewer.
+
+    Attributes:
+        lengths: int32 [examples], labels of each.
+    """
+
+    def __init__(self, dataset: ParallelDataset, size: int) -> None:
+        self._dataset = dataset
+        self._size = size
+        self._ends = np.cumsum(dataset.source_lengths, dtype=np.int64)
+        total = int(self._ends[-1])
+        self.lengths = np.full(-(-total // size), size, np.int32)
+        self.lengths[-1] = total - size * (len(self.lengths) - 1)
+
+    def __call__(self, indices: np.ndarray) -> TextBatch:
+        """A batch of these examples."""
+        found = [self._block(int(index)) for index in indices]
+        labels = np.concatenate([labels for _, labels in found])
+        ids = np.concatenate([ids for ids, _ in found])
+        return TextBatch(
+            ids, self.lengths[indices].astype(np.int64), labels, len(labels), len(indices)
+        )
+
+    def _block(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        begin = index * self._size
+        end = begin + int(self.lengths[index])
+        # From the token before the block, which is read first.
+        first = int(np.searchsorted(self._ends, max(0, begin - 1), "right"))
+        last = int(np.searchsorted(self._ends, end, "left"))
+        stream, _ = self._dataset.gather_source(np.arange(first, last + 1))
+        before = int(self._ends[first - 1]) if first else 0
+        labels = stream[begin - before : end - before]
+        previous = stream[begin - before - 1] if begin else self._dataset.eos_id
+        ids = np.concatenate([[previous], labels[:-1]])
+        ids[ids == self._dataset.eos_id] = self._dataset.bos_id
+        return ids, labels
+
+
+class Labelled:
+    """The labelled texts of a data set as examples of a classifier: start id, text, end id.
+
+    Args:
+        dataset: made with :class:`Labels` for the target.
+
+    Attributes:
+        lengths: int32 [examples], tokens of each.
+    """
+
+    def __init__(self, dataset: ParallelDataset) -> None:
+        self._dataset = dataset
+        self.lengths = dataset.source_lengths + np.int32(1)
+
+    def __call__(self, indices: np.ndarray) -> TextBatch:
+        """A batch of these examples."""
+        tokens, token_lengths = self._dataset.gather_source(indices)
+        labels, _ = self._dataset.gather_target(indices)
+        ids = np.insert(tokens, np.cumsum(token_lengths) - token_lengths, self._dataset.bos_id)
+        return TextBatch(ids, token_lengths + 1, labels, len(indices), len(indices))

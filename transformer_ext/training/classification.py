@@ -1,0 +1,309 @@
+"""Classification: an encoder alone learns to label texts, judged by accuracy and macro-F1."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from transformer_ext.config import ConfigError, TrainConfig
+from transformer_ext.data.corpus import ParallelText, read_pairs, shipped_corpus
+from transformer_ext.data.dataset import ParallelDataset
+from transformer_ext.data.text import Labelled, TextCounts, read_labelled
+from transformer_ext.data.text_preparation import PreparedTexts, TextFiles, prepare_texts
+from transformer_ext.files import atomic_write
+from transformer_ext.model import Classifier, ClassifierConfig, classifier_preset
+from transformer_ext.training.machine import Machine
+from transformer_ext.training.report import Console
+from transformer_ext.training.scoring import pick_evenly
+from transformer_ext.training.sizing import Recipe, fill, recipe_for
+from transformer_ext.training.text_run import Examples, TextRun, one_stack
+from transformer_ext.training.trainer import LossModule
+
+__all__ = ["ClassificationRun", "accuracy", "confusion_table", "macro_f1", "read_matches"]
+
+#: Rows and columns of the confusion table that are printed.
+_TABLE_LABELS = 12
+
+
+def confusion_table(truth: np.ndarray, found: np.ndarray, labels: int) -> np.ndarray:
+    """int64 [labels, labels]: how many texts of each label (rows) were given which (columns)."""
+    return np.bincount(truth * labels + found, minlength=labels * labels).reshape(labels, labels)
+
+
+def accuracy(table: np.ndarray) -> float:
+    """Share of the texts with the right label, of a confusion table."""
+    return float(np.trace(table) / max(1, table.sum()))
+
+
+def macro_f1(table: np.ndarray) -> float:
+    """Mean over the labels of F1, which is 2 true positives / (texts that have or were given it).
+
+    A label that neither occurs nor is given does not count.
+    """
+    both = table.sum(0) + table.sum(1)
+    used = both > 0
+    return float((2 * np.diag(table)[used] / both[used]).mean()) if used.any() else 0.0
+
+
+def read_matches(paths: Sequence[str], counts: TextCounts) -> Iterator[tuple[str, str]]:
+    """Pairs of sentences as one text, ``source ||| target``, that do or do not belong together.
+
+    The target of about half of the pairs, chosen by a hash of the source, is another one of like
+    length: that of the next such pair in the order of target lengths. So neither side alone, nor the
+    two lengths, tell which is which.
+
+    Args:
+        paths: a file of sentences and one of their translations.
+        counts: counts what is read.
+    """
+    source_path, target_path = paths
+    pairs = list(read_pairs(ParallelText((source_path,), (target_path,))))
+    counts.read += len(pairs)
+    moved = [
+        i for i, (source, _) in enumerate(pairs) if hashlib.sha256(source.encode()).digest()[0] % 2
+    ]
+    moved.sort(key=lambda i: (len(pairs[i][1]), i))
+    others = {i: pairs[j][1] for i, j in zip(moved, [*moved[1:], *moved[:1]], strict=True)}
+    for number, (source, target) in enumerate(pairs):
+        other = others.get(number, target)
+        yield f"{source} ||| {other}", "translation" if other == target else "other"
+
+
+def shipped_recipe(device_type: str) -> Recipe:
+    """The recipe of the shipped pairs."""
+    return Recipe(
+        preset="tiny",
+        vocab_size=8000,
+        model={"norm_first": True, "dropout": 0.1},
+        learning_rate=2e-3,
+        schedule="linear",
+        warmup_steps=200,
+        max_tokens=2048 if device_type == "cpu" else 8192,
+        max_steps=2400,
+        validate_every=400,
+        early_stop_patience=None,
+        label_smoothing=0.0,
+    )
+
+
+class ClassificationRun(TextRun):
+    """Learns to label texts."""
+
+    token_labels: ClassVar[bool] = False
+    what: ClassVar[str] = "texts"
+    batch_unit: ClassVar[str] = "tokens"
+    counted: ClassVar[str] = "texts"
+
+    architecture: ClassifierConfig
+
+    @staticmethod
+    def prepare(config: TrainConfig, machine: Machine, console: Console) -> ClassificationRun:
+        """Reads the texts, trains the tokenizer, makes the token ids, or finds them done.
+
+        Raises:
+            ValueError: The texts cannot be used.
+        """
+        options, device = config.classification, machine.device.type
+        shipped = not options.labelled_train
+        if shipped:
+            data = fill(config, shipped_recipe(device)).data
+            corpus = shipped_corpus()
+            train, dev, test = (
+                (*part.src, *part.tgt) for part in (corpus.train, corpus.dev, corpus.test)
+            )
+            name = f"pairs of {corpus.name}, half of them exchanged"
+            files = TextFiles(name, train, dev, test, read_matches, "matches")
+        else:
+            data = config.data
+
+            def reader(paths: Sequence[str], counts: TextCounts) -> Iterator[tuple[str, str]]:
+                return read_labelled(paths, data.bad_lines, counts)
+
+            files = TextFiles(
+                Path(options.labelled_train[0]).name,
+                options.labelled_train,
+                options.labelled_dev,
+                options.labelled_test,
+                reader,
+                "labelled",
+            )
+        with machine.world.first_goes_first():
+            prepared = prepare_texts(
+                data,
+                files,
+                what="texts",
+                max_length=data.max_length,
+                report=lambda text: console.print(f"data       {text} ..."),
+            )
+        if len(prepared.labels) < 2:
+            raise ConfigError(
+                f"classification.labelled_train: every text has the label {prepared.labels[0]!r}, "
+                "expected two labels or more"
+            )
+        texts = len(prepared.train)
+        tokens = float(prepared.train.source_lengths.mean())
+        recipe = (
+            shipped_recipe(device)
+            if shipped
+            else dataclasses.replace(
+                recipe_for(texts, tokens, device, config.preset), label_smoothing=0.0
+            )
+        )
+        return ClassificationRun(config, machine, console, recipe, prepared)
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        machine: Machine,
+        console: Console,
+        recipe: Recipe,
+        prepared: PreparedTexts,
+    ) -> None:
+        super().__init__(config, machine, console, recipe, prepared)
+        numbers, _ = prepared.train.gather_target(np.arange(len(prepared.train)))
+        self.label_counts = np.bincount(numbers, minlength=len(prepared.labels))
+
+    def make_examples(self, dataset: ParallelDataset) -> Examples:
+        """Texts with their labels."""
+        return Labelled(dataset)
+
+    def make_model(self) -> Classifier:
+        """The encoder of the preset, with the options' changes."""
+        fields = one_stack(
+            self.config.model, "num_encoder_layers", "num_decoder_layers", "a classifier"
+        )
+        if "tie" in fields:
+            raise ConfigError("model.tie: a classifier has no embedding that could be tied")
+        assert self.config.preset is not None
+        self.architecture = classifier_preset(
+            self.config.preset,
+            self.prepared.tokenizer.vocab_size,
+            self.prepared.labels,
+            pooling=self.config.classification.pooling,
+            **fields,
+            **self._special_ids(),
+        )
+        model = Classifier(self.architecture)
+        self._placed(model)
+        return model
+
+    def describe(self) -> Sequence[str]:
+        """What was read; the labels and how many texts have each."""
+        lines = list(super().describe())
+        shares = [
+            f"{name!r} {100 * count / self.label_counts.sum():.1f} %"
+            for name, count in zip(self.prepared.labels, self.label_counts, strict=True)
+        ]
+        more = f" and {len(shares) - 10} more" if len(shares) > 10 else ""
+        return [*lines[:-1], f"data       labels: {', '.join(shares[:10])}{more}", lines[-1]]
+
+    # Judging --------------------------------------------------------------------------------------
+
+    def _table(self, dataset: ParallelDataset) -> np.ndarray:
+        """The confusion table of a data set with the weights of the moment."""
+        table = np.zeros((len(self.prepared.labels),) * 2, np.int64)
+        for make in self.batches(dataset):
+            batch = make()
+            table += confusion_table(batch.labels, self._found(make), len(table))
+        return table
+
+    def _found(self, make: Callable[[], Any]) -> np.ndarray:
+        losses = LossModule(self.model, 0.0)
+        training = self.model.training
+        self.model.eval()
+        with torch.no_grad():
+            inputs = losses.load(make(), self.machine.device).inputs
+            logits = self.model.generator.logits(self.model.forward_packed(*inputs))
+        self.model.train(training)
+        found: np.ndarray = logits.float().argmax(-1).cpu().numpy()
+        return found
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """The accuracy is always there; macro-F1 where there are texts for validation."""
+        return ("macro_f1",) if self.prepared.dev_set is not None else ()
+
+    def make_scorer(self) -> Callable[[Path], dict[str, float]] | None:
+        """Macro-F1 of the validation texts, in percent."""
+        dev = self.prepared.dev_set
+        if dev is None:
+            return None
+        # The directory has the weights that the model has.
+        return lambda directory: {"macro_f1": 100 * macro_f1(self._table(dev))}
+
+    def test(self, model: Path) -> dict[str, Any]:
+        """Accuracy, macro-F1 and confusion table of the test texts, or of those for validation."""
+        assert self.folder is not None
+        prepared, say = self.prepared, self.console.print
+        part = "test" if prepared.test else "validation"
+        texts = prepared.test or prepared.dev
+        dataset = prepared.test_set if prepared.test else prepared.dev_set
+        if dataset is None:
+            return {}
+        table = self._table(dataset)
+        majority = int(self.label_counts.argmax())
+        baseline = np.zeros_like(table)
+        baseline[:, majority] = table.sum(1)
+        results = {
+            f"{part}_accuracy": accuracy(table),
+            f"{part}_macro_f1": macro_f1(table),
+            f"{part}_majority_accuracy": accuracy(baseline),
+            f"{part}_majority_macro_f1": macro_f1(baseline),
+            "labels": prepared.labels,
+            "confusion": table.tolist(),
+        }
+        say(
+            f"{part}: {len(texts):,} texts, accuracy {100 * accuracy(table):.2f} %, macro-F1 "
+            f"{100 * macro_f1(table):.2f}; always {prepared.labels[majority]!r} would have "
+            f"{100 * accuracy(baseline):.2f} % and {100 * macro_f1(baseline):.2f}"
+        )
+        say()
+        if len(table) <= _TABLE_LABELS:
+            self._print_table(table)
+        self._write_predictions(part, texts, model)
+        return results
+
+    def _print_table(self, table: np.ndarray) -> None:
+        names = [name[:16] for name in self.prepared.labels]
+        width = max(8, *(len(name) for name in names)) + 2
+        say = self.console.print
+        say("  rows: the true label; columns: the one found")
+        say("  " + " " * width + "".join(f"{name:>{width}}" for name in names))
+        for name, row in zip(names, table.tolist(), strict=True):
+            say(f"  {name:<{width}}" + "".join(f"{count:>{width},}" for count in row))
+        say()
+
+    def _write_predictions(self, part: str, texts: Sequence[tuple[str, str]], model: Path) -> None:
+        from transformer_ext.inference.classifier import TextClassifier
+
+        assert self.folder is not None
+        predictions = TextClassifier(model)([text for text, _ in texts])
+        lines = (
+            f"{label}\t{found.label}\t{found.probability:.4f}\t{text}\n"
+            for (text, label), found in zip(texts, predictions, strict=True)
+        )
+        atomic_write(self.folder / f"{part}.predictions.tsv", "".join(lines))
+        rows = pick_evenly(len(texts), 4)
+        for row in rows.tolist():
+            (text, label), found = texts[row], predictions[row]
+            self.console.print(f"  text       {text}")
+            self.console.print(
+                f"  label      {label}; found {found.label} ({100 * found.probability:.1f} %)"
+            )
+            self.console.print()
+
+    def farewell(self, model: Path) -> Sequence[str]:
+        """How to label texts with it."""
+        texts = self.prepared.test or self.prepared.dev
+        example = texts[0][0] if texts else "a text"
+        return [
+            f"classify   echo {shlex.quote(example)} | python -m transformer_ext.classify "
+            f"{shlex.quote(str(model))}"
+        ]

@@ -1,0 +1,213 @@
+"""Language modelling: a decoder alone learns to go on with a text, judged by perplexity."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from transformer_ext.config import TrainConfig
+from transformer_ext.data.corpus import shipped_corpus
+from transformer_ext.data.dataset import ParallelDataset
+from transformer_ext.data.text import Blocks, Lines, TextCounts, read_texts
+from transformer_ext.data.text_preparation import TextFiles, prepare_texts
+from transformer_ext.files import atomic_write
+from transformer_ext.inference.continuation import continuations
+from transformer_ext.inference.options import SearchOptions
+from transformer_ext.model import LanguageModel, LanguageModelConfig, language_model_preset
+from transformer_ext.training.distributed import World
+from transformer_ext.training.machine import Machine
+from transformer_ext.training.report import Console
+from transformer_ext.training.scoring import pick_evenly
+from transformer_ext.training.sizing import Recipe, fill, recipe_for
+from transformer_ext.training.text_run import Examples, TextRun, one_stack
+from transformer_ext.training.trainer import LossModule, evaluate_loss
+
+__all__ = ["LanguageModelRun", "text_perplexities"]
+
+
+def text_perplexities(nll: float, tokens: int, texts: Sequence[str]) -> dict[str, float]:
+    """How well a text was predicted, in figures of which those by word and byte do not depend on
+    the vocabulary.
+
+    Args:
+        nll: negative log-likelihood of the whole, in nats: of all tokens and all ends of lines.
+        tokens: their number.
+        texts: the lines. A word is what stands between spaces, or the end of a line; a byte is one
+            of UTF-8, the end of a line among them.
+    """
+    words = sum(len(text.split()) + 1 for text in texts)
+    size = sum(len(text.encode()) + 1 for text in texts)
+    return {
+        "token_perplexity": math.exp(min(nll / tokens, 700.0)),
+        "word_perplexity": math.exp(min(nll / words, 700.0)),
+        "bits_per_byte": nll / math.log(2) / size,
+    }
+
+
+def shipped_recipe(device_type: str) -> Recipe:
+    """The recipe of the shipped text."""
+    return Recipe(
+        preset="small",
+        vocab_size=4000,
+        model={"norm_first": True, "dropout": 0.2},
+        learning_rate=2e-3,
+        schedule="linear",
+        warmup_steps=200,
+        max_tokens=2048 if device_type == "cpu" else 8192,
+        max_steps=2000,
+        validate_every=500,
+        early_stop_patience=None,
+        label_smoothing=0.0,
+    )
+
+
+class LanguageModelRun(TextRun):
+    """Learns to go on with a text."""
+
+    token_labels: ClassVar[bool] = True
+    what: ClassVar[str] = "lines"
+    batch_unit: ClassVar[str] = "tokens"
+
+    architecture: LanguageModelConfig
+
+    @staticmethod
+    def prepare(config: TrainConfig, machine: Machine, console: Console) -> LanguageModelRun:
+        """Reads the text, trains the tokenizer, makes the token ids, or finds them done.
+
+        Raises:
+            ValueError: The text cannot be used.
+        """
+        options, device = config.language_model, machine.device.type
+        shipped = not options.text_train
+        data = fill(config, shipped_recipe(device)).data if shipped else config.data
+        corpus = shipped_corpus()
+
+        def reader(paths: Sequence[str], counts: TextCounts) -> Iterator[tuple[str, str]]:
+            return read_texts(paths, data.bad_lines, counts)
+
+        files = TextFiles(
+            "the English of " + corpus.name if shipped else Path(options.text_train[0]).name,
+            corpus.train.src if shipped else options.text_train,
+            corpus.dev.src if shipped else options.text_dev,
+            corpus.test.src if shipped else options.text_test,
+            reader,
+            "lines",
+        )
+        with machine.world.first_goes_first():
+            prepared = prepare_texts(
+                data,
+                files,
+                what="lines",
+                # Blocks cut a long line, too.
+                max_length=None if options.block_size else data.max_length,
+                report=lambda text: console.print(f"data       {text} ..."),
+            )
+        lengths = prepared.train.source_lengths
+        recipe = (
+            shipped_recipe(device)
+            if shipped
+            else dataclasses.replace(
+                recipe_for(len(lengths), float(lengths.mean()), device, config.preset),
+                label_smoothing=0.0,
+            )
+        )
+        return LanguageModelRun(config, machine, console, recipe, prepared)
+
+    def make_examples(self, dataset: ParallelDataset) -> Examples:
+        """Lines or blocks."""
+        size = self._chosen.language_model.block_size
+        return Lines(dataset) if size is None else Blocks(dataset, size)
+
+    def make_model(self) -> LanguageModel:
+        """The decoder of the preset, with the options' changes."""
+        fields = one_stack(
+            self.config.model, "num_decoder_layers", "num_encoder_layers", "a language model"
+        )
+        if "tie" in fields:
+            fields["tie"] = fields["tie"] != "none"
+        assert self.config.preset is not None
+        self.architecture = language_model_preset(
+            self.config.preset,
+            self.prepared.tokenizer.vocab_size,
+            **fields,
+            **self._special_ids(),
+        )
+        model = LanguageModel(self.architecture)
+        self._placed(model)
+        return model
+
+    # The end --------------------------------------------------------------------------------------
+
+    def test(self, model: Path) -> dict[str, Any]:
+        """Perplexity of the test text (or, without one, that for validation), and samples."""
+        assert self.folder is not None
+        prepared, say = self.prepared, self.console.print
+        part = "test" if prepared.test else "validation"
+        texts = [text for text, _ in prepared.test or prepared.dev]
+        dataset = prepared.test_set if prepared.test else prepared.dev_set
+        results: dict[str, Any] = {}
+        if dataset is not None:
+            batches = self.batches(dataset)
+            tokens = int(self.make_examples(dataset).lengths.sum())
+            _, nll, accuracy = evaluate_loss(
+                LossModule(self.model, 0.0), batches, World(0, 1, self.machine.device)
+            )
+            figures = text_perplexities(nll * tokens, tokens, texts)
+            results = {f"{part}_{name}": value for name, value in figures.items()}
+            results[f"{part}_accuracy"] = accuracy
+            say(
+                f"{part} text, {len(texts):,} lines: perplexity {figures['token_perplexity']:.2f} a "
+                f"token, {figures['word_perplexity']:.1f} a word; {figures['bits_per_byte']:.3f} "
+                f"bits a byte; {100 * accuracy:.1f} % of the tokens foretold"
+            )
+            say()
+        samples = self._continued(texts)
+        for sample in samples:
+            say(f"  beginning  {sample['beginning'] or '(none)'}")
+            say(f"  greedy     {sample['greedy']}")
+            say(f"  sampled    {sample['sampled']}")
+            say()
+        lines = (f"{s['beginning']}\t{s['greedy']}\t{s['sampled']}\n" for s in samples)
+        atomic_write(self.folder / "continuations.tsv", "".join(lines))
+        return {**results, "samples": samples}
+
+    def _continued(self, texts: Sequence[str]) -> list[dict[str, str]]:
+        beginnings = list(self.config.language_model.prompts)
+        if not beginnings:
+            long = [text for text in texts if len(text.split()) >= 8]
+            beginnings = [
+                " ".join(long[number].split()[:3]) for number in pick_evenly(len(long), 3)
+            ] + [""]
+        tokenizer = self.prepared.tokenizer
+        ids = [tokenizer.encode(text) for text in beginnings]
+        training = self.model.training
+        self.model.eval()
+        found = [
+            continuations(self.model, ids, options)
+            for options in (
+                SearchOptions(beam_size=1, max_length=40),
+                SearchOptions(
+                    sampling=True, top_p=0.9, seed=self.config.training.seed, max_length=40
+                ),
+            )
+        ]
+        self.model.train(training)
+        greedy, sampled = (
+            [tokenizer.decode(result.hypotheses[0].tokens) for result in results]
+            for results in found
+        )
+        return [
+            {"beginning": b, "greedy": g, "sampled": s}
+            for b, g, s in zip(beginnings, greedy, sampled, strict=True)
+        ]
+
+    def farewell(self, model: Path) -> Sequence[str]:
+        """How to let it write."""
+        return [
+            "continue   echo 'The function returns' | python -m transformer_ext.generate "
+            f"{shlex.quote(str(model))}"
+        ]
