@@ -58,12 +58,14 @@ class IdEncoder:
     ) -> None:
         self._tokenizer = tokenizer
         self._dtype = _id_type(tokenizer)
+        size = self._dtype.itemsize
+        self._id_bytes = [id.to_bytes(size, "little") for id in range(tokenizer.vocab_size)]
         self._after = self._bytes([tokenizer.eos_id]) if with_eos else b""
         self._by_words = by_words and tokenizer.vocabulary is None
         self._words: dict[str, bytes] = {"": b""}
 
     def _bytes(self, ids: Sequence[int]) -> bytes:
-        return np.array(ids, self._dtype).tobytes()
+        return b"".join([self._id_bytes[id] for id in ids])
 
     def encode(self, texts: Sequence[str], tag: str = "") -> tuple[bytes, np.ndarray]:
         """The ids of all texts one after the other, and the number of each (int32).
@@ -99,27 +101,41 @@ class IdEncoder:
 
     def _rows_by_words(self, texts: Sequence[str]) -> list[bytes]:
         ids_of, join = self._words.__getitem__, b"".join
-        rows = []
+        rows, unknown = [], []
         for text in texts:
             try:
                 rows.append(join(map(ids_of, text.split(" "))))
             except KeyError:
-                rows.append(self._learn(text))
+                unknown.append(len(rows))
+                rows.append(b"")
+        if unknown:
+            learnt = self._learn([texts[number].split(" ") for number in unknown])
+            for number, row in zip(unknown, learnt, strict=True):
+                rows[number] = row
         return rows
 
-    def _learn(self, text: str) -> bytes:
-        words = text.split(" ")
-        new = [word for word in dict.fromkeys(words) if word not in self._words]
+    def _learn(self, texts: Sequence[list[str]]) -> list[bytes]:
+        """Ids of texts of which some words are not known yet."""
+        known = self._words
+        words = set(itertools.chain.from_iterable(texts))
+        new = words.difference(known)
+        if len(known) + len(new) > self._MOST_WORDS:
+            known.clear()
+            known[""] = b""
+            new = words - {""}
         # SentencePiece takes U+2581 for a space.
-        if any(len(word) > self._LONGEST_WORD or "\u2581" in word for word in new):
-            return self._bytes(self._tokenizer.encode_untagged([text])[0])
-        if len(self._words) + len(new) > self._MOST_WORDS:
-            self._words.clear()
-            self._words[""] = b""
-            new = list(dict.fromkeys(words))
-        for word, ids in zip(new, self._tokenizer.encode_untagged(new), strict=True):
-            self._words[word] = self._bytes(ids)
-        return b"".join(map(self._words.__getitem__, words))
+        odd = {word for word in new if len(word) > self._LONGEST_WORD or "\u2581" in word}
+        # All at once: a call costs as much as some words.
+        order = list(new - odd)
+        for word, ids in zip(order, self._tokenizer.encode_untagged(order), strict=True):
+            known[word] = self._bytes(ids)
+        ids_of, join = known.__getitem__, b"".join
+        return [
+            join(map(ids_of, words))
+            if odd.isdisjoint(words)
+            else self._bytes(self._tokenizer.encode_untagged([" ".join(words)])[0])
+            for words in texts
+        ]
 
 
 class Block(NamedTuple):
