@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -361,6 +362,47 @@ def test_a_full_disk_is_one_clear_error(own, pairs) -> None:
         assert [name.split("-")[0] for name in folders(own)] == left
 
 
+def test_a_folder_without_permission_is_one_clear_error(pairs) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        src, tgt = write_text(folder, "train", pairs[:300])
+        own = DataConfig([src], [tgt], vocab_size=400, cache=str(folder / "cache"))
+        prepare_data(own)
+        other = DataConfig([src], [tgt], vocab_size=401, cache=own.cache)
+        cache, root = cache_folder(own), os.geteuid() == 0
+        for mode, config in ((0o555, other), (0o000, own)):
+            cache.chmod(mode)
+            try:
+                # To root everything is permitted.
+                if root:
+                    os.seteuid(65534)
+                with pytest.raises(CorpusError) as caught:
+                    prepare_data(config)
+            finally:
+                if root:
+                    os.seteuid(0)
+                cache.chmod(0o755)
+            assert str(caught.value) == (
+                f"{own.cache}: the cache cannot be written: Permission denied; choose another "
+                "folder with --cache or $TRANSFORMER_EXT_CACHE"
+            )
+
+
+def test_a_text_that_changes_while_it_is_read(own, monkeypatch) -> None:
+    read = preparation.read_chunks
+
+    def changing(*arguments):
+        yield from read(*arguments)
+        with open(own.src_train[0], "a") as file:
+            file.write("one more\n")
+
+    monkeypatch.setattr(preparation, "read_chunks", changing)
+    with pytest.raises(CorpusError, match=r"train\.en: was changed while it was read"):
+        prepare_data(own)
+    assert folders(own) == []
+
+
 def test_digests_of_large_files_are_remembered(own, monkeypatch) -> None:
     monkeypatch.setattr(preparation, "_SMALL_FILE", 1000)
     monkeypatch.setattr(preparation, "_SETTLED_SECONDS", -1)
@@ -505,6 +547,17 @@ def test_several_corpora(several, pairs) -> None:
     assert 5 <= tagged < 15
     text = "\n".join(data.messages)
     assert "corpus b: " in text and "; each 2.5 times an epoch; tag <2en>" in text
+
+
+def test_validation_text_without_tags_is_told(several, tmp_path, pairs) -> None:
+    several.corpora[2].source_tag = "<2x>"
+    lines = [("<2de> " + pairs[0][0], pairs[0][1]), ("<2de> " + pairs[1][0], "[de] a"), pairs[2]]
+    several.pairs_dev = [write_pairs(tmp_path, "dev.tsv", lines)]
+    data = prepare_data(several)
+    assert "warning: 1 sources of the validation text begin with no tag" in "\n".join(data.messages)
+    assert data.dev[1] == ("<2de> " + pairs[1][0], "a")
+    assert data.dev_set is not None
+    assert data.dev_set.example(1)[1].tolist() == data.target_tokenizer.encode("[de] a")
 
 
 def test_weights_need_no_new_ids(several) -> None:

@@ -111,9 +111,9 @@ def cached(folder: Path, kind: str, key: dict[str, Any], build: Callable[[Path],
     """
     text = json.dumps({"version": CACHE_VERSION, **key}, sort_keys=True)
     path = folder / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
-    if path.is_dir():
-        return path
     try:
+        if path.is_dir():
+            return path
         folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder / f"{path.name}.lock") as locked:
             if path.is_dir():
@@ -383,6 +383,11 @@ class _Encode:
         return _Encoded(task.part, task.chunk.paths, counts, block)
 
 
+def _state(path: str) -> tuple[int, int, int]:
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
 def _worker_count(config: DataConfig, size: int) -> int:
     if config.prepare_workers is not None:
         return config.prepare_workers
@@ -406,7 +411,9 @@ class _Preparation:
         self.parts = chosen_parts(config, self.corpus)
         self.cache = cache_folder(config)
         self.messages: list[str] = []
-        self._size = sum(os.path.getsize(path) for part in self.parts for path in part.text.paths)
+        self._paths = [path for part in self.parts for path in part.text.paths]
+        self._size = sum(map(os.path.getsize, self._paths))
+        self._states = list(map(_state, self._paths))
         self._workers = _worker_count(config, self._size)
         self.say(f"reading {self.corpus.name}")
         trained = not (tokenizers or config.tokenizer or config.src_tokenizer)
@@ -435,6 +442,9 @@ class _Preparation:
         for number, part in enumerate(self.parts):
             for chunk in read_chunks(part.text, progress.read):
                 yield number, chunk
+        for path, state in zip(self._paths, self._states, strict=True):
+            if _state(path) != state:
+                raise CorpusError(f"{path}: was changed while it was read; start again")
 
     # First pass -----------------------------------------------------------------------------------
 
@@ -723,6 +733,13 @@ class _Preparation:
         """Pairs for validation, and their target texts with tags."""
         if self.corpus.dev:
             pairs = self._read_all(self.corpus.dev, "validation")
+            tags = tuple({part.source_tag for part in self.parts})
+            plain = sum(not src.startswith(tags) for src, _ in pairs) if all(tags) else 0
+            if plain:
+                self.messages.append(
+                    f"warning: {plain:,} sources of the validation text begin with no tag, but all "
+                    "of the training text do"
+                )
             return [(src, target.split_tag(tgt)[1]) for src, tgt in pairs], [t for _, t in pairs]
         if not held_out.pairs:
             self.messages.append("validation text: none")
