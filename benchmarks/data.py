@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import resource
+import multiprocessing
 import statistics
 import tempfile
 import time
@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from processes import machine, say, table
+from processes import machine, memory_of_process, say, table
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -48,8 +48,8 @@ CPU = torch.device("cpu")
 BYTES = 2 * 2 + 3 * 8
 
 
-def generate(folder: Path, pairs: int) -> ParallelDataset:
-    """A data set of random ids, with lengths like those of news text."""
+def generate(folder: Path, pairs: int) -> None:
+    """Writes a data set of random ids, with lengths like those of news text."""
     generator = np.random.default_rng(0)
     source = np.clip(generator.gamma(2.2, 12, pairs), 2, 250).astype(np.int64)
     target = np.clip(source * generator.normal(1.05, 0.15, pairs), 1, 250).astype(np.int64)
@@ -76,7 +76,6 @@ def generate(folder: Path, pairs: int) -> ParallelDataset:
         **sides,
     }
     (folder / "dataset.json").write_text(json.dumps(meta))
-    return ParallelDataset(folder)
 
 
 # PyTorch ------------------------------------------------------------------------------------------
@@ -203,10 +202,10 @@ def huge(data: ParallelDataset, max_tokens: int) -> None:
     start = time.perf_counter()
     stream = our_stream(ParallelDataset(data.folder), max_tokens, 1, start=middle)
     next(stream)
-    stream.close()
     say(f"the same in the middle of an epoch in {time.perf_counter() - start:.2f} s")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    say(f"greatest resident memory so far {peak / 1e6:.2f} GB, mapped files included")
+    stream.close()
+    peak, own = memory_of_process("VmHWM"), memory_of_process("RssAnon")
+    say(f"memory: {own / 1e9:.2f} GB now, {peak / 1e9:.2f} GB at most with the pages of the files")
 
 
 def main() -> None:
@@ -228,7 +227,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if options.pairs:
             start = time.perf_counter()
-            data = generate(Path(folder), options.pairs)
+            # In a process of its own, whose memory does not count.
+            writer = multiprocessing.get_context("spawn").Process(
+                target=generate, args=(Path(folder), options.pairs)
+            )
+            writer.start()
+            writer.join()
+            data = ParallelDataset(folder)
             say(f"{options.pairs:,} pairs generated in {time.perf_counter() - start:.1f} s")
             huge(data, options.max_tokens)
         else:
