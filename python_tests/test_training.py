@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import math
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -227,6 +228,37 @@ def test_evaluation_equals_the_loss_by_hand_and_leaves_dropout_off() -> None:
         sums += torch.nn.functional.cross_entropy(logits, b.labels, reduction="sum").item()
     assert nll == pytest.approx(sums / data.label_counts.sum(), rel=1e-5)
     assert 0.0 <= accuracy <= 1.0
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_fit_ends_the_workers_and_counts_the_waiting(tmp_path: Path, fails: bool) -> None:
+    class Failing(Numbers):
+        def collate(self, examples: np.ndarray) -> Any:
+            if fails and 6 in examples:
+                raise OSError("cannot read example 6")
+            return super().collate(examples)
+
+    data = Failing()
+    order = [batch.tolist() for epoch in range(3) for batch in data.epoch(epoch)]
+    place = next(i for i, batch in enumerate(order) if 6 in batch)
+    log = tmp_path / "log.jsonl"
+    trainer = trainer_for(
+        small_model(),
+        data.stream(workers=2),
+        Plan(max_steps=place + 2, log_every=1),
+        log=JsonLog(log),
+    )
+    if fails:
+        with pytest.raises(OSError, match="cannot read example 6"):
+            trainer.fit()
+    else:
+        assert trainer.fit() == "finished"
+    assert trainer.progress.step == (place if fails else place + 2)
+    assert not [t for t in threading.enumerate() if t.name.startswith("transformer_ext")]
+    events = [e for e in read_log(log) if e["event"] == "train"]
+    assert len(events) == trainer.progress.step
+    assert all(e["data_seconds"] > 0 for e in events)
+    assert sum(e["data_seconds"] for e in events) <= trainer.progress.seconds
 
 
 def test_it_learns() -> None:
