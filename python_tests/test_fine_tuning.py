@@ -156,7 +156,6 @@ def test_a_model_of_marian_keeps_its_vocabulary(
         ("--dropout 1.5", "--dropout: expected a probability in [0, 1), got 1.5"),
         ("--init-from no/model", "no/model: no such model directory"),
         ("--init-from MODEL/..", "the folder of a training; its model is"),
-        ("--task copy", "--init-from: --task copy begins with random weights"),
         ("--output MODEL/.. --overwrite", "--overwrite: would remove MODEL, which --init-from"),
     ],
 )

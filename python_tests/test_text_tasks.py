@@ -369,7 +369,11 @@ def test_dry_run_and_reference_backend(
             ["--joint-vocab", "--pooling", "first"],
             "classification.pooling: is an",
         ),
-        ("language-model", ["--init-from", "x"], "init_from: expected none for the task language"),
+        (
+            "language-model",
+            ["--init-from", "x"],
+            "--init-from: --task language-model begins with random",
+        ),
         (
             "classify",
             ["--max-tokens", "4"],

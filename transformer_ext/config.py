@@ -1324,10 +1324,12 @@ class TrainConfig:
                     )
         if self.task == "translate":
             return
+        if self.init_from is not None:
+            raise ConfigError(
+                f"--init-from: --task {self.task} begins with random weights; leave it out"
+            )
         synthetic = _TASK_GROUPS[self.task] == "synthetic"
         known = _SYNTHETIC_OPTIONS if synthetic else _TEXT_OPTIONS
         for entry in _group_options(DataConfig, "data"):
             if entry.name not in known and getattr(self.data, entry.name) != entry.default:
                 raise ConfigError(f"{entry.key}: has no meaning for the task {self.task}")
-        if self.init_from is not None:
-            raise ConfigError(f"init_from: expected none for the task {self.task}")
