@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gzip
+import importlib
 import io
 import lzma
 import os
@@ -18,7 +19,7 @@ import torch
 from training_helpers import SMALL_MODEL, write_text
 
 from transformer_ext import prepare, train
-from transformer_ext.config import DataConfig
+from transformer_ext.config import ArgumentParser, DataConfig
 from transformer_ext.data.preparation import prepare_data
 from transformer_ext.training import translation
 from transformer_ext.training.report import Console
@@ -150,8 +151,10 @@ TRAINING = [
     ("--num-encoder-layers 100000", "num_encoder_layers: expected an integer from 0 to 10000"),
     ("--activation rellu", "got 'rellu'; did you mean 'relu'?"),
     ("--preset huge", "--preset: got 'huge', expected one of tiny, small, base, big"),
+    ("--task copy", "data.src_train: has no meaning for the task copy"),
     ("--pad-id 3", "unknown option '--pad-id'"),
     ("--max-steps 0", "--max-steps: got 0, expected an integer of at least 1"),
+    ("--threads 9999", "--threads: got 9999, expected an integer from 1 to 1024"),
     ("--seed -1", "--seed: got -1, expected an integer from 0 to"),
     ("--device abacus", "abacus"),
     ("--precision float16 --device cpu", "float16"),
@@ -366,3 +369,47 @@ def test_a_console_without_umlauts() -> None:
     stream = io.TextIOWrapper(raw, encoding="ascii")
     Console(stream, live=False).print("öffnet")
     assert raw.getvalue() == b"\\xf6ffnet\n"
+
+
+COMMANDS = ["average", "convert", "evaluate", "prepare", "train", "visualize"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_ends_alike(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = importlib.import_module(f"transformer_ext.{name}").main
+
+    def ends_with(problem: BaseException) -> tuple[int, str]:
+        def raises(*arguments: Any, **keywords: Any) -> Any:
+            raise problem
+
+        monkeypatch.setattr(ArgumentParser, "parse_args", raises)
+        return main([]), capsys.readouterr().err
+
+    monkeypatch.delenv("TRANSFORMER_EXT_TRACEBACK", raising=False)
+    assert ends_with(ValueError("x: is wrong")) == (2, "error: x: is wrong\n")
+    assert ends_with(ImportError("no such library")) == (2, "error: no such library\n")
+    assert ends_with(KeyboardInterrupt())[0] == 130
+    monkeypatch.setenv("TRANSFORMER_EXT_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="x: is wrong"):
+        ends_with(ValueError("x: is wrong"))
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main([]) == 2
+    assert capsys.readouterr().err == "error: standard output: is closed\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_full_output(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a command; a training goes on."""
+    for module, status, expected in (
+        (prepare, 2, "error: standard output: No space left on device\n"),
+        (train, 0, "warning: standard output: No space left on device; the training goes on"),
+    ):
+        with open("/dev/full", "w", encoding="utf-8") as full:
+            monkeypatch.setattr(sys, "stdout", full)
+            model = [*SMALL_MODEL, "--dry-run"] if module is train else ["--vocab-size", "330"]
+            assert module.main([*model, *TEXT]) == status
+        assert capsys.readouterr().err.startswith(expected)

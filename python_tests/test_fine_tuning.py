@@ -16,7 +16,7 @@ from marian_helpers import write_marian_dir
 from training_helpers import write_text
 
 from transformer_ext import train
-from transformer_ext.config import TrainConfig, from_dict
+from transformer_ext.config import ConfigError, TrainConfig, from_dict
 from transformer_ext.data.corpus import file_digest
 from transformer_ext.files import load_model_dir
 from transformer_ext.marian import from_marian, to_marian
@@ -176,6 +176,11 @@ def test_options_that_contradict_the_model(
     error = refusal([*text, "--init-from", str(parent), *arguments], capsys)
     assert message.replace("MODEL", str(parent)) in error
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_other_tasks_begin_with_random_weights() -> None:
+    with pytest.raises(ConfigError, match="init_from: expected none for the task copy"):
+        from_dict(TrainConfig, {"task": "copy", "init_from": "x"})
 
 
 def test_options_that_say_what_the_model_has(text: list[str], parent: Path) -> None:

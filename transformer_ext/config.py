@@ -1064,7 +1064,11 @@ class TrainingConfig:
         "auto", help="type of the activations; weights are always float32"
     )
     threads: int | None = option(
-        None, help="CPU threads", minimum=1, auto="the physical cores this process may use"
+        None,
+        help="CPU threads",
+        minimum=1,
+        maximum=1024,
+        auto="the physical cores this process may use",
     )
     data_workers: int = option(
         1,
