@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -34,8 +35,17 @@ class Progress:
         if say is not None and sys.stderr is not None and sys.stderr.isatty():
             from tqdm import tqdm
 
+            size = shutil.get_terminal_size()
             self._bar = tqdm(
-                total=total, desc=what, unit="B", unit_scale=True, leave=False, mininterval=0.2
+                total=total,
+                desc=what,
+                unit="B",
+                unit_scale=True,
+                leave=False,
+                mininterval=0.2,
+                # A terminal without a size would show nothing.
+                ncols=min(100, size.columns - 1),
+                nrows=size.lines,
             )
 
     def __enter__(self) -> Progress:
