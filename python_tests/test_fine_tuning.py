@@ -179,7 +179,7 @@ def test_options_that_contradict_the_model(
 
 
 def test_other_tasks_begin_with_random_weights() -> None:
-    with pytest.raises(ConfigError, match="init_from: expected none for the task copy"):
+    with pytest.raises(ConfigError, match="--init-from: --task copy begins with random weights"):
         from_dict(TrainConfig, {"task": "copy", "init_from": "x"})
 
 
