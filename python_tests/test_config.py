@@ -259,6 +259,14 @@ def test_flags_of_a_training_are_unique_and_explained() -> None:
         ),
         ({"data": {"temperature": 2.0}}, "data.temperature: got 2.0 without several data.corpora"),
         ({"output": {"resume": True, "overwrite": True}}, "expected one of them"),
+        (
+            {"training": {"subword_dropout_sides": "source"}},
+            "has no effect without training.subword_dropout",
+        ),
+        (
+            {"task": "classify", "training": {"subword_dropout": 0.1}},
+            "--subword-dropout: --task classify reads its text as it is",
+        ),
     ],
 )
 def test_options_that_exclude_each_other(values, message: str) -> None:

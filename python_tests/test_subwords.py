@@ -273,6 +273,22 @@ def test_ids_of_a_vocabulary(make: Make, tmp_path: Path, kind: str) -> None:
     assert {tokenizer.decode(row[1:]) for row in rows} == {tokenizer.decode(ids[1 : lengths[0]])}
 
 
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_a_sentence_that_would_be_too_long_keeps_its_pieces(
+    make: Make, pairs: list[tuple[str, str]], kind: str
+) -> None:
+    tokenizer = make(kind)
+    ids, lengths = encode(tokenizer, [src for src, _ in pairs[:60]])
+    examples = np.arange(60)
+    free = split(*SubwordSampler(tokenizer, 0.2)(ids, lengths, examples, 0))
+    limit = int(np.median([len(row) for row in free]))
+    bounded = split(*SubwordSampler(tokenizer, 0.2, 1, limit)(ids, lengths, examples, 0))
+    usual = split(ids, lengths)
+    assert any(len(row) > limit for row in free)
+    for number, row in enumerate(bounded):
+        assert row == (free if len(free[number]) <= limit else usual)[number]
+
+
 def test_a_tag_stays_whole(make: Make) -> None:
     plain = make("bpe")
     tag = max((plain.piece(id) for id in range(plain.vocab_size)), key=len)

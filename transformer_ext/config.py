@@ -1089,6 +1089,12 @@ class TrainingConfig:
         "both", help="where --subword-dropout acts"
     )
 
+    def __post_init__(self) -> None:
+        if self.subword_dropout_sides != "both" and not self.subword_dropout:
+            raise ConfigError(
+                "training.subword_dropout_sides: has no effect without training.subword_dropout"
+            )
+
 
 @dataclass
 class EvaluationConfig:
@@ -1328,6 +1334,10 @@ class TrainConfig:
                     )
         if self.task == "translate":
             return
+        if self.training.subword_dropout:
+            raise ConfigError(
+                f"--subword-dropout: --task {self.task} reads its text as it is; leave it out"
+            )
         if self.init_from is not None:
             raise ConfigError(
                 f"--init-from: --task {self.task} begins with random weights; leave it out"

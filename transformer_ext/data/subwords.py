@@ -41,13 +41,16 @@ class SubwordSampler:
             unigram model the exponent alpha of a segmentation's probability, so that a small one
             gives more variety. The papers take 0.1 for both.
         seed: of the draws.
+        max_length: a sentence that would have more tokens keeps the usual pieces; None: no limit.
 
     Raises:
         TokenizerError: the tokenizer's model is neither BPE nor unigram.
         ValueError: ``p`` is not between 0 and 1.
     """
 
-    def __init__(self, tokenizer: Tokenizer, p: float, seed: int = 1) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, p: float, seed: int = 1, max_length: int | None = None
+    ) -> None:
         if not 0 < p <= 1:
             raise ValueError(f"subword_dropout: got {p}, expected a number above 0, up to 1")
         kind, pieces = _read_model(tokenizer)
@@ -60,6 +63,7 @@ class SubwordSampler:
                 f"subword_dropout: {tokenizer.path} is a {kind} model, expected bpe or unigram"
             )
         self._seed = seed
+        self._max_length = max_length
 
     def __call__(
         self,
@@ -93,6 +97,13 @@ class SubwordSampler:
         sizes = words.tokens.copy()
         sizes[changed] = counts
         ends = np.cumsum(sizes)
+        if self._max_length is not None:
+            new_lengths = np.diff(np.append(0, ends)[words.sentence_bounds])
+            over = (new_lengths > self._max_length)[words.sentence]
+            new_ids = new_ids[~np.repeat(over[changed], counts)]
+            changed = changed[~over[changed]]
+            sizes[over] = words.tokens[over]
+            ends = np.cumsum(sizes)
         result = np.empty(int(ends[-1]), np.int64)
         is_new = np.zeros(len(sizes), bool)
         is_new[changed] = True

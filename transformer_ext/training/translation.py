@@ -89,6 +89,7 @@ class TranslationRun(Run):
         recipe = self._recipe(config, machine.device.type, float(lengths.mean()))
         super().__init__(config, machine, console, recipe, round(epoch_tokens))
         self._check_sizes()
+        self._sampled = self._sampled_batches()
         self.decoder = Decoder(
             self.model,
             prepared.source_tokenizer,
@@ -261,20 +262,21 @@ class TranslationRun(Run):
             rank=world.rank,
             world_size=world.size,
             start=start,
-            resample=self._resample(),
+            resample=self._sampled,
             workers=training.data_workers,
         )
 
-    def _resample(self) -> SampledBatches | None:
+    def _sampled_batches(self) -> SampledBatches | None:
         training = self.config.training
         p, sides = training.subword_dropout, training.subword_dropout_sides
         if not p:
             return None
         source, target = self.prepared.source_tokenizer, self.prepared.target_tokenizer
-        first = SubwordSampler(source, p, training.seed)
-        second = first if source is target else SubwordSampler(target, p, training.seed)
+        learned = self.architecture.positions == "learned"
+        longest = self.architecture.max_positions if learned else None
+        make = functools.cache(lambda of: SubwordSampler(of, p, training.seed, longest))
         return SampledBatches(
-            first if sides != "target" else None, second if sides != "source" else None
+            make(source) if sides != "target" else None, make(target) if sides != "source" else None
         )
 
     def validation_batches(self) -> list[Callable[[], Any]]:
