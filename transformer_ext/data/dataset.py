@@ -125,7 +125,7 @@ class IdEncoder:
             new = words - {""}
         # SentencePiece takes U+2581 for a space.
         odd = {word for word in new if len(word) > self._LONGEST_WORD or "\u2581" in word}
-        # All at once: a call costs as much as some words.
+        # All at once: for each call SentencePiece starts a thread, as long as 15 words take.
         order = list(new - odd)
         for word, ids in zip(order, self._tokenizer.encode_untagged(order), strict=True):
             known[word] = self._bytes(ids)
