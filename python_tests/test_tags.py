@@ -88,7 +88,17 @@ def test_unknown_tags_are_refused_with_those_that_are_known(model, tmp_path, cap
     text.write_text("old house\n")
     status, output, errors = lines(capfd, str(model), str(text), "--source-tag", "<2xx>")
     assert (status, output) == (2, [])
-    assert errors == "error: source_tag: got '<2xx>', expected one of <2yes>, <2no>, <2x>\n"
+    assert errors == "error: --source-tag: got '<2xx>', expected one of <2yes>, <2no>, <2x>\n"
+
+    with Translator(model) as translator:
+        for call in (
+            lambda: translator.translate("old house", source_tag="[A]"),
+            lambda: translator.translate_iter(["old house"], source_tag="[A]"),
+        ):
+            with pytest.raises(
+                ValueError, match=r"source_tag: got '\[A\]', expected one of <2yes>"
+            ):
+                call()
 
 
 def test_tags_are_kept_with_the_model(model, tmp_path) -> None:

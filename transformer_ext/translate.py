@@ -152,7 +152,7 @@ def _translate(
     number = over_long = cut = untagged = 0
     tags = translator.source_tokenizer.given_source_tags if source_tag is None else ()
     if source_tag is not None:
-        translator.check_source_tag(source_tag)
+        translator.check_source_tag(source_tag, "--source-tag")
     # A line that is no sentence (a file without line ends, say) must not take all memory.
     longest = translator.options.max_source_length or max(
         LONGEST_LINE, 2 * (translator.max_train_length or 0)

@@ -215,8 +215,12 @@ class Translator:
         ids = self.source_tokenizer.encode_batch(texts)
         return [[*row, eos] if text.strip() else [] for text, row in zip(texts, ids, strict=True)]
 
-    def check_source_tag(self, tag: str) -> None:
+    def check_source_tag(self, tag: str, name: str = "source_tag") -> None:
         """Refuse a tag that the model was not trained with.
+
+        Args:
+            tag: the tag.
+            name: of the argument, for the message.
 
         Raises:
             ValueError: the message lists those that it knows.
@@ -226,7 +230,7 @@ class Translator:
             expected = (
                 f"expected one of {', '.join(known)}" if known else "but this model knows no tags"
             )
-            raise ValueError(f"source_tag: got {tag!r}, {expected}")
+            raise ValueError(f"{name}: got {tag!r}, {expected}")
 
     @overload
     def translate(
