@@ -1,6 +1,6 @@
 """A training that is killed at any moment goes on as if it had never stopped, bit for bit.
 
-``TRANSFORMER_EXT_KILLS=50`` kills that many times at random (6 by default).
+``TRANSFORMER_EXT_KILLS=50`` kills that many times at random (4 by default).
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
+import resource
 import shutil
 import signal
 import time
@@ -21,10 +23,14 @@ from matplotlib.figure import Figure
 from training_helpers import SMALL_MODEL, write_text
 
 from transformer_ext import train
+from transformer_ext.config import OutputConfig, TrainConfig
 from transformer_ext.training.checkpoint import Checkpoints
+from transformer_ext.training.folder import RunFolder
+from transformer_ext.training.report import JsonLog, read_log, rewind_log
+from transformer_ext.training.trainer import Trainer
 from transformer_ext.training.translation import TranslationRun
 
-KILLS = int(os.environ.get("TRANSFORMER_EXT_KILLS", "6"))
+KILLS = int(os.environ.get("TRANSFORMER_EXT_KILLS", "4"))
 #: Of a life that does not end on its own.
 SECONDS = 120
 
@@ -32,7 +38,8 @@ SECONDS = 120
 #: between two of them.
 SCHEDULE = (
     "--max-steps 24 --validate-every 10 --checkpoint-every 4 --log-every 3 --keep-checkpoints 2 "
-    "--accum-steps 2 --dropout 0.3 --validation-sentences 3 --beam-size 1 --ema-decay 0.9"
+    "--average-last 2 --accum-steps 2 --dropout 0.3 --validation-sentences 3 --beam-size 1 "
+    "--ema-decay 0.9"
 ).split()
 
 
@@ -173,3 +180,286 @@ def test_killed_between_operations_on_files(
         assert once(*options, *arguments) == 0, cut
         assert_same_run(run, unbroken)
         shutil.rmtree(run)
+
+
+# Damage ------------------------------------------------------------------------------------------
+
+STOPPED = "--max-steps 12 --validate-every 12 --checkpoint-every 3 --validation-sentences 0".split()
+
+
+@pytest.fixture(scope="module")
+def stopped(text: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was killed after its checkpoints of steps 3, 6 and 9."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    step = Trainer.train_step
+
+    def body() -> int:
+        def die(self: Trainer) -> None:
+            if self.progress.step == 10:
+                os.kill(os.getpid(), signal.SIGKILL)
+            step(self)
+
+        Trainer.train_step = die  # type: ignore[method-assign]
+        return live(*text, *STOPPED, "--log-every", "1", "--output", str(folder))()
+
+    assert end_of(forked(body)) == -signal.SIGKILL
+    assert Checkpoints(folder / "checkpoints").steps() == [3, 6, 9]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(text: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert once(*text, *STOPPED, "--log-every", "1", "--output", str(folder)) == 0
+    return folder
+
+
+@pytest.fixture()
+def run(stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it to damage."""
+    shutil.copytree(stopped, tmp_path / "run")
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **keywords: None)
+    monkeypatch.setattr(TranslationRun, "_draw_attention", lambda *arguments: None)
+    monkeypatch.delenv("TRANSFORMER_EXT_TRACEBACK", raising=False)
+    return tmp_path / "run"
+
+
+def go_on(run: Path, *options: str) -> int:
+    return train.main(["--output", str(run), "--resume", *options])
+
+
+def assert_same_end(run: Path, whole: Path) -> None:
+    assert events(run, "train") == events(whole, "train")
+    for name in ("model.safetensors", "training.safetensors"):
+        path = Path("checkpoints/step-12") / name
+        assert (run / path).read_bytes() == (whole / path).read_bytes()
+
+
+def test_the_last_good_checkpoint_is_used_and_named(
+    run: Path, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut, altered = (
+        run / "checkpoints/step-9/training.safetensors",
+        run / "checkpoints/step-6/model.safetensors",
+    )
+    os.truncate(cut, 1000)
+    content = bytearray(altered.read_bytes())
+    content[-5] ^= 1
+    altered.write_bytes(content)
+    assert go_on(run) == 0
+    said = capsys.readouterr().out
+    assert re.search(rf"warning: {cut}: is 1,000 bytes long, [\d,]+ were written", said)
+    assert f"warning: {altered}: its content has changed since it was written" in said
+    assert "going on from step 3\n" in said and "step-9.damaged" in said
+    assert_same_end(run, whole)
+
+
+def test_without_a_good_checkpoint_nothing_is_trained_or_changed(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (3, 6, 9):
+        (run / f"checkpoints/step-{step}/training.json").write_text("{")
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != "lock"}
+    assert go_on(run) == 2
+    error = capsys.readouterr().err
+    assert "no checkpoint is left to go on from" in error and "step-3/training.json" in error
+    assert before == {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != "lock"}
+    shutil.rmtree(run / "checkpoints")
+    assert go_on(run) == 2
+    assert "tells of one at step 9" in capsys.readouterr().err
+
+
+def test_a_damaged_log_is_repaired_and_told(
+    run: Path, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = run / "log.jsonl"
+    lines = log.read_bytes().split(b"\n")
+    assert json.loads(lines[-2])["step"] == 10
+    log.write_bytes(b"\n".join([*lines[:3], b'{"event": "tr', *lines[3:-1]]) + b"\n" + b'{"event"')
+    assert go_on(run) == 0
+    assert f"warning: {log}: line 4 is broken and was removed" in capsys.readouterr().out
+    assert_same_end(run, whole)
+    assert [e["step"] for e in read_log(log) if e["event"] == "train"] == list(range(1, 13))
+
+
+def test_the_log_is_rewound_to_the_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    log = JsonLog(path)
+    log.write("start", text="a\u2028b")
+    for step in (1, 2, 3):
+        log.write("train", step=step)
+    log.write("end", steps=3)
+    log.close()
+    whole = path.read_bytes()
+    assert rewind_log(path, 3, ended=True) == [] and path.read_bytes() == whole
+    path.write_bytes(whole + b'{"event": "train", "st')
+    assert rewind_log(path, 2) == []
+    assert [e.get("step") for e in read_log(path)] == [None, 1, 2]
+    path.write_bytes(whole + bytes(100))
+    assert rewind_log(path, 3) == []
+    assert path.read_bytes() == b"".join(whole.splitlines(keepends=True)[:-1])
+    assert rewind_log(tmp_path / "none", 3) == [] and not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "not yaml", "unknown", "removed", "altered"])
+def test_a_damaged_configuration_is_named(
+    run: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = run / "config.yaml"
+    text = file.read_text()
+    file.write_text(
+        {
+            "cut": text[: text.index("training:")],
+            "empty": "",
+            "not yaml": text.replace("training:", "training: ]"),
+            "unknown": text.replace("max_tokens", "mex_tokens"),
+            "removed": "",
+            "altered": text.replace("seed: 1", "seed: 3"),
+        }[damage]
+    )
+    if damage == "removed":
+        file.unlink()
+    before = (run / "log.jsonl").read_bytes()
+    try:
+        status = go_on(run)
+    except SystemExit as end:
+        status = int(end.code or 0)
+    assert status == 2
+    error = capsys.readouterr().err
+    assert str(file) in error and "Traceback" not in error
+    if damage == "altered":
+        assert "training.seed was 1 and is 3 now" in error
+    assert (run / "log.jsonl").read_bytes().startswith(before[: before.rindex(b"\n{")])
+    assert damage == "removed" or "seed: 1" not in file.read_text() or damage != "altered"
+
+
+# What may be changed ------------------------------------------------------------------------------
+
+
+def test_what_does_not_change_a_step_may_be_changed(
+    run: Path, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = "--data-workers 3 --validation-sentences 2 --keep-checkpoints 5 --max-minutes 90"
+    assert go_on(run, *options.split()) == 0
+    assert "warning" not in capsys.readouterr().out
+    assert_same_end(run, whole)
+
+
+@pytest.mark.parametrize(
+    "options", ["--seed 2", "--max-tokens 200", "--d-model 64", "--max-length 20", "--preset base"]
+)
+def test_what_makes_another_run_is_refused(
+    run: Path, options: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (run / "config.yaml").read_bytes(), (run / "log.jsonl").read_bytes()
+    assert go_on(run, *options.split()) == 2
+    error = capsys.readouterr().err
+    name = options.split()[0].removeprefix("--").replace("-", "_")
+    assert re.search(rf"error: --resume: (\w+\.)?{name} was .* and is .* now", error), error
+    assert before == ((run / "config.yaml").read_bytes(), (run / "log.jsonl").read_bytes())
+
+
+def test_what_changes_the_learning_is_warned_of(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert go_on(run, "--learning-rate", "1e-4", "--max-steps", "14", "--threads", "2") == 0
+    said = capsys.readouterr().out
+    assert "warning: optimizer.learning_rate was" in said and "warning: threads was 1" in said
+    assert json.loads((run / "results.json").read_text())["steps"] == 14
+
+
+def test_other_text_is_refused_and_moved_text_is_not(
+    text: list[str], run: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for side in ("en", "de"):
+        shutil.copy(Path(text[1]).with_suffix(f".{side}"), tmp_path / f"moved.{side}")
+    moved = [str(tmp_path / f"moved.{side}") for side in ("en", "de")]
+    other = write_text(tmp_path, seed=5)
+    assert go_on(run, "--src-train", str(other[0]), "--tgt-train", str(other[1])) == 2
+    assert "has changed" in capsys.readouterr().err
+    assert go_on(run, "--src-train", moved[0], "--tgt-train", moved[1]) == 0
+    assert_same_end(run, whole)
+
+
+def test_a_finished_run_says_so(run: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(run)
+    shutil.copytree(whole, run)
+    results = (run / "results.json").read_bytes()
+    ends = events(run, "end")
+    assert go_on(run) == 0
+    assert "this run is finished: 12 steps" in capsys.readouterr().out
+    assert (run / "results.json").read_bytes() == results and events(run, "end") == ends
+    # Killed while its results were being made.
+    (run / "results.json").unlink()
+    (run / "model/model.safetensors").write_bytes(b"half")
+    assert go_on(run) == 0
+    assert results_of(run) == results_of(whole) and len(events(run, "end")) == 1
+    assert go_on(run, "--max-steps", "11") == 2
+    assert "--max-steps: got 11, but the run has done 12 steps" in capsys.readouterr().err
+    assert go_on(run, "--max-epochs", "3") == 0
+    assert json.loads((run / "results.json").read_text())["steps"] > 12
+
+
+def results_of(run: Path) -> dict[str, Any]:
+    return {**results(run), "config": None}
+
+
+# Disks and folders --------------------------------------------------------------------------------
+
+
+def test_a_full_disk_stops_the_training_and_says_how_to_go_on(
+    run: Path, whole: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    size = (run / "checkpoints/step-9/training.safetensors").stat().st_size
+
+    def body() -> int:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, size - 1))
+        return go_on(run)
+
+    assert end_of(forked(body)) == 1
+    error = capfd.readouterr().err
+    assert f"{run / 'checkpoints/step-12'}" in error and f"it needs {size:,} bytes" in error
+    assert f"the checkpoint of step 9 is whole ({run / 'checkpoints/step-9'})" in error
+    assert f"--output {run} --resume" in error and "Traceback" not in error
+    assert Checkpoints(run / "checkpoints").pointed("last") == 9
+    assert go_on(run) == 0
+    assert_same_end(run, whole)
+
+
+def test_two_trainings_in_one_folder_are_refused(
+    text: list[str], run: Path, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reader, writer = os.pipe()
+
+    def hold() -> int:
+        claimed = RunFolder.claim(run, TrainConfig(output=OutputConfig(str(run), resume=True)))
+        os.write(writer, b"x")
+        time.sleep(SECONDS)
+        return int(claimed.path.exists())
+
+    pid = forked(hold)
+    os.read(reader, 1)
+    before = {p.name for p in run.iterdir()}
+    for options in (["--resume"], [*text, "--overwrite"]):
+        assert train.main(["--output", str(run), *options]) == 2
+        error = capsys.readouterr().err
+        assert f"another training (process {pid} on " in error and str(run) in error
+    assert before == {p.name for p in run.iterdir()}
+    os.kill(pid, signal.SIGKILL)
+    assert end_of(pid) == -signal.SIGKILL
+    # A lock does not outlive its process.
+    assert go_on(run) == 0
+    assert_same_end(run, whole)
+    assert train.main([*text, *STOPPED, "--output", str(run), "--overwrite"]) == 0
+    assert not any(e["event"] == "resume" for e in read_log(run / "log.jsonl"))
+
+
+def test_folders_that_cannot_be_written_are_named(
+    text: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert train.main([*text, "--max-steps", "1", "--output", str(output)]) == 2
+        error = capsys.readouterr().err
+        assert str(tmp_path / "file") in error and "Traceback" not in error
+    assert (tmp_path / "file").read_text() == ""

@@ -171,6 +171,8 @@ def _train_in(folder: Path, run: Run) -> int:
     try:
         with trainer.stop.installed():
             reason = trainer.fit()
+        if world.first and reason != "interrupted":
+            run.finish(trainer, reason, log)
     except OSError as error:
         raise TrainingStopped(
             f"{error}\nthe training stopped after step {trainer.progress.step}; "
@@ -181,8 +183,6 @@ def _train_in(folder: Path, run: Run) -> int:
             f"interrupted; step {trainer.progress.step} is saved. To go on: {run.go_on_command()}"
         )
         return 130
-    if world.first:
-        run.finish(trainer, reason, log)
     log.close()
     world.barrier()
     return 0
@@ -256,22 +256,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = _parse(argv)
         return _train(config)
-    except (FloatingPointError, TrainingStopped) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error) or os.environ.get("TRANSFORMER_EXT_TRACEBACK"):
-            raise
-        reason = str(error).splitlines()[0] if str(error) else "no more can be had"
-        print(
-            f"error: the memory does not suffice ({reason}); a smaller --max-tokens, --preset or "
-            "--vocab-size needs less",
-            file=sys.stderr,
-        )
-        return 1
     except KeyboardInterrupt:
         print("stopped at once; the last checkpoint is as it was", file=sys.stderr)
         return 130
+    except Exception as error:
+        lost = distributed.describe_loss(error)
+        if lost:
+            print(
+                f"error: {lost}. The training ends; --resume goes on from its last checkpoint, and "
+                "torchrun --max-restarts N does so by itself",
+                file=sys.stderr,
+            )
+        if lost is not None:
+            return 1
+        distributed.tell_others(error)
+        known = isinstance(error, (FloatingPointError, TrainingStopped))
+        if os.environ.get("TRANSFORMER_EXT_TRACEBACK") or not (known or _is_out_of_memory(error)):
+            raise
+        message = str(error)
+        if not known:
+            reason = message.splitlines()[0] if message else "no more can be had"
+            message = (
+                f"the memory does not suffice ({reason}); a smaller --max-tokens, --preset or "
+                "--vocab-size needs less"
+            )
+        # What is wrong with the numbers is so on all ranks, and one says it.
+        if not isinstance(error, FloatingPointError) or os.environ.get("RANK", "0") == "0":
+            print(f"error: {message}", file=sys.stderr)
+        return 1
     finally:
         distributed.leave()
 

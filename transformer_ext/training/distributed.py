@@ -1,23 +1,41 @@
 """Several processes under ``torchrun``: one a GPU (NCCL), or several on the CPU (gloo).
 
 Without torchrun's environment variables everything here does nothing for a world of one.
+
+A process that dies ends the training: the others find out in their next exchange with it, and say
+which rank it was and, if it could still tell them, why.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import re
+import signal
+import socket
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
-__all__ = ["World", "leave", "local_rank"]
+__all__ = ["World", "describe_loss", "leave", "local_rank", "tell_others"]
 
 #: The other ranks wait while the first one decodes the held-out and the test text.
 _LONGEST_WAIT = timedelta(hours=2)
+#: Seconds in which the ranks that are left report, after an exchange with a lost one has failed.
+_TIME_TO_REPORT = 2.0
+#: What torch's backends say when another process is no longer there. They have no class of their own.
+_LOST_PEER = re.compile(
+    r"gloo|nccl|connection (?:closed|reset|refused)|broken pipe|peer|socket|recvvalue|sendbytes|tcpstore",
+    re.IGNORECASE,
+)
 
 
 def local_rank() -> int:
@@ -47,9 +65,19 @@ class World:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if not dist.is_initialized():
+            store, rank, size = next(rendezvous("env://"))
+            # torchrun keeps the store when it starts all ranks again: what those before them have
+            # written there must not be read.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore(f"attempt-{attempt}", store)
             dist.init_process_group(
-                "nccl" if device.type == "cuda" else "gloo", timeout=_LONGEST_WAIT
+                "nccl" if device.type == "cuda" else "gloo",
+                store=dist.PrefixStore("group", store),
+                rank=rank,
+                world_size=size,
+                timeout=_LONGEST_WAIT,
             )
+            _Board.current = _Board(store, rank, size)
         return World(dist.get_rank(), dist.get_world_size(), device)
 
     @property
@@ -88,7 +116,7 @@ class World:
         assert isinstance(box[0], str)
         return box[0]
 
-    @contextmanager
+    @contextlib.contextmanager
     def first_goes_first(self) -> Iterator[None]:
         """Runs the block on the first rank, then on the others, which find what it has written."""
         if not self.first:
@@ -103,7 +131,133 @@ class World:
             dist.barrier()
 
 
+class _Board:
+    """What the ranks tell each other when the training breaks off, in the store they met by."""
+
+    current: _Board | None = None
+
+    def __init__(self, store: Any, rank: int, size: int) -> None:
+        self.store = dist.PrefixStore("ends", store)
+        self.rank, self.size = rank, size
+        self._write("process", {"pid": os.getpid(), "host": socket.gethostname()})
+        #: Read now: the store may be gone with the rank that is lost.
+        self.processes: dict[int, dict[str, Any]] = {}
+        dist.barrier()
+        for other in range(size):
+            self.processes[other] = self._read("process", other) or {}
+
+    def _write(self, kind: str, values: dict[str, Any]) -> None:
+        self.store.set(f"{kind}/{self.rank}", json.dumps(values))
+
+    def _read(self, kind: str, rank: int) -> dict[str, Any] | None:
+        key = f"{kind}/{rank}"
+        if not self.store.check([key]):
+            return None
+        values: dict[str, Any] = json.loads(self.store.get(key))
+        return values
+
+    def others(self, kind: str) -> dict[int, dict[str, Any]]:
+        """What other ranks have written; nothing where the store is gone."""
+        found = {}
+        with contextlib.suppress(RuntimeError):
+            for rank in range(self.size):
+                values = self._read(kind, rank) if rank != self.rank else None
+                if values is not None:
+                    found[rank] = values
+        return found
+
+    def write(self, kind: str, values: dict[str, Any]) -> None:
+        """Tells the others, if they can still be reached."""
+        with contextlib.suppress(RuntimeError):
+            self._write(kind, values)
+
+    def may_speak(self, alive: Sequence[int]) -> bool:
+        """Whether it is for this rank to say what happened: one is enough."""
+        try:
+            return bool(self.store.add("spoken", 1) == 1)
+        except RuntimeError:
+            # The store is gone, with the rank that had it.
+            return all(rank > self.rank for rank in alive)
+
+    def is_dead(self, rank: int) -> bool:
+        """Whether the process of a rank on this machine has ended."""
+        process = self.processes.get(rank, {})
+        if process.get("host") != socket.gethostname():
+            return False
+        try:
+            os.kill(process["pid"], 0)
+            state = Path(f"/proc/{process['pid']}/stat").read_text().rpartition(")")[2].split()[0]
+        except ProcessLookupError:
+            return True
+        except OSError:
+            return False
+        return state in "ZX"
+
+    def name(self, rank: int) -> str:
+        """A rank for people."""
+        process = self.processes.get(rank, {})
+        return f"rank {rank} (process {process.get('pid', '?')} on {process.get('host', '?')})"
+
+
+def tell_others(error: BaseException) -> None:
+    """Lets the other ranks, and torchrun's own report, know why this one ends; in a world of one,
+    nothing."""
+    board = _Board.current
+    if board is None or board.size == 1:
+        return
+    board.write("failed", {"message": f"{error}" or type(error).__name__})
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
+
+
+def describe_loss(error: BaseException) -> str | None:
+    """What happened to the training if the error is that of an exchange with a lost rank.
+
+    Returns:
+        None if the error is another one: this rank is the one that fails. Empty if another rank says
+        it.
+    """
+    board = _Board.current
+    if board is None or board.size == 1 or not isinstance(error, RuntimeError):
+        return None
+    if not isinstance(error, dist.DistError) and not _LOST_PEER.search(str(error)):
+        return None
+    with contextlib.suppress(ValueError):
+        # torchrun ends the ranks that are left at once; what is lost is to be said first.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # A rank that is lost does not say so; who is silent is lost, on other machines too.
+    board.write("here", {})
+    deadline = time.monotonic() + _TIME_TO_REPORT
+    failed: dict[int, dict[str, Any]] = {}
+    dead: list[int] = []
+    others = [rank for rank in range(board.size) if rank != board.rank]
+    while not failed and not dead and time.monotonic() < deadline:
+        time.sleep(0.1)
+        dead = [rank for rank in others if board.is_dead(rank)]
+        # After the look at the processes: one that ends has written before.
+        failed = board.others("failed")
+    if not board.may_speak([rank for rank in others if rank not in dead]):
+        return ""
+    here = board.others("here")
+    if failed:
+        reasons = [
+            f"{board.name(rank)} failed: {failed[rank]['message']}" for rank in sorted(failed)
+        ]
+    else:
+        silent = dead or [rank for rank in others if rank not in here]
+        reasons = [
+            f"{board.name(rank)} is gone without a word: killed, perhaps for want of memory"
+            for rank in silent
+        ]
+    if not reasons:
+        reasons = [f"an exchange between the ranks failed: {error}"]
+    return "; ".join(reasons)
+
+
 def leave() -> None:
     """Leaves the group, if this process joined one."""
+    _Board.current = None
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

@@ -76,7 +76,7 @@ def restarted_run(output: str | None) -> Path | None:
     name = os.environ.get("TORCHELASTIC_RUN_ID")
     candidates = [Path(output)] if output else list(reversed(_runs()))
     for folder in candidates:
-        if (folder / "config.yaml").is_file() and (output or _holder(folder).get("job") == name):
+        if (folder / "config.yaml").is_file() and _holder(folder).get("job") == name:
             return folder
     return None
 
@@ -113,7 +113,8 @@ def choose_folder(config: TrainConfig) -> Path:
                 f"--output: {folder} is not empty; --overwrite replaces the run in it, --resume "
                 "goes on with it"
             )
-        if not (folder / "config.yaml").is_file():
+        # The lock alone is of a training that ended before it had noted its options.
+        if not any((folder / name).is_file() for name in ("config.yaml", _LOCK)):
             raise ConfigError(f"--overwrite: {folder} holds no run; nothing was removed")
     return folder
 
@@ -156,18 +157,34 @@ class RunFolder:
             if not config.output.resume:
                 claimed._empty()
             remove_abandoned(folder)
+            # Not before: a restarted job finds its run by this.
+            claimed._sign()
         except OSError as error:
             raise write_error(folder, error) from error
         return claimed
 
     def _empty(self) -> None:
-        for path in self.path.iterdir():
+        # First what says that a run is here.
+        for path in sorted(self.path.iterdir(), key=lambda path: path.name != "config.yaml"):
             if path.name == _LOCK:
                 continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink()
+
+    def _sign(self) -> None:
+        """Says in the lock file whose it is."""
+        if self._lock is not None:
+            holder = {
+                "process": os.getpid(),
+                "host": socket.gethostname(),
+                "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+                "job": os.environ.get("TORCHELASTIC_RUN_ID"),
+            }
+            self._lock.truncate(0)
+            self._lock.write(json.dumps(holder) + "\n")
+            self._lock.flush()
 
     def release(self) -> None:
         """Lets others in."""
@@ -196,15 +213,6 @@ def _lock(folder: Path) -> TextIO | None:
     except OSError:
         # Some network file systems have none.
         return file
-    holder = {
-        "process": os.getpid(),
-        "host": socket.gethostname(),
-        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "job": os.environ.get("TORCHELASTIC_RUN_ID"),
-    }
-    file.truncate(0)
-    file.write(json.dumps(holder) + "\n")
-    file.flush()
     return file
 
 

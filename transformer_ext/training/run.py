@@ -81,7 +81,8 @@ class Run(ABC):
         self._metric()  # An unknown one is to be found before anything is written.
         self.max_steps = self._max_steps()
         warmup = config.optimizer.warmup_steps
-        if warmup is not None and warmup > self.max_steps:
+        # A run that is gone on with had the length that suits it, and is now made shorter.
+        if warmup is not None and warmup > self.max_steps and not config.output.resume:
             raise ConfigError(
                 f"--warmup-steps: got {warmup}, expected at most the {self.max_steps} steps of the "
                 "whole training"
@@ -233,6 +234,11 @@ class Run(ABC):
             assert self.checkpoints is not None
             state = self.checkpoints.state(resume_from)
             start = Progress.from_dict(state["progress"]).position
+            wanted = training.max_steps
+            if wanted is not None and wanted < resume_from:
+                raise ConfigError(
+                    f"--max-steps: got {wanted}, but the run has done {resume_from} steps already"
+                )
             trained = from_dict(TrainConfig, state["config"], f"checkpoint of step {resume_from}")
             for warning in check_changes(trained, config, f"{self.folder}/config.yaml"):
                 self.console.print(f"warning: {warning}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import signal
 import time
@@ -88,6 +89,13 @@ def _compiles_shapes(device_type: str, dtype: torch.dtype) -> bool:
     if device_type != "cpu" or dtype != torch.bfloat16:
         return False
     return ops.backend() == "reference" or _torch_multiplies_bfloat16()
+
+
+def _without_buffers() -> dict[str, Any]:
+    """The option by which DDP leaves buffers alone; torch 2.13 has another name for it."""
+    known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return {name: False}
 
 
 @functools.cache
@@ -353,7 +361,7 @@ class Trainer:
         self._parallel: nn.Module = self.losses
         if self.world.size > 1:
             self._parallel = nn.parallel.DistributedDataParallel(
-                self.losses, broadcast_buffers=False, gradient_as_bucket_view=True
+                self.losses, gradient_as_bucket_view=True, **_without_buffers()
             )
         self._rng: Tensor | None = getattr(model, "rng", None)
         # Of the loss, of the negative log-likelihood, of the tokens.
@@ -362,6 +370,7 @@ class Trainer:
         self._interval_all_tokens = 0
         self._interval_started = time.monotonic()
         self._began: float | None = None
+        self._exchanged = False
         self._data_seconds = 0.0
 
     # One optimizer step ---------------------------------------------------------------------------
@@ -383,6 +392,8 @@ class Trainer:
             normalizer = normalizer / self.optimizer.scale
         if not self.losses.training:
             self.losses.train()
+        if not self._exchanged:
+            self._exchange_once(step.batches[0], normalizer)
         last = len(step.batches) - 1
         sums = torch.zeros_like(self._sums)
         for index, (data, microstep) in enumerate(zip(step.batches, step.microsteps, strict=True)):
@@ -458,6 +469,20 @@ class Trainer:
         values = {"step": number, "epoch": step.after.epoch, "rank": self.world.rank}
         write_json(path, {**values, "batches": batches})
         return path
+
+    def _exchange_once(self, data: Any, normalizer: float | Tensor) -> None:
+        """Exchanges gradients that are not used, where there are more than two ranks.
+
+        DDP lays gradients out anew after its first exchange, and in which order the ranks' numbers
+        are added up depends on where they lie. Without this the first step of a resumed training
+        would round otherwise than the same step of one that never stopped.
+        """
+        self._exchanged = True
+        if self.world.size > 2:
+            loss, _, _ = self._parallel(self.losses.load(data, self.world.device), normalizer)
+            loss.backward()
+            for parameter in self.optimizer.parameters.values():
+                parameter.grad = None
 
     def _seed_dropout(self, step: int, microstep: int) -> None:
         if self._rng is not None:
