@@ -289,14 +289,20 @@ def test_all_ranks_skip_the_step_that_one_cannot_use(text: list[str], tmp_path: 
     assert (tmp_path / "run/skipped/step-5.rank-1.json").is_file()
 
 
-def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(text: list[str], tmp_path: Path) -> None:
+def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(
+    text: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
-    pids = start_ranks(2, lambda rank: live(*text, *LONG, "--output", str(run))())
+    pids = start_ranks(2, lambda rank: train.main([*text, *LONG, "--output", str(run)]))
     wait_for_step(run, 3)
     os.kill(pids[1], signal.SIGTERM)
     assert [end_of(pid) for pid in pids] == [130, 130]
     last = Checkpoints(run / "checkpoints").last_good(pytest.fail)
     assert last is not None and last >= events(run, "train")[-1]["step"]
+    assert (
+        f"torchrun --nproc-per-node 2 -m transformer_ext.train --output {run} --resume"
+        in capfd.readouterr().out
+    )
 
 
 # torchrun -----------------------------------------------------------------------------------------

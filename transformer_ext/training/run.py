@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import shlex
 import time
 from abc import ABC, abstractmethod
@@ -330,7 +331,11 @@ class Run(ABC):
 
     def go_on_command(self) -> str:
         """The command that resumes this run."""
-        return f"{self.command} --output {shlex.quote(str(self.folder))} --resume"
+        command, ranks = self.command, self.machine.world.size
+        if ranks > 1:
+            here = os.environ.get("LOCAL_WORLD_SIZE", ranks)
+            command = command.replace("python", f"torchrun --nproc-per-node {here}", 1)
+        return f"{command} --output {shlex.quote(str(self.folder))} --resume"
 
     # The end --------------------------------------------------------------------------------------
 
