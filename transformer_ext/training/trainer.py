@@ -651,7 +651,7 @@ class Trainer:
             target_tokens=self.progress.target_tokens,
             seconds=round(self.progress.seconds, 3),
             tokens_per_second=round(speed, 1),
-            data_seconds=round(self._data_seconds, 4),
+            data_seconds=round(self._data_seconds, 6),
             learning_rate=self.schedule(self.progress.step),
             gradient_norm=float(self.optimizer.gradient_norm),
             skipped_steps=int(self.optimizer.skipped),
