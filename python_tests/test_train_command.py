@@ -17,8 +17,10 @@ from training_helpers import SMALL_MODEL, write_text
 
 from transformer_ext import train
 from transformer_ext.files import load_model_dir
+from transformer_ext.training.checkpoint import Checkpoints
 from transformer_ext.training.report import read_log
 from transformer_ext.training.trainer import Trainer
+from transformer_ext.training.translation import TranslationRun
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -133,8 +135,11 @@ def test_interrupted_and_resumed_is_the_same_to_the_bit(
     options = [
         *(*text, "--precision", precision, "--max-steps", "12", "--validate-every", "5"),
         *("--accum-steps", "2", "--dropout", "0.3", "--validation-sentences", "3"),
-        *("--subword-dropout", "0.1"),
+        *("--subword-dropout", "0.1", "--keep-checkpoints", "2", "--average-last", "2"),
     ]
+    if precision == "float32":
+        # Nothing says that one is the best: the final model is the average.
+        options += ["--held-out", "0"]
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     assert train.main([*options, "--data-workers", "0", "--output", str(straight)]) == 0
 
@@ -142,7 +147,7 @@ def test_interrupted_and_resumed_is_the_same_to_the_bit(
 
     def stop_after_seven(self: Trainer) -> None:
         step(self)
-        if self.progress.step == 7:
+        if self.progress.step in (7, 8):
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Trainer, "train_step", stop_after_seven)
@@ -151,14 +156,48 @@ def test_interrupted_and_resumed_is_the_same_to_the_bit(
     assert f"To go on: python -m transformer_ext.train --output {stopped} --resume" in said, said[
         -500:
     ]
-    monkeypatch.undo()
     assert (stopped / "checkpoints" / "step-7" / "training.json").is_file()
     assert not (stopped / "model").exists()
+    assert train.main(["--output", str(stopped), "--resume"]) == 130
+    # What an interruption saved takes no place of what the plan did.
+    assert Checkpoints(stopped / "checkpoints").steps() == [5, 8]
 
+    monkeypatch.undo()
     assert train.main(["--output", str(stopped), "--resume"]) == 0
-    assert "going on from step 7" in capsys.readouterr().out
+    assert "going on from step 8" in capsys.readouterr().out
+    assert Checkpoints(stopped / "checkpoints").steps() == [10, 12]
+    chosen = json.loads((stopped / "results.json").read_text())["weights"]
+    if precision == "float32":
+        assert chosen == "average of the last 2 checkpoints"
     assert_same(straight / "checkpoints" / "step-12", stopped / "checkpoints" / "step-12")
     assert_same(straight / "model", stopped / "model")
+
+
+def test_checkpoints_damaged_before_the_end_are_not_used(
+    text: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output = tmp_path / "run"
+    final_model, trained = TranslationRun.final_model, {}
+
+    def damaged(self: TranslationRun, trainer: Trainer) -> tuple[Path, str]:
+        for path in (output / "checkpoints").glob("step-*/model.safetensors"):
+            content = bytearray(path.read_bytes())
+            content[-3] ^= 1
+            path.write_bytes(content)
+        trained.update({name: p.detach().clone() for name, p in self.parameters.items()})
+        return final_model(self, trainer)
+
+    monkeypatch.setattr(TranslationRun, "final_model", damaged)
+    options = ["--max-steps", "4", "--validate-every", "2", "--validation-sentences", "0"]
+    assert train.main([*text, *options, "--output", str(output)]) == 0
+    assert capsys.readouterr().out.count("has changed since it was written; not used") == 3
+    results = json.loads((output / "results.json").read_text())
+    assert results["weights"] == "weights after step 4"
+    for name, value in weights(output / "model").items():
+        assert np.array_equal(value, trained[name].numpy()), name
 
 
 def test_two_processes_train_as_one_with_twice_the_accumulation(

@@ -31,7 +31,7 @@ from transformer_ext.training.report import Console, JsonLog, duration, read_log
 from transformer_ext.training.schedules import Schedule
 from transformer_ext.training.scoring import pick_evenly, pick_samples, score
 from transformer_ext.training.sizing import fill, recipe_for, shipped_recipe
-from transformer_ext.training.trainer import Plan, Progress, Trainer, evaluate_loss
+from transformer_ext.training.trainer import LossModule, Plan, Progress, Trainer, evaluate_loss
 
 VOCAB = 20
 
@@ -377,16 +377,22 @@ def test_time_ends_it() -> None:
 
 
 class BreaksAt(Transformer):
-    """Its loss is NaN in the training steps named."""
+    """Its loss is NaN in the training steps named, or infinite with gradients that are not."""
 
-    def __init__(self, steps: set[int]) -> None:
-        super().__init__(small_model().config)
-        self.load_state_dict(small_model().state_dict())
+    def __init__(self, steps: set[int], infinite: bool = False) -> None:
+        config = dataclasses.replace(small_model().config, output_bias=infinite)
+        super().__init__(config)
+        self.load_state_dict(small_model().state_dict(), strict=not infinite)
         self.steps = steps
+        self.infinite = infinite
 
     def forward_packed(self, *arguments: Any) -> torch.Tensor:
         hidden = super().forward_packed(*arguments)
         broken = self.training and int(self.rng[1]) in self.steps
+        if self.infinite:
+            self.generator.bias.data.fill_(-math.inf if broken else 0.0)
+            self.generator.bias.data[5:] = 0.0
+            return hidden
         return hidden * math.nan if broken else hidden
 
 
@@ -419,6 +425,26 @@ def test_a_broken_step_is_skipped_counted_and_its_batches_saved(tmp_path: Path) 
     again = data.stream(accum_steps=2)
     third = [next(again) for _ in range(3)][2]
     assert [b["labels"] for b in saved["batches"]] == [b.labels.tolist() for b in third.batches]
+
+
+def test_an_infinite_loss_is_skipped_though_its_gradients_are_finite() -> None:
+    model, data = BreaksAt({2}, infinite=True), Numbers()
+    losses = LossModule(model, 0.0)
+    model.rng.copy_(torch.tensor([1, 2, 0]))
+    batch = losses.load(next(data.stream()).batches[0], torch.device("cpu"))
+    loss = losses(batch, 1.0)[0]
+    loss.backward()
+    assert loss.isinf() and all(p.grad.isfinite().all() for p in model.parameters())
+    model.zero_grad()
+    trainer = trainer_for(model, data.stream(), Plan(max_steps=3, label_smoothing=0.0))
+    trainer.train_step()
+    before = model.decoder.layers[0].feed_forward.in_projection.weight.detach().clone()
+    trainer.train_step()
+    assert torch.equal(before, model.decoder.layers[0].feed_forward.in_projection.weight)
+    assert float(trainer.optimizer.skipped) == 1
+    trainer.train_step()
+    assert not torch.equal(before, model.decoder.layers[0].feed_forward.in_projection.weight)
+    assert float(trainer.optimizer.skipped) == 1
 
 
 def test_too_many_broken_steps_are_one_clear_error() -> None:

@@ -88,6 +88,7 @@ class Checkpoints:
         state: Mapping[str, Any],
         *,
         best: Sequence[int] = (),
+        unplanned: Sequence[int] = (),
         model_bytes: int = 0,
     ) -> Path:
         """Writes the checkpoint of ``step`` and returns its directory.
@@ -99,6 +100,8 @@ class Checkpoints:
             state: What goes into ``training.json``; ``step`` and the format version are added.
             best: Steps of the best checkpoints, the best one first: ``best`` is to point to that,
                 and all of them are kept.
+            unplanned: Steps of checkpoints that only an interruption has made: each is kept until
+                the next checkpoint, and takes no place of a planned one.
             model_bytes: About what ``write_model`` writes; a disk with less space than that and the
                 tensors need is found before anything is written.
 
@@ -114,11 +117,11 @@ class Checkpoints:
             content = {"format_version": TRAINING_FORMAT_VERSION, "step": step, **state}
             write_json(folder / _STATE, content)
             self._write_sums(folder, step)
-        self.settle(step, best)
+        self.settle(step, best, unplanned)
         shutil.rmtree(self._aside(step), ignore_errors=True)
         return final
 
-    def settle(self, step: int, best: Sequence[int]) -> None:
+    def settle(self, step: int, best: Sequence[int], unplanned: Sequence[int] = ()) -> None:
         """Sets the pointers and removes what is not kept, after the checkpoint of ``step``.
 
         Also for one whose process ended before it could do so.
@@ -126,7 +129,7 @@ class Checkpoints:
         self._point("last", step)
         if best and self.path(best[0]).is_dir():
             self._point("best", best[0])
-        self._prune(best)
+        self._prune(best, unplanned)
         remove_abandoned(self.directory)
 
     def _check_space(self, path: Path, needed: int) -> None:
@@ -292,9 +295,10 @@ class Checkpoints:
         with TemporaryDirectory(prefix="step-0.tmp-", dir=self.directory) as folder:
             yield Path(folder)
 
-    def _prune(self, best: Sequence[int]) -> None:
+    def _prune(self, best: Sequence[int], unplanned: Sequence[int]) -> None:
         steps = self.steps()
-        kept = {*steps[-self.keep :], *best, self.pointed("last"), self.pointed("best")}
+        planned = [step for step in steps if step not in unplanned]
+        kept = {*planned[-self.keep :], *best, self.pointed("last"), self.pointed("best")}
         for step in steps:
             if step not in kept:
                 # Renamed first: one that is half removed must not look like a checkpoint.

@@ -205,7 +205,10 @@ def tell_others(error: BaseException) -> None:
     board = _Board.current
     if board is None or board.size == 1:
         return
-    board.write("failed", {"message": f"{error}" or type(error).__name__})
+    # What the input is wrong with, that rank says itself, and no checkpoint mends it.
+    wrong_input = isinstance(error, (ValueError, ImportError))
+    message = f"{error}" or type(error).__name__
+    board.write("failed", {"message": message, "wrong_input": wrong_input})
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -241,6 +244,8 @@ def describe_loss(error: BaseException) -> str | None:
     if not board.may_speak([rank for rank in others if rank not in dead]):
         return ""
     here = board.others("here")
+    if any(values.get("wrong_input") for values in failed.values()):
+        return ""
     if failed:
         reasons = [
             f"{board.name(rank)} failed: {failed[rank]['message']}" for rank in sorted(failed)

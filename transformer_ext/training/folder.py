@@ -70,10 +70,18 @@ def restarted_run(output: str | None) -> Path | None:
 
     Returns:
         None where this is the first start, or no process came as far as to begin a run.
+
+    Raises:
+        ConfigError: The job has no name to know its run by.
     """
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return None
-    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    if name == "none":
+        raise ConfigError(
+            "torchrun: restarts a job without a name, expected --rdzv-id NAME to know its run by; "
+            "--output FOLDER --resume goes on with a run"
+        )
     candidates = [Path(output)] if output else list(reversed(_runs()))
     for folder in candidates:
         if (folder / "config.yaml").is_file() and _holder(folder).get("job") == name:

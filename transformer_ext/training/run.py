@@ -366,7 +366,7 @@ class Run(ABC):
                 scored = metric not in ("nll", "accuracy")
                 found = trainer.validate(single_process, scored=scored)
                 value, single = found.value(metric), progress.best[0][0]
-                better = not is_better(metric, single, value)
+                better = value == single or is_better(metric, value, single)
                 self.console.print(
                     f"{choice}: {found.describe()}; {metric} {value:.4f}, "
                     f"{single:.4f} of the best checkpoint, step {best}: "
@@ -375,9 +375,16 @@ class Run(ABC):
                 if not better:
                     weights = None
         if weights is None:
-            step = best or (max(good) if good else progress.step)
-            choice = f"checkpoint of step {step}"
-            weights = dict(self.read_model(self.checkpoints.path(step)))
+            if best or good:
+                step = best or max(good)
+                choice = f"checkpoint of step {step}"
+                weights = dict(self.read_model(self.checkpoints.path(step)))
+            else:
+                choice = f"weights after step {progress.step}"
+                with trainer.averaged():
+                    weights = {
+                        n: p.detach().cpu().numpy().copy() for n, p in self.parameters.items()
+                    }
         self._set_weights(weights)
         model = self.folder / "model"
         with atomic_directory(model, overwrite=True) as folder:

@@ -201,6 +201,7 @@ class Progress:
         best: Value of the metric and step of the best validations, the best one first.
         worse: Validations since the best one.
         skipped: Steps skipped since the last validation, their gradients not being finite.
+        unplanned: Steps at which a signal, not the plan, had a checkpoint saved.
     """
 
     step: int = 0
@@ -211,6 +212,7 @@ class Progress:
     best: list[tuple[float, int]] = field(default_factory=list)
     worse: int = 0
     skipped: int = 0
+    unplanned: list[int] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """As values that JSON holds."""
@@ -401,7 +403,9 @@ class Trainer:
             self._seed_dropout(number, microstep)
             with self._without_sync() if index < last else nullcontext():
                 loss, nll, _ = self._parallel(batch, normalizer)
-                loss.backward()
+                # An infinite loss can have finite gradients; made NaN, they tell all ranks of it.
+                finite = loss.detach().isfinite()
+                loss.backward(torch.where(finite, 1.0, math.nan).to(loss.dtype))
             parts = [loss.detach().float() * normalizer, nll.float()]
             sums += torch.stack([*parts, torch.full_like(parts[0], batch.target_tokens)])
             self.progress.sentences += batch.sentences
@@ -532,7 +536,10 @@ class Trainer:
             if due or stopped == "time":
                 self.validate_and_save()
                 self._interval_started = time.monotonic()
-            elif stopped or (plan.checkpoint_every and progress.step % plan.checkpoint_every == 0):
+            elif plan.checkpoint_every and progress.step % plan.checkpoint_every == 0:
+                self.save()
+            elif stopped:
+                progress.unplanned.append(progress.step)
                 self.save()
             reason = stopped or self._finished()
         return reason
@@ -660,7 +667,7 @@ class Trainer:
 
     # Validation and checkpoints -------------------------------------------------------------------
 
-    def _averaged(self) -> AbstractContextManager[dict[str, Tensor]]:
+    def averaged(self) -> AbstractContextManager[dict[str, Tensor]]:
         """A block in which the model has the weights that are judged and saved."""
         return nullcontext({}) if self.moving_average is None else self.moving_average.applied()
 
@@ -696,7 +703,7 @@ class Trainer:
         if not self.validation_batches:
             self.save()
             return None
-        with self._averaged():
+        with self.averaged():
             result = self.validate()
             best = progress.rank(
                 result.value(self.plan.metric), self.plan.metric, self.plan.keep_best
@@ -738,7 +745,7 @@ class Trainer:
         }
         # Whoever finds the checkpoint finds the lines before it.
         self.log.sync()
-        with self._averaged() as weights:
+        with self.averaged() as weights:
             tensors = {f"{_WEIGHTS}{name}": weight for name, weight in weights.items()}
             directory = self.checkpoints.save(
                 self.progress.step,
@@ -746,6 +753,7 @@ class Trainer:
                 self.optimizer.state_dict() | tensors,
                 state,
                 best=[step for _, step in self.progress.best],
+                unplanned=self.progress.unplanned,
                 model_bytes=sum(p.nbytes for p in self.optimizer.parameters.values()),
             )
         self.log.write("checkpoint", step=self.progress.step, path=str(directory))
@@ -786,7 +794,8 @@ class Trainer:
             )
         self._restore_interval(state["interval"])
         if self.world.first:
-            self.checkpoints.settle(step, [step for _, step in self.progress.best])
+            best = [step for _, step in self.progress.best]
+            self.checkpoints.settle(step, best, self.progress.unplanned)
         self.log.write("resume", step=step)
         return [
             f"{name} was {value!r} and is {self.run_facts.get(name)!r} now: the training goes on, "
