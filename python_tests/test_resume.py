@@ -23,9 +23,9 @@ from matplotlib.figure import Figure
 from training_helpers import SMALL_MODEL, write_text
 
 from transformer_ext import train
-from transformer_ext.config import OutputConfig, TrainConfig
+from transformer_ext.config import ConfigError, OutputConfig, TrainConfig, from_dict
 from transformer_ext.training.checkpoint import Checkpoints
-from transformer_ext.training.folder import RunFolder
+from transformer_ext.training.folder import RunFolder, check_changes
 from transformer_ext.training.report import JsonLog, read_log, rewind_log
 from transformer_ext.training.trainer import Trainer
 from transformer_ext.training.translation import TranslationRun
@@ -379,6 +379,83 @@ def test_other_text_is_refused_and_moved_text_is_not(
     assert "has changed" in capsys.readouterr().err
     assert go_on(run, "--src-train", moved[0], "--tgt-train", moved[1]) == 0
     assert_same_end(run, whole)
+
+
+def test_other_text_of_the_same_lengths_is_refused(
+    text: list[str], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # A tokenizer of one's own does not change with the text, and with text for validation nothing is
+    # held out: the targets and their lengths stay as they are.
+    source, target = write_text(tmp_path, pairs=80)
+    (tmp_path / "dev").mkdir()
+    dev = write_text(tmp_path / "dev", pairs=4, seed=3)
+    options = [
+        *("--src-train", source, "--tgt-train", target, "--src-dev", dev[0], "--tgt-dev", dev[1]),
+        *("--tokenizer", run / "model-of-checkpoint.model", "--cache", tmp_path / "cache"),
+        *("--output", tmp_path / "own", "--max-steps", "2", "--checkpoint-every", "1"),
+        *("--validation-sentences", "0", "--beam-size", "1"),
+    ]
+    shutil.copy(run / "checkpoints/step-9/tokenizer.model", run / "model-of-checkpoint.model")
+    size = SMALL_MODEL.index("--vocab-size")
+    small = SMALL_MODEL[:size] + SMALL_MODEL[size + 2 :]
+    assert train.main([*small, *map(str, options)]) == 0
+    lines = source.read_text(encoding="utf-8").splitlines()
+    source.write_text("".join(f"{line}\n" for line in reversed(lines)), encoding="utf-8")
+    assert go_on(tmp_path / "own", "--max-steps", "3") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: training data: got 80 examples") and error.count("\n") == 1
+    assert "has changed" in error
+    source.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    assert go_on(tmp_path / "own", "--max-steps", "3") == 0
+
+
+def test_other_texts_to_classify_are_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, dev = tmp_path / "text.tsv", tmp_path / "dev.tsv"
+    lines = [f"{'ab'[n % 2]}\t{'one' if n % 2 else 'two'} {n}" for n in range(40)]
+    text.write_text("".join(f"{line}\n" for line in lines))
+    dev.write_text("a\tone\nb\ttwo\n")
+    options = [
+        *("--task", "classify", "--labelled-train", text, "--labelled-dev", dev),
+        *("--preset", "tiny", "--d-model", "32", "--nhead", "2", "--max-tokens", "300"),
+        *("--tokenizer", run / "checkpoints/step-9/tokenizer.model", "--device", "cpu"),
+        *("--cache", tmp_path / "cache", "--output", tmp_path / "own", "--max-steps", "2"),
+    ]
+    assert train.main([*map(str, options)]) == 0
+    text.write_text("".join(f"{line}\n" for line in [lines[2], lines[1], lines[0], *lines[3:]]))
+    assert go_on(tmp_path / "own", "--max-steps", "3") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: training data: got 40 examples") and error.count("\n") == 1
+
+
+def test_moved_files_and_workers_are_no_change() -> None:
+    def of(folder: str, workers: int | None, weight: float = 2.0) -> list[TrainConfig]:
+        common = {"prepare_workers": workers}
+        corpora = [
+            {"name": "a", "pairs": [f"{folder}/a.tsv"], "weight": weight},
+            {"name": "b", "src": [f"{folder}/b.en"], "tgt": [f"{folder}/b.de"]},
+        ]
+        text = {"text_train": [f"{folder}/text.txt"], "text_dev": [f"{folder}/dev.txt"]}
+        labelled = {"labelled_train": [f"{folder}/labelled.tsv"]}
+        return [
+            from_dict(TrainConfig, {"data": {**common, "pairs_train": [f"{folder}/text.tsv"]}}),
+            from_dict(TrainConfig, {"data": {**common, "corpora": corpora}}),
+            from_dict(TrainConfig, {"task": "language-model", "language_model": text}),
+            from_dict(TrainConfig, {"task": "classify", "classification": labelled}),
+        ]
+
+    for before, after in zip(of("here", 0), of("there", 3), strict=True):
+        assert before != after
+        assert list(check_changes(before, after, "--resume")) == []
+    with pytest.raises(ConfigError, match=r"--resume: data.corpora was .* and is .* now"):
+        check_changes(of("here", 0)[1], of("here", 0, weight=3.0)[1], "--resume")
+
+
+def test_another_metric_is_warned_of(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert go_on(run, "--validation-metric", "accuracy") == 0
+    said = capsys.readouterr().out
+    assert said.count("warning: evaluation.validation_metric was 'nll' and is 'accuracy' now") == 1
 
 
 def test_a_finished_run_says_so(run: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:

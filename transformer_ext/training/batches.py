@@ -162,6 +162,7 @@ class BatchStream:
             called by the workers.
         workers: Threads that read the next steps, two each, while this one is computed; 0: each
             step is read when it is asked for. The steps are the same for any number.
+        content: A checksum of all that the examples say, for :attr:`fingerprint`.
 
     Raises:
         ValueError: An epoch without a batch, or a position behind the end of its epoch.
@@ -179,6 +180,7 @@ class BatchStream:
         start: Position | None = None,
         resample: Callable[[Any, np.ndarray, int], Any] | None = None,
         workers: int = 0,
+        content: str = "",
     ) -> None:
         if accum_steps < 1:
             raise ValueError(f"accum_steps: got {accum_steps}, expected 1 or more")
@@ -188,6 +190,7 @@ class BatchStream:
         self._micros = accum_steps * world_size
         self._epochs = _Epochs(sampler)
         self._workers = workers
+        self._content = content
         self._pool: ThreadPoolExecutor | None = None
         self._waiting: deque[Future[Step]] = deque()
         self._position = self._planned = start or Position()
@@ -210,9 +213,10 @@ class BatchStream:
 
     @property
     def fingerprint(self) -> str:
-        """What tells this data from other data: the number of examples, a checksum of their lengths."""
+        """What tells this data from other data: number of examples, checksums of lengths and content."""
         counts = np.ascontiguousarray(self._reader.label_counts)
-        return f"{len(counts):,} examples {zlib.crc32(counts.view(np.uint8).data):08x}"
+        lengths = f"{zlib.crc32(counts.view(np.uint8).data):08x}"
+        return f"{len(counts):,} examples {lengths} {self._content}".rstrip()
 
     def __iter__(self) -> Iterator[Step]:
         return self

@@ -28,8 +28,9 @@ _LOCK = "lock"
 _FREE = {
     *("training.max_steps", "training.max_epochs", "training.max_minutes"),
     *("training.validate_every", "training.early_stop_patience", "training.log_every"),
-    *("training.max_skipped_steps", "training.data_workers", "data.cache"),
+    *("training.max_skipped_steps", "training.data_workers", "data.cache", "data.prepare_workers"),
 }
+_METRIC = "evaluation.validation_metric"
 #: What it may have differently after a warning: the weights will be others, as is then wanted. Threads,
 #: device and precision are warned of by what they turn out to be.
 _FREE_IN_GROUPS = ("evaluation", "output")
@@ -38,9 +39,17 @@ _WARNED = {"training.accum_steps", "training.ema_decay"}
 _WARNED_GROUPS = ("optimizer",)
 #: The text may have moved; whether it is the same is seen from its content.
 _BY_CONTENT = {
-    *(f"data.{side}_{part}" for side in ("src", "tgt") for part in ("train", "dev", "test")),
+    *(
+        f"{name}_{part}"
+        for name in (
+            *("data.src", "data.tgt", "data.pairs"),
+            *("language_model.text", "classification.labelled"),
+        )
+        for part in ("train", "dev", "test")
+    ),
     *("data.tokenizer", "data.src_tokenizer", "data.tgt_tokenizer"),
 }
+_CORPORA = "data.corpora"
 
 
 def _runs() -> list[Path]:
@@ -232,6 +241,11 @@ def _describe(text: str) -> str:
         return ""
 
 
+def _without_files(corpora: Any) -> list[dict[str, Any]]:
+    names = ("src", "tgt", "pairs")
+    return [{k: v for k, v in corpus.items() if k not in names} for corpus in corpora or ()]
+
+
 def check_changes(before: TrainConfig, after: TrainConfig, where: str) -> Iterable[str]:
     """Compares the options of a run with those it is to go on with.
 
@@ -255,9 +269,16 @@ def check_changes(before: TrainConfig, after: TrainConfig, where: str) -> Iterab
         )
         if was == now or entry.key in _FREE | _BY_FACTS | _BY_CONTENT:
             continue
+        change = f"{entry.key} was {was!r} and is {now!r} now"
+        if entry.key == _METRIC:
+            warnings.append(
+                f"{change}: which checkpoint is the best, and how long validation got no better, is "
+                "counted from here on"
+            )
         if entry.group in _FREE_IN_GROUPS:
             continue
-        change = f"{entry.key} was {was!r} and is {now!r} now"
+        if entry.key == _CORPORA and _without_files(was) == _without_files(now):
+            continue
         if entry.key not in _WARNED and entry.group not in _WARNED_GROUPS:
             raise ConfigError(
                 f"{where}: {change}; the run would be another one: leave it as it was, or begin a "

@@ -163,6 +163,7 @@ class TextRun(Run):
             world_size=world.size,
             start=start,
             workers=training.data_workers,
+            content=self.prepared.train.digest(),
         )
 
     def batches(

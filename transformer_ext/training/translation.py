@@ -264,6 +264,7 @@ class TranslationRun(Run):
             start=start,
             resample=self._sampled,
             workers=training.data_workers,
+            content=train.digest([weight for _, _, weight in self.corpora]),
         )
 
     def _sampled_batches(self) -> SampledBatches | None:
