@@ -18,6 +18,7 @@ import torch
 
 from transformer_ext.config import TrainConfig, from_dict
 from transformer_ext.model import Transformer, TransformerConfig
+from transformer_ext.training import trainer as trainer_module
 from transformer_ext.training.batches import (
     BatchStream,
     Position,
@@ -231,34 +232,57 @@ def test_evaluation_equals_the_loss_by_hand_and_leaves_dropout_off() -> None:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_fit_ends_the_workers_and_counts_the_waiting(tmp_path: Path, fails: bool) -> None:
+def test_fit_ends_the_workers_and_counts_the_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
     class Failing(Numbers):
         def collate(self, examples: np.ndarray) -> Any:
             if fails and 6 in examples:
                 raise OSError("cannot read example 6")
             return super().collate(examples)
 
+    # A clock on which a step takes 5 seconds and waiting for its data 2 of them.
+    now = 0.0
+
+    class Slow(BatchStream):
+        def __next__(self) -> Any:
+            nonlocal now
+            now += 2.0
+            return super().__next__()
+
+    monkeypatch.setattr(trainer_module, "time", SimpleNamespace(monotonic=lambda: now))
+    # Those of others may still be ending.
+    before = set(threading.enumerate())
     data = Failing()
     order = [batch.tolist() for epoch in range(3) for batch in data.epoch(epoch)]
     place = next(i for i, batch in enumerate(order) if 6 in batch)
     log = tmp_path / "log.jsonl"
     trainer = trainer_for(
         small_model(),
-        data.stream(workers=2),
+        Slow(data.collate, data, data.label_counts, workers=2),
         Plan(max_steps=place + 2, log_every=1),
         log=JsonLog(log),
     )
+    step = trainer.optimizer.step
+
+    def computed(rate: float) -> None:
+        nonlocal now
+        now += 3.0
+        step(rate)
+
+    trainer.optimizer.step = computed  # type: ignore[method-assign]
     if fails:
         with pytest.raises(OSError, match="cannot read example 6"):
             trainer.fit()
     else:
         assert trainer.fit() == "finished"
     assert trainer.progress.step == (place if fails else place + 2)
-    assert not [t for t in threading.enumerate() if t.name.startswith("transformer_ext")]
+    after = [thread.name for thread in threading.enumerate() if thread not in before]
+    assert not [name for name in after if name.startswith("transformer_ext")]
     events = [e for e in read_log(log) if e["event"] == "train"]
-    assert len(events) == trainer.progress.step
-    assert all(e["data_seconds"] > 0 for e in events)
-    assert sum(e["data_seconds"] for e in events) <= trainer.progress.seconds
+    assert len(events) == trainer.progress.step > 0
+    assert [e["data_seconds"] for e in events] == [2.0] * len(events)
+    assert [e["seconds"] for e in events] == [5.0 * (i + 1) for i in range(len(events))]
 
 
 def test_it_learns() -> None:
@@ -456,6 +480,31 @@ def test_too_many_broken_steps_are_one_clear_error() -> None:
     assert trainer.progress.step == 7
 
 
+def test_broken_steps_are_counted_from_the_last_validation() -> None:
+    data = Numbers()
+    trainer = trainer_for(
+        BreaksAt({1, 2, 4, 5}),
+        data.stream(),
+        Plan(max_steps=6, validate_every=3, max_skipped=2),
+        validation_batches=[lambda: data.collate(np.arange(4))],
+    )
+    assert trainer.fit() == "finished"
+    assert float(trainer.optimizer.skipped) == 4 and trainer.progress.skipped == 0
+
+
+def test_a_validation_that_is_nan_is_never_the_best() -> None:
+    progress = Progress()
+    for step, (value, best) in enumerate(
+        [(math.nan, False), (2.0, True), (math.nan, False), (3.0, False), (1.0, True)], 1
+    ):
+        progress.step = step
+        assert progress.rank(value, "nll", keep=5) == best, step
+    assert progress.best == [(1.0, 5), (2.0, 2), (3.0, 4)]
+    assert progress.worse == 0
+    progress.rank(math.nan, "nll", keep=5)
+    assert progress.worse == 1 and progress.best_step == 5
+
+
 def test_moving_average_is_validated_and_saved_in_place_of_the_weights(tmp_path: Path) -> None:
     model, data = small_model(), Numbers()
     weight = model.generator.weight
@@ -587,6 +636,27 @@ def test_other_facts_are_warned_of(tmp_path: Path) -> None:
         model, Numbers().stream(), Plan(max_steps=2), run_facts={"threads": 1}, **arguments
     )
     assert "threads was 2 and is 1 now" in other.restore(0)[0]
+
+
+def test_a_checkpoint_of_other_data_is_refused(tmp_path: Path) -> None:
+    model = small_model()
+
+    def make(data: Numbers) -> Trainer:
+        return trainer_for(
+            model,
+            data.stream(),
+            Plan(max_steps=2),
+            checkpoints=Checkpoints(tmp_path),
+            write_model=lambda folder: None,
+        )
+
+    make(Numbers()).save()
+    # As many batches of as many sentences, one of which is longer now.
+    other = Numbers()
+    other.label_counts[3] += 1
+    with pytest.raises(ValueError, match="training data: got 24 examples .* its text or what cuts"):
+        make(other).restore(0)
+    assert make(Numbers()).restore(0) == []
 
 
 # Small things -----------------------------------------------------------------------------------
