@@ -130,7 +130,6 @@ DATA = [
 #: further options of train, what the message says
 TRAINING = [
     ("--max-tokens 5", "--max-tokens: got 5, but the longest target sentence has 2"),
-    ("--warmup-steps 50 --max-steps 20", "--warmup-steps: got 50, expected at most the 20 steps"),
     ("--average-last 6", "output.average_last: got 6, expected at most keep_checkpoints, 5"),
     ("--average-last 3 --keep-checkpoints 2", "output.average_last: got 3, expected at most"),
     ("--label-smoothing 1", "optimizer.label_smoothing: got 1.0, expected a number below 1"),

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -327,7 +327,7 @@ def test_recipes_are_read_by_name(name: str) -> None:
     assert config.data.src_train == ["a"] and config.training.seed == 7
     # They end by steps, as often as the checkpoints that are averaged are there.
     assert config.training.max_steps and config.training.early_stop_patience == 0
-    assert config.output.keep_checkpoints >= config.output.average_last
+    assert config.output.keep_checkpoints >= config.output.averaged_last
 
 
 @pytest.mark.parametrize(
@@ -364,6 +364,18 @@ def test_recipes_of_the_paper(
         assert rates(step) == pytest.approx(expected)
     assert (config.output.average_last, config.output.keep_checkpoints) == (averaged, averaged)
     assert (config.evaluation.beam_size, config.evaluation.length_penalty) == (4, 0.6)
+
+
+def test_no_more_checkpoints_are_averaged_than_are_kept() -> None:
+    def averaged(**given: Any) -> int:
+        return from_dict(TrainConfig, {"output": given}).output.averaged_last
+
+    assert averaged() == averaged(keep_checkpoints=9) == averaged(average_last=None) == 5
+    assert averaged(keep_checkpoints=3) == 3
+    assert averaged(keep_checkpoints=3, average_last=2) == 2
+    assert averaged(keep_checkpoints=9, average_last=7) == 7
+    with pytest.raises(ConfigError, match="average_last: got 4, expected at most keep_checkpoints"):
+        averaged(keep_checkpoints=3, average_last=4)
 
 
 def test_an_unknown_recipe_names_those_there_are(capsys, monkeypatch, tmp_path) -> None:

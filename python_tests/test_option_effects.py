@@ -182,3 +182,17 @@ def test_the_average_of_the_best_checkpoints(
     assert weights.keys() == mean.keys()
     for name, value in mean.items():
         assert np.array_equal(weights[name], value), name
+
+
+def test_the_last_checkpoints_are_averaged_as_far_as_they_are_kept(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Run, "test", lambda self, model: {})
+    run = tmp_path / "run"
+    options = "--max-steps 8 --validate-every 2 --keep-checkpoints 3 --held-out 0".split()
+    assert train.main([*pairs(folder), *options, "--output", str(run)]) == 0
+    results = json.loads((run / "results.json").read_text())
+    assert results["weights"] == "average of the last 3 checkpoints"
+    mean = average_weights([run / "checkpoints" / f"step-{step}" for step in (4, 6, 8)])
+    for name, value in load_model_dir(run / "model").weights.items():
+        assert np.array_equal(value, mean[name]), name

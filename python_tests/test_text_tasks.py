@@ -341,7 +341,7 @@ def test_dry_run_and_reference_backend(
     monkeypatch.chdir(tmp_path)
     for task in ("language-model", "classify"):
         assert train.main(command(folder, task, "--dry-run")) == 0
-        assert "nothing was written" in capsys.readouterr().out
+        assert "no run was written" in capsys.readouterr().out
     assert not Path("runs").exists()
 
 
@@ -384,6 +384,19 @@ def test_dry_run_and_reference_backend(
             "language-model",
             ["--positions", "learned", "--max-positions", "3"],
             "--max-positions: got 3, but the longest of the lines has",
+        ),
+        (
+            "language-model",
+            [
+                "--positions",
+                "learned",
+                "--max-positions",
+                "40",
+                "--prompts",
+                "old",
+                "the cat " * 40,
+            ],
+            "--prompts: 'the cat the cat the cat the cat the cat ' ... has 8",
         ),
         (
             "language-model",

@@ -286,7 +286,14 @@ def test_a_shorter_training_has_a_shorter_warmup(
         capsys.readouterr().out
     ))  # fmt: skip
     assert train.main([*text, "--dry-run", "--max-steps", "50", "--warmup-steps", "40"]) == 0
-    assert "warm-up 40 steps;" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "warm-up 40 steps;" in said and "warning" not in said
+    # A recipe can be tried for some steps.
+    assert train.main([*text, "--dry-run", "--max-steps", "30", "--warmup-steps", "4000"]) == 0
+    assert (
+        "warning: --warmup-steps: 4,000 is more than the 30 steps of the whole training "
+        "(--max-steps)"
+    ) in capsys.readouterr().out
 
 
 def test_time_limit_finishes_the_run(text: list[str], tmp_path: Path) -> None:

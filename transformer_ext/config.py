@@ -1147,8 +1147,11 @@ class OutputConfig:
     )
     keep_checkpoints: int = option(5, help="newest checkpoints kept", minimum=1)
     keep_best: int = option(1, help="best checkpoints kept beside the newest ones", minimum=1)
-    average_last: int = option(
-        5, help="newest checkpoints averaged into the final model; 1 is none", minimum=1
+    average_last: int | None = option(
+        None,
+        help="newest checkpoints averaged into the final model; 1 is none",
+        minimum=1,
+        auto="5, or keep_checkpoints where that is less",
     )
     average_best: int = option(
         1, help="best checkpoints averaged instead of the newest ones; 1 is none", minimum=1
@@ -1159,7 +1162,7 @@ class OutputConfig:
             raise ConfigError("output.overwrite and output.resume: expected one of them")
         if self.overwrite and self.output is None:
             raise ConfigError("output.overwrite: expected output beside it, the folder to replace")
-        if self.average_last > self.keep_checkpoints:
+        if self.average_last is not None and self.average_last > self.keep_checkpoints:
             raise ConfigError(
                 f"output.average_last: got {self.average_last}, expected at most keep_checkpoints, "
                 f"{self.keep_checkpoints}: the others are not there any more"
@@ -1169,6 +1172,11 @@ class OutputConfig:
                 f"output.average_best: got {self.average_best}, expected at most keep_best, "
                 f"{self.keep_best}: the others are not there any more"
             )
+
+    @property
+    def averaged_last(self) -> int:
+        """``average_last``, or what takes its place."""
+        return min(5, self.keep_checkpoints) if self.average_last is None else self.average_last
 
 
 @dataclass

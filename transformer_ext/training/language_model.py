@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from transformer_ext.config import TrainConfig
+from transformer_ext.config import ConfigError, TrainConfig
 from transformer_ext.data.corpus import shipped_corpus
 from transformer_ext.data.dataset import ParallelDataset
 from transformer_ext.data.text import Blocks, Lines, TextCounts, read_texts
@@ -140,6 +140,23 @@ class LanguageModelRun(TextRun):
         self._placed(model)
         return model
 
+    def _check_sizes(self) -> None:
+        """The lines, and the beginnings that the user wants continued."""
+        super()._check_sizes()
+        for text in self.config.language_model.prompts:
+            size = len(self.prepared.tokenizer.encode(text))
+            if not self._has_room(size):
+                most = self.architecture.max_positions
+                raise ConfigError(
+                    f"--prompts: {text[:40]!r} ... has {size} tokens, but the model has learned "
+                    f"positions for {most}; expected fewer, so that something can follow"
+                )
+
+    def _has_room(self, tokens: int) -> bool:
+        """Whether anything can follow so many tokens."""
+        c = self.architecture
+        return c.positions != "learned" or tokens < c.max_positions
+
     # The end --------------------------------------------------------------------------------------
 
     def test(self, model: Path) -> dict[str, Any]:
@@ -183,6 +200,8 @@ class LanguageModelRun(TextRun):
                 " ".join(long[number].split()[:3]) for number in pick_evenly(len(long), 3)
             ] + [""]
         tokenizer = self.prepared.tokenizer
+        # Lines that are cut into blocks may be of any length.
+        beginnings = [text for text in beginnings if self._has_room(len(tokenizer.encode(text)))]
         ids = [tokenizer.encode(text) for text in beginnings]
         training = self.model.training
         self.model.eval()

@@ -81,13 +81,6 @@ class Run(ABC):
         self.config = fill(config, recipe)
         self._metric()  # An unknown one is to be found before anything is written.
         self.max_steps = self._max_steps()
-        warmup = config.optimizer.warmup_steps
-        # A run that is gone on with had the length that suits it, and is now made shorter.
-        if warmup is not None and warmup > self.max_steps and not config.output.resume:
-            raise ConfigError(
-                f"--warmup-steps: got {warmup}, expected at most the {self.max_steps} steps of the "
-                "whole training"
-            )
         self._shorten_warmup(config.optimizer.warmup_steps is not None)
         torch.manual_seed(self.config.training.seed)
         # As LossModule wants it, and with its configuration.
@@ -217,6 +210,13 @@ class Run(ABC):
                 else ""
             )
         )
+        warmup = optimizer.warmup_steps
+        if warmup is not None and warmup > self.max_steps:
+            # A recipe may be tried for a few steps.
+            say(
+                f"warning: --warmup-steps: {warmup:,} is more than the {self.max_steps:,} steps of "
+                "the whole training (--max-steps): the learning rate does not reach its peak"
+            )
         say()
 
     # Training -------------------------------------------------------------------------------------
@@ -352,7 +352,7 @@ class Run(ABC):
         if output.average_best > 1:
             steps, which = [step for _, step in progress.best[: output.average_best]], "best"
         else:
-            steps, which = self.checkpoints.steps()[-output.average_last :], "last"
+            steps, which = self.checkpoints.steps()[-output.averaged_last :], "last"
         good = self._good(steps)
         averaged = [self.checkpoints.path(step) for step in good]
         weights = None
@@ -472,6 +472,7 @@ class Run(ABC):
             if self.machine.device.type == "cuda":
                 torch.cuda.synchronize(self.machine.device)
             times.append(time.monotonic() - began)
+        trainer.stream.close()
         trainer.progress.seconds = sum(times)
         trainer.report()
         step = sorted(times[steps // 4 :])[len(times[steps // 4 :]) // 2]
@@ -486,5 +487,5 @@ class Run(ABC):
             f"dry run    {steps} steps: {1000 * step:.0f} ms a step, validation loss "
             f"{validation:.1f} s; all {self.max_steps:,} steps: {duration(total)} and what each "
             "validation decodes; most memory "
-            f"{peak_memory_bytes(self.machine.device) / (1 << 30):.2f} GiB; nothing was written"
+            f"{peak_memory_bytes(self.machine.device) / (1 << 30):.2f} GiB; no run was written"
         )
