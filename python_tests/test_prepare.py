@@ -28,6 +28,7 @@ from transformer_ext.data import (
 from transformer_ext.data.corpus import file_digest
 from transformer_ext.data.preparation import cache_folder, default_vocab_size, prepare_data
 from transformer_ext.data.workers import Workers
+from transformer_ext.files import FileError
 
 
 @pytest.fixture(scope="module")
@@ -387,6 +388,43 @@ def test_a_folder_without_permission_is_one_clear_error(pairs) -> None:
                 f"{own.cache}: the cache cannot be written: Permission denied; choose another "
                 "folder with --cache or $TRANSFORMER_EXT_CACHE"
             )
+
+
+def test_errors_of_what_is_built_are_not_those_of_the_cache(tmp_path) -> None:
+    def fails(error: Exception) -> None:
+        def build(folder: Path) -> None:
+            raise error
+
+        preparation.cached(tmp_path / "cache", "thing", {}, build)
+
+    for error in (FileError("a model is broken"), OSError(2, "No such file", "/elsewhere/x")):
+        with pytest.raises(type(error)) as caught:
+            fails(error)
+        assert caught.value is error
+    for error in (OSError(28, "No space"), OSError(13, "No", str(tmp_path / "cache/x.tmp-1/y"))):
+        with pytest.raises(CorpusError, match=f"the cache cannot be written: {error.strerror}"):
+            fails(error)
+    assert folders(DataConfig(cache=str(tmp_path / "cache"))) == []
+
+
+def test_of_two_equal_ones_the_first_is_used(tmp_path) -> None:
+    def build(folder: Path) -> None:
+        first = folder.with_name(folder.name.split(".")[0])
+        first.mkdir()
+        (first / "first").touch()
+
+    path = preparation.cached(tmp_path, "thing", {}, build)
+    assert os.listdir(path) == ["first"]
+
+
+def test_a_text_without_a_usable_pair_is_named(own) -> None:
+    own.bad_lines, own.held_out = "skip", 0.0
+    for path in (*own.src_train, *own.tgt_train):
+        Path(path).write_text("\n\n")
+    with pytest.raises(
+        CorpusError, match=r"train\.en, .*train\.de: the training text has no usable"
+    ):
+        prepare_data(own)
 
 
 def test_a_text_that_changes_while_it_is_read(own, monkeypatch) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from transformer_ext import classify, generate, train
+from transformer_ext.config import DataConfig
 from transformer_ext.data.corpus import CorpusError, shipped_corpus
 from transformer_ext.data.dataset import ParallelDataset, build_dataset
 from transformer_ext.data.text import (
@@ -27,6 +28,7 @@ from transformer_ext.data.text import (
     read_labelled,
     read_texts,
 )
+from transformer_ext.data.text_preparation import TextFiles, prepare_texts
 from transformer_ext.data.tokenizer import Tokenizer, train_tokenizer
 from transformer_ext.files import load_model_dir
 from transformer_ext.inference.classifier import TextClassifier
@@ -180,8 +182,65 @@ def test_files_of_labelled_text(tmp_path: Path) -> None:
     assert list(read_labelled([str(tsv)], "skip", counts)) == [("y", "x")]
     assert counts.empty == 2
     objects.write_text('{"label": 3, "text": "x"}\n')
-    with pytest.raises(CorpusError, match="b.jsonl:1: got 3 under 'label'"):
+    with pytest.raises(CorpusError, match="b.jsonl:1: label: got int, expected a text"):
         list(read_labelled([str(objects)]))
+
+
+def test_lines_that_are_no_text_are_refused_or_counted(tmp_path: Path) -> None:
+    good = {"a.tsv": "x\ty", "b.jsonl": '{"label": "x", "text": "y"}'}
+    for name, line, message in (
+        ("a.tsv", "no tab", "got 'no tab', expected a label, a tab"),
+        ("b.jsonl", "{", "not a JSON object"),
+        ("b.jsonl", "[1]", "got list, expected an object with the key "),
+        ("b.jsonl", '{"label": "x", "txt": "y"}', "the key 'text' is not there, only"),
+        ("b.jsonl", '{"label": "x", "text": "\\ud800"}', "text: has half a character"),
+        ("b.jsonl", '{"label": "a\\nb", "text": "y"}', "label: got 'a\\nb', expected one without"),
+    ):
+        path = tmp_path / name
+        path.write_text(f"{good[name]}\n{line}\n{good[name]}\n")
+        readers = {read_labelled: [("y", "x")] * 2}
+        if name == "b.jsonl" and "label: got" not in message:
+            readers[read_texts] = [("y", "")] * 2
+        for read, expected in readers.items():
+            with pytest.raises(CorpusError) as caught:
+                list(read([str(path)]))
+            error = str(caught.value)
+            assert error.startswith(f"{path}:2: {message}") and "--bad-lines skip" in error
+            counts = TextCounts()
+            assert list(read([str(path)], "skip", counts)) == expected
+            assert (counts.read, counts.malformed, counts.used) == (3, 1, 2)
+            assert "1 malformed" in counts.describe("texts")
+
+
+def lines_of(path: Path) -> TextFiles:
+    return TextFiles(path.name, [str(path)], [], [], lambda p, c: read_texts(p, "skip", c), "lines")
+
+
+def test_the_name_of_a_file_tells_its_format(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    data = DataConfig(
+        tokenizer=str(tokenizer.path), held_out=0.0, cache=str(tmp_path / "cache"), bad_lines="skip"
+    )
+    found = []
+    for name in ("a.jsonl", "b.txt", "c.json", "d.JSON.gz"):
+        path = tmp_path / name
+        content = b'{"text": "to be"}\n' * 3
+        path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+        prepared = prepare_texts(data, lines_of(path), what="lines", max_length=None)
+        found.append(tokenizer.decode(prepared.train.example(0)[0].tolist()[:-1]))
+    assert found == ["to be", '{"text": "to be"}', "to be", "to be"]
+
+
+def test_text_without_a_usable_line_is_named(tmp_path: Path) -> None:
+    data = DataConfig(vocab_size=300, cache=str(tmp_path / "cache"), bad_lines="skip")
+    for held_out in (0.0, 0.1):
+        data.held_out = held_out
+        path = tmp_path / "text.jsonl"
+        path.write_text("\nbroken\n")
+        with pytest.raises(CorpusError) as caught:
+            prepare_texts(data, lines_of(path), what="lines", max_length=None)
+        assert str(caught.value) == (
+            f"{path}: the training text has nothing to use: 0 lines of 2 (1 empty, 1 malformed)"
+        )
 
 
 def test_shipped_pairs_half_of_which_do_not_match() -> None:

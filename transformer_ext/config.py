@@ -1205,8 +1205,8 @@ class LanguageModelTaskConfig:
 
     text_train: list[str] = option(
         [],
-        help="text to train on, one or more files, plain, .gz or .xz: lines, or .jsonl with objects "
-        "that have a text",
+        help="text to train on, one or more files, plain, .gz or .xz: lines, or .jsonl or .json "
+        "with an object a line that has a text",
     )
     text_dev: list[str] = option(
         [], help="text for validation; without it a part of the training text"
@@ -1238,7 +1238,7 @@ class ClassificationConfig:
     labelled_train: list[str] = option(
         [],
         help="texts to train on, one or more files, plain, .gz or .xz: lines of a label, a tab and "
-        "a text, or .jsonl with objects that have a label and a text",
+        "a text, or .jsonl or .json with an object a line that has a label and a text",
     )
     labelled_dev: list[str] = option(
         [], help="texts for validation; without them a part of the training texts"

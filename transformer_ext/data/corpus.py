@@ -94,20 +94,26 @@ class ParallelText:
             pairs_format(path)
 
 
+def text_format(path: str) -> Format:
+    """The format of a file, by its name: lines, where that tells no other."""
+    name = os.path.basename(path).lower()
+    ending = os.path.splitext(name.removesuffix(".gz").removesuffix(".xz"))[1]
+    return _FORMATS.get(ending, "lines")
+
+
 def pairs_format(path: str) -> Format:
     """The format of a file with both sides, by its name.
 
     Raises:
         CorpusError: the name tells none.
     """
-    name = os.path.basename(path).lower()
-    ending = os.path.splitext(name.removesuffix(".gz").removesuffix(".xz"))[1]
-    if ending not in _FORMATS:
+    found = text_format(path)
+    if found == "lines":
         raise CorpusError(
             f"{path}: expected a name that ends in {', '.join(_FORMATS)} (or these and .gz or .xz), "
             "which tells how the pairs stand in the file"
         )
-    return _FORMATS[ending]
+    return found
 
 
 @dataclass(frozen=True)
@@ -198,10 +204,7 @@ class SkippedPairs:
             "the same on both sides": self.same_text,
             "held out for validation": self.held_out,
         }
-        text = f"{self.used:,} pairs"
-        if self.read != self.used:
-            found = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
-            text += f" of {self.read:,} ({found})"
+        text = describe_counts("pairs", self.used, self.read, reasons)
         if self.repeated:
             text += f"; {self.repeated:,} of them are duplicates"
         if self.identical:
@@ -211,6 +214,15 @@ class SkippedPairs:
     def to_dict(self) -> dict[str, int]:
         """Plain values, for JSON."""
         return asdict(self)
+
+
+def describe_counts(what: str, used: int, read: int, reasons: dict[str, int]) -> str:
+    """How much was used of what was read, and why not the rest, for people."""
+    text = f"{used:,} {what}"
+    if read != used:
+        found = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
+        text += f" of {read:,} ({found})"
+    return text
 
 
 def open_text(path: str) -> BinaryIO:
@@ -452,16 +464,21 @@ def _decode(line: bytes) -> str | None:
         return None
 
 
+def undecodable(path: str, number: int, error: UnicodeDecodeError, what: str) -> CorpusError:
+    """The error for a line that is not UTF-8; ``what`` is what is left out instead."""
+    return CorpusError(
+        f"{path}:{number}: not UTF-8: byte 0x{error.object[error.start]:02x} at byte "
+        f"{error.start + 1} of the line; --bad-lines skip leaves such {what} out"
+    )
+
+
 def _refuse_undecodable(chunk: Chunk, place: int) -> NoReturn:
     for path, data in zip(chunk.paths, (chunk.src, chunk.tgt), strict=False):
         line = data.split(b"\n")[place]
         try:
             line.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise CorpusError(
-                f"{path}:{chunk.first + place}: not UTF-8: byte 0x{line[error.start]:02x} at byte "
-                f"{error.start + 1} of the line; --bad-lines skip leaves such pairs out"
-            ) from None
+            raise undecodable(path, chunk.first + place, error, "pairs") from None
     raise AssertionError("every line is UTF-8")
 
 
@@ -490,11 +507,12 @@ def _columns(
             if chunk.format == "tsv":
                 pairs.append(_tsv_pair(line))
             else:
-                pairs.append(_json_pair(line, chunk.keys))
+                src, tgt = json_texts(line, chunk.keys, "; --pair-keys names the two keys")
+                pairs.append((one_line(src), one_line(tgt)))
             # Not left to the caller: a line further on may be worse, but the first is to be named.
             if bad_lines == "error" and not all(text and text.strip() for text in pairs[-1]):
                 _refuse_empty(chunk, place, pairs[-1][0])
-        except _NoPair as error:
+        except BadLine as error:
             if bad_lines == "error":
                 raise CorpusError(
                     f"{chunk.paths[0]}:{chunk.first + place}: {error}; --bad-lines skip leaves such "
@@ -505,45 +523,58 @@ def _columns(
     return [[pair[0] for pair in pairs], [pair[1] for pair in pairs]]
 
 
-class _NoPair(ValueError):
-    """A line that is not a pair; the message does not say where."""
+class BadLine(ValueError):
+    """A line that is not what it should be; the message does not say where."""
 
 
 def _tsv_pair(line: str) -> tuple[str, str]:
     columns = line.split("\t")
     if len(columns) != 2:
         got = f"{len(columns)} columns" if line else "an empty line"
-        raise _NoPair(f"got {got}, expected two, source and target, with a tab between them")
+        raise BadLine(f"got {got}, expected two, source and target, with a tab between them")
     return columns[0], columns[1]
 
 
-def _json_pair(line: str, keys: tuple[str, str]) -> tuple[str, str]:
+def json_texts(line: str, keys: Sequence[str], hint: str = "") -> list[str]:
+    """The texts under some keys of a JSON object.
+
+    Args:
+        line: the object.
+        keys: where the texts stand, see :func:`parse`.
+        hint: what to do about a missing key, for the message.
+
+    Raises:
+        BadLine: it is no such object.
+    """
     try:
         values = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise _NoPair(f"not a JSON object: {error}") from None
+        raise BadLine(f"not a JSON object: {error}") from None
     texts = []
     for key in keys:
         value = values
         for name in [key] if isinstance(values, dict) and key in values else key.split("."):
             if not isinstance(value, dict):
-                raise _NoPair(
+                raise BadLine(
                     f"got {type(value).__name__}, expected an object with the key {name!r}"
                 )
             if name not in value:
                 found = ", ".join(map(repr, list(value)[:5])) or "none"
-                raise _NoPair(
-                    f"the key {key!r} is not there, only {found}; --pair-keys names the two keys"
-                )
+                raise BadLine(f"the key {key!r} is not there, only {found}{hint}")
             value = value[name]
         if not isinstance(value, str):
-            raise _NoPair(f"{key}: got {type(value).__name__}, expected a text")
+            raise BadLine(f"{key}: got {type(value).__name__}, expected a text")
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise _NoPair(f"{key}: has half a character (a lone surrogate)") from None
-        texts.append(re.sub("[\r\n]+", " ", value))
-    return texts[0], texts[1]
+            raise BadLine(f"{key}: has half a character (a lone surrogate)") from None
+        texts.append(value)
+    return texts
+
+
+def one_line(text: str) -> str:
+    """A text with spaces for its line ends."""
+    return re.sub("[\r\n]+", " ", text)
 
 
 class SameTextCheck:

@@ -10,6 +10,7 @@ has file locks, the others wait for the first instead.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -61,6 +62,8 @@ CACHE_VERSION = 2
 # A SentencePiece trainer holds its text in memory; more than this changes the pieces little.
 TOKENIZER_PAIRS = 500_000
 
+# What a file that is open cannot be written for; the error does not name it.
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 # Below so many bytes of text, starting processes takes longer than the work.
 _LITTLE_TEXT = 4 << 20
 # The digest of a file below this size is computed each time; it takes some milliseconds.
@@ -108,9 +111,11 @@ def cached(folder: Path, kind: str, key: dict[str, Any], build: Callable[[Path],
 
     Raises:
         CorpusError: the cache cannot be written.
+        Exception: what ``build`` raises.
     """
     text = json.dumps({"version": CACHE_VERSION, **key}, sort_keys=True)
     path = folder / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
+    building = False
     try:
         if path.is_dir():
             return path
@@ -122,14 +127,29 @@ def cached(folder: Path, kind: str, key: dict[str, Any], build: Callable[[Path],
                 # Nobody else builds this now: what is there was left by a killed process.
                 for old in folder.glob(f"{path.name}.tmp-*"):
                     shutil.rmtree(old, ignore_errors=True)
-            with contextlib.suppress(FileError), atomic_directory(path) as temporary:
+            with atomic_directory(path) as temporary:
+                building = True
                 build(temporary)
+                building = False
+    except FileError:
+        # Of equal ones that were built at the same time, the first has the name.
+        if building or not path.is_dir():
+            raise
     except OSError as error:
+        if building and not _of_writing(error, folder):
+            raise
         raise CorpusError(
             f"{folder}: the cache cannot be written: {error.strerror or error}; choose another "
             f"folder with --cache or ${CACHE_VARIABLE}"
         ) from None
     return path
+
+
+def _of_writing(error: OSError, folder: Path) -> bool:
+    """Whether an error is of a file in a folder, or of a disk."""
+    if error.filename is None:
+        return error.errno in _NO_ROOM
+    return Path(os.fsdecode(error.filename)).is_relative_to(folder)
 
 
 def cached_digest(path: str, cache: Path) -> str:
@@ -491,6 +511,11 @@ class _Preparation:
                     choice.add(key, src, tgt, result.part)
                 sample.add(result.sample)
         check.finish()
+        if not counts.used:
+            raise CorpusError(
+                f"{', '.join(self._paths)}: the training text has no usable sentence pair: "
+                f"{counts.describe()}"
+            )
         held_out = choice.result(part_held_out, counts.used)
         pairs = [[part, *pair] for part, pair in zip(held_out.parts, held_out.pairs, strict=True)]
         values = {"threshold": held_out.threshold, "pairs": pairs, "used": counts.used}

@@ -7,13 +7,22 @@ there is one, is a target of one id, its number.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from transformer_ext.data.corpus import BadLines, CorpusError, read_lines
+from transformer_ext.data.corpus import (
+    BadLine,
+    BadLines,
+    CorpusError,
+    describe_counts,
+    json_texts,
+    one_line,
+    read_lines,
+    text_format,
+    undecodable,
+)
 from transformer_ext.data.dataset import ParallelDataset
 from transformer_ext.data.tokenizer import Tokenizer
 
@@ -25,123 +34,129 @@ class TextCounts:
     read: int = 0
     empty: int = 0
     undecodable: int = 0
+    malformed: int = 0
     held_out: int = 0
     too_long: int = 0
 
     @property
     def used(self) -> int:
         """Texts that are left."""
-        return self.read - self.empty - self.undecodable - self.held_out - self.too_long
+        unusable = self.empty + self.undecodable + self.malformed
+        return self.read - unusable - self.held_out - self.too_long
 
     def describe(self, what: str) -> str:
         """One line for people; ``what`` is the plural of what was counted."""
         reasons = {
             "empty": self.empty,
             "not UTF-8": self.undecodable,
+            "malformed": self.malformed,
             "too long": self.too_long,
             "held out for validation": self.held_out,
         }
-        text = f"{self.used:,} {what}"
-        if self.used != self.read:
-            found = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
-            text += f" of {self.read:,} ({found})"
-        return text
+        return describe_counts(what, self.used, self.read, reasons)
 
 
-def _has_format(path: str, ending: str) -> bool:
-    name = path.lower()
-    for packed in (".gz", ".xz"):
-        name = name.removesuffix(packed)
-    return name.endswith(ending)
+class _Reader:
+    """Reads files of text, and refuses or counts the lines that cannot be used."""
 
+    def __init__(self, bad_lines: BadLines, counts: TextCounts | None) -> None:
+        self._bad_lines = bad_lines
+        self.counts = TextCounts() if counts is None else counts
 
-def _decoded(path: str, bad_lines: BadLines, counts: TextCounts) -> Iterator[tuple[int, str]]:
-    for number, line in enumerate(read_lines(path), start=1):
-        counts.read += 1
-        try:
-            yield number, line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            if bad_lines == "error":
-                raise CorpusError(
-                    f"{path}:{number}: not UTF-8: byte 0x{line[error.start]:02x} at byte "
-                    f"{error.start + 1} of the line; --bad-lines skip leaves such lines out"
-                ) from None
-            counts.undecodable += 1
+    def lines(self, path: str) -> Iterator[tuple[int, str]]:
+        """The lines of a file with their numbers."""
+        for number, line in enumerate(read_lines(path), start=1):
+            self.counts.read += 1
+            try:
+                yield number, line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                if self._bad_lines == "error":
+                    raise undecodable(path, number, error, "lines") from None
+                self.counts.undecodable += 1
 
+    def malformed(self, path: str, number: int, error: BadLine) -> None:
+        """A line that is not what it should be."""
+        self._refuse(path, number, str(error))
+        self.counts.malformed += 1
 
-def _json_fields(path: str, number: int, line: str, keys: Sequence[str]) -> list[str]:
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise CorpusError(f"{path}:{number}: not JSON: {error}") from None
-    found = [values.get(key) if isinstance(values, dict) else None for key in keys]
-    for key, value in zip(keys, found, strict=True):
-        if not isinstance(value, str):
+    def empty(self, path: str, number: int, part: str) -> None:
+        """A line without one of its parts."""
+        self._refuse(path, number, f"empty {part}")
+        self.counts.empty += 1
+
+    def _refuse(self, path: str, number: int, why: str) -> None:
+        if self._bad_lines == "error":
             raise CorpusError(
-                f"{path}:{number}: got {value!r:.40} under {key!r}, expected an object with a text "
-                "there"
-            )
-    return [str(value) for value in found]
+                f"{path}:{number}: {why}; --bad-lines skip leaves such lines out"
+            ) from None
 
 
 def read_texts(
     paths: Sequence[str], bad_lines: BadLines = "error", counts: TextCounts | None = None
 ) -> Iterator[tuple[str, str]]:
-    """The lines of files as (text, ""), or of ``.jsonl`` files what stands under ``text``.
+    """The lines of files as (text, ""), or of JSON files what stands under ``text``.
 
     Empty lines, which divide paragraphs in many corpora, are left out and counted.
 
     Raises:
-        CorpusError: a file cannot be read or is broken, or (under ``error``) a line is not UTF-8.
+        CorpusError: a file cannot be read or is broken, or (under ``error``) a line is not UTF-8, or
+            not such an object.
     """
-    counts = TextCounts() if counts is None else counts
+    reader = _Reader(bad_lines, counts)
     for path in paths:
-        as_json = _has_format(path, ".jsonl")
-        for number, line in _decoded(path, bad_lines, counts):
+        as_json = text_format(path) == "jsonl"
+        for number, line in reader.lines(path):
+            text = line
             if as_json and line.strip():
-                (line,) = _json_fields(path, number, line, ["text"])
-                # A data set holds lines.
-                line = " ".join(line.split("\n"))
-            if not line.strip():
-                counts.empty += 1
-                continue
-            yield line, ""
+                try:
+                    text = one_line(*json_texts(line, ["text"]))
+                except BadLine as error:
+                    reader.malformed(path, number, error)
+                    continue
+            if text.strip():
+                yield text, ""
+            else:
+                reader.counts.empty += 1
 
 
 def read_labelled(
     paths: Sequence[str], bad_lines: BadLines = "error", counts: TextCounts | None = None
 ) -> Iterator[tuple[str, str]]:
-    """The lines ``label<TAB>text`` of files as (text, label); of ``.jsonl`` files objects with both.
+    """The lines ``label<TAB>text`` of files as (text, label); of JSON files objects with both.
 
     Raises:
-        CorpusError: a file cannot be read or is broken, a line has no label or no text, or (under
-            ``error``) is not UTF-8 or has an empty label or text.
+        CorpusError: a file cannot be read or is broken, or (under ``error``) a line has no label or
+            no text, or is not UTF-8.
     """
-    counts = TextCounts() if counts is None else counts
+    reader = _Reader(bad_lines, counts)
     for path in paths:
-        as_json = _has_format(path, ".jsonl")
-        for number, line in _decoded(path, bad_lines, counts):
-            if not line.strip():
-                label = text = ""
-            elif as_json:
-                label, text = _json_fields(path, number, line, ["label", "text"])
-                text = " ".join(text.split("\n"))
-            else:
-                label, tab, text = line.partition("\t")
-                if not tab:
-                    raise CorpusError(
-                        f"{path}:{number}: got {line!r:.40}, expected a label, a tab and a text"
-                    )
-            label = label.strip()
-            if not label or not text.strip():
-                if bad_lines == "error":
-                    raise CorpusError(
-                        f"{path}:{number}: empty {'text' if label else 'label'}; --bad-lines skip "
-                        "leaves such lines out"
-                    )
-                counts.empty += 1
+        split = _json_label if text_format(path) == "jsonl" else _tabbed_label
+        for number, line in reader.lines(path):
+            try:
+                label, text = split(line) if line.strip() else ("", "")
+            except BadLine as error:
+                reader.malformed(path, number, error)
                 continue
-            yield text, label
+            if label and text.strip():
+                yield text, label
+            else:
+                reader.empty(path, number, "text" if label else "label")
+
+
+def _tabbed_label(line: str) -> tuple[str, str]:
+    label, tab, text = line.partition("\t")
+    if not tab:
+        raise BadLine(f"got {line!r:.40}, expected a label, a tab and a text")
+    return label.strip(), text
+
+
+def _json_label(line: str) -> tuple[str, str]:
+    label, text = json_texts(line, ["label", "text"])
+    label = label.strip()
+    # Labels are written one a line, before a tab.
+    if any(character in label for character in "\n\r\t"):
+        raise BadLine(f"label: got {label!r:.40}, expected one without line ends and tabs")
+    return label, one_line(text)
 
 
 class Labels:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from transformer_ext.config import DataConfig
-from transformer_ext.data.corpus import CorpusError, HeldOut, file_digest
+from transformer_ext.data.corpus import CorpusError, HeldOut, file_digest, text_format
 from transformer_ext.data.dataset import DATASET_VERSION, ParallelDataset, build_dataset
 from transformer_ext.data.preparation import (
     TOKENIZER_PAIRS,
@@ -103,7 +103,7 @@ def prepare_texts(
     messages: list[str] = []
     say(f"reading {files.name}")
     text_key: dict[str, Any] = {
-        "files": [file_digest(path) for path in files.train],
+        "files": [[text_format(path), file_digest(path)] for path in files.train],
         "reader": files.key,
         "bad_lines": config.bad_lines,
         "held_out": 0.0 if files.dev else config.held_out,
@@ -117,6 +117,11 @@ def prepare_texts(
             for text, label in files.reader(files.train, counts):
                 labels.add(label)
                 yield text, label
+            if not counts.used:
+                raise CorpusError(
+                    f"{', '.join(files.train)}: the training text has nothing to use: "
+                    f"{counts.describe(what)}"
+                )
 
         held_out = HeldOut.choose(read(), text_key["held_out"])
         values = {
