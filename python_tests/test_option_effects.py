@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,16 @@ from training_helpers import SMALL_MODEL, write_text
 from transformer_ext import train
 from transformer_ext.average import average_weights
 from transformer_ext.config import TrainConfig, parse_arguments
+from transformer_ext.data.text import TextBatch
 from transformer_ext.files import load_model_dir
+from transformer_ext.training import text_run
 from transformer_ext.training.batches import BatchStream, Position
+from transformer_ext.training.classification import macro_f1
 from transformer_ext.training.machine import Machine
 from transformer_ext.training.report import Console, read_log
 from transformer_ext.training.run import Run
 from transformer_ext.training.tasks import task_of
-from transformer_ext.training.trainer import Trainer, Validation
+from transformer_ext.training.trainer import LossModule, Trainer, Validation, evaluate_loss
 
 
 @pytest.fixture(scope="module")
@@ -196,3 +200,38 @@ def test_the_last_checkpoints_are_averaged_as_far_as_they_are_kept(
     mean = average_weights([run / "checkpoints" / f"step-{step}" for step in (4, 6, 8)])
     for name, value in load_model_dir(run / "model").weights.items():
         assert np.array_equal(value, mean[name]), name
+
+
+def test_macro_f1_at_validation_is_of_what_the_loss_is_of(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labelled = tmp_path / "labelled.tsv"
+    lines = (folder / "text.en").read_text().splitlines()
+    labelled.write_text("".join(f"{'ab'[i % 2]}\t{line}\n" for i, line in enumerate(lines)))
+    run = prepared(
+        *("--task", "classify", "--labelled-train", str(labelled), "--held-out", "0.2"),
+        *("--preset", "tiny", "--d-model", "32", "--nhead", "2", "--device", "cpu"),
+        *("--vocab-size", "330", "--max-tokens", "40", "--threads", "1"),
+        *("--cache", str(tmp_path / "cache")),
+    )
+    assert len(run.prepared.dev) > 30
+    monkeypatch.setattr(text_run, "_VALIDATION_EXAMPLES", 30)
+    batches = run.validation_batches()
+    read: list[TextBatch] = []
+
+    def recorded(make: Any) -> Any:
+        read.append(make())
+        return read[-1]
+
+    makes = [functools.partial(recorded, make) for make in batches]
+    monkeypatch.setattr(run, "validation_batches", lambda: makes)
+    judge = run.make_scorer()
+    run.model.train()
+    found = judge(tmp_path)["macro_f1"]
+    assert len(read) == len(batches) > 1 and sum(batch.sentences for batch in read) == 30
+    assert run.model.training
+    losses = LossModule(run.model, 0.0)
+    accuracy = evaluate_loss(losses, batches, run.machine.world)[2]
+    table = run._validation_table()
+    assert np.trace(table) == pytest.approx(30 * accuracy) and table.sum() == 30
+    assert found == pytest.approx(100 * macro_f1(table))

@@ -344,11 +344,15 @@ def test_a_classifier_from_text_to_labels(
     assert np.sum(results["confusion"]) == 30 and results["labels"] == sorted(LABELS)
     assert "macro-F1" in said and "texts/s" in said and "encoder-only" in said
 
-    # What it foretold of the held-out texts, by one model in two places.
+    # What it foretold of the held-out texts, and what the written model foretells.
     predictions = (run / "validation.predictions.tsv").read_text().splitlines()
     rows = [line.split("\t") for line in predictions]
     right = sum(label == found for label, found, _, _ in rows)
     assert right / len(rows) == pytest.approx(results["validation_accuracy"])
+    written = TextClassifier(run / "model")([text for *_, text in rows])
+    for (_, found, probability, _), prediction in zip(rows, written, strict=True):
+        assert prediction.label == found
+        assert prediction.probability == pytest.approx(float(probability), abs=1e-4)
 
     arguments = [str(run / "model"), lines_in(monkeypatch, tmp_path, "the old cat\na saw\n\n")]
     assert classify.main(arguments) == 0

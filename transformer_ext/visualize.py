@@ -171,17 +171,11 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[Any, Any]:
     Returns:
         (:class:`transformer_ext.model.Transformer`, :class:`transformer_ext.files.ModelDir`).
     """
-    import torch
-
     from transformer_ext.files import load_model_dir
     from transformer_ext.model import Transformer
 
     saved = load_model_dir(Path(folder))
-    model = Transformer(saved.config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.from_numpy(saved.weights[name]))
-    return model.eval(), saved
+    return Transformer(saved.config).load_weights(saved.weights).eval(), saved
 
 
 @command

@@ -16,7 +16,7 @@ from transformer_ext.model.config import ClassifierConfig
 if TYPE_CHECKING:
     from transformer_ext.model.classifier import Classifier
 
-__all__ = ["Prediction", "TextClassifier", "label_probabilities"]
+__all__ = ["Prediction", "TextClassifier", "label_probabilities", "predictions"]
 
 #: Tokens that are classified at once.
 _BATCH_TOKENS = 8192
@@ -67,6 +67,16 @@ def label_probabilities(
     return found
 
 
+def predictions(model: Classifier, tokenizer: Tokenizer, texts: Sequence[str]) -> list[Prediction]:
+    """The label of each text; arguments and errors as of :func:`label_probabilities`."""
+    rows = label_probabilities(model, tokenizer, texts)
+    best = rows.argmax(1).tolist()
+    return [
+        Prediction(model.config.labels[number], float(row[number]), tuple(map(float, row)))
+        for number, row in zip(best, rows, strict=True)
+    ]
+
+
 def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
     """Numbers of texts of like length, as many as the budget of tokens takes, at least one."""
     rows: list[int] = []
@@ -96,24 +106,13 @@ class TextClassifier:
     """
 
     def __init__(self, folder: str | Path, *, device: str = "cpu") -> None:
-        import torch
-
         from transformer_ext.model.classifier import Classifier
 
         saved = load_model_dir(folder, ClassifierConfig)
         self.tokenizer = saved.source_tokenizer
         self.labels = saved.config.labels
-        self.model = Classifier(saved.config)
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(torch.from_numpy(saved.weights[name]))
-        self.model.to(device).eval()
+        self.model = Classifier(saved.config).load_weights(saved.weights).to(device).eval()
 
     def __call__(self, texts: Sequence[str]) -> list[Prediction]:
         """The label of each text."""
-        rows = label_probabilities(self.model, self.tokenizer, texts)
-        best = rows.argmax(1).tolist()
-        return [
-            Prediction(self.labels[number], float(row[number]), tuple(map(float, row)))
-            for number, row in zip(best, rows, strict=True)
-        ]
+        return predictions(self.model, self.tokenizer, texts)

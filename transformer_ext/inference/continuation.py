@@ -85,17 +85,11 @@ class TextGenerator:
     """
 
     def __init__(self, folder: str | Path, *, device: str = "cpu") -> None:
-        import torch
-
         from transformer_ext.model.language_model import LanguageModel
 
         saved = load_model_dir(folder, LanguageModelConfig)
         self.tokenizer = saved.source_tokenizer
-        self.model = LanguageModel(saved.config)
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(torch.from_numpy(saved.weights[name]))
-        self.model.to(device).eval()
+        self.model = LanguageModel(saved.config).load_weights(saved.weights).to(device).eval()
 
     def __call__(
         self,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from transformer_ext.model.layers import Embedding
@@ -54,6 +57,13 @@ class Model(nn.Module):
         if name not in _DTYPES:
             raise ValueError(f"precision: expected one of {', '.join(_DTYPES)}, got {name!r}")
         self.activation_dtype = _DTYPES[name]
+        return self
+
+    def load_weights(self: _Self, weights: Mapping[str, NDArray[np.float32]]) -> _Self:
+        """Takes over the weights of a model directory, by name; returns self."""
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                parameter.copy_(torch.from_numpy(np.asarray(weights[name])))
         return self
 
     def _embed(

@@ -18,6 +18,7 @@ from transformer_ext.data.dataset import ParallelDataset
 from transformer_ext.data.text import Labelled, TextCounts, read_labelled
 from transformer_ext.data.text_preparation import PreparedTexts, TextFiles, prepare_texts
 from transformer_ext.files import atomic_write
+from transformer_ext.inference.classifier import Prediction, predictions
 from transformer_ext.model import Classifier, ClassifierConfig, classifier_preset
 from transformer_ext.training.machine import Machine
 from transformer_ext.training.report import Console
@@ -206,24 +207,21 @@ class ClassificationRun(TextRun):
 
     # Judging --------------------------------------------------------------------------------------
 
-    def _table(self, dataset: ParallelDataset) -> np.ndarray:
-        """The confusion table of a data set with the weights of the moment."""
-        table = np.zeros((len(self.prepared.labels),) * 2, np.int64)
-        for make in self.batches(dataset):
-            batch = make()
-            table += confusion_table(batch.labels, self._found(make), len(table))
-        return table
-
-    def _found(self, make: Callable[[], Any]) -> np.ndarray:
+    def _validation_table(self) -> np.ndarray:
+        """The confusion table, with the weights of the moment, of what the loss is taken of."""
         losses = LossModule(self.model, 0.0)
+        table = np.zeros((len(self.prepared.labels),) * 2, np.int64)
         training = self.model.training
         self.model.eval()
         with torch.no_grad():
-            inputs = losses.load(make(), self.machine.device).inputs
-            logits = self.model.generator.logits(self.model.forward_packed(*inputs))
+            for make in self.validation_batches():
+                batch = make()
+                inputs = losses.load(batch, self.machine.device).inputs
+                logits = self.model.generator.logits(self.model.forward_packed(*inputs))
+                found = logits.float().argmax(-1).cpu().numpy()
+                table += confusion_table(batch.labels, found, len(table))
         self.model.train(training)
-        found: np.ndarray = logits.float().argmax(-1).cpu().numpy()
-        return found
+        return table
 
     @property
     def scores(self) -> tuple[str, ...]:
@@ -232,11 +230,10 @@ class ClassificationRun(TextRun):
 
     def make_scorer(self) -> Callable[[Path], dict[str, float]] | None:
         """Macro-F1 of the validation texts, in percent."""
-        dev = self.prepared.dev_set
-        if dev is None:
+        if self.prepared.dev_set is None:
             return None
         # The directory has the weights that the model has.
-        return lambda directory: {"macro_f1": 100 * macro_f1(self._table(dev))}
+        return lambda directory: {"macro_f1": 100 * macro_f1(self._validation_table())}
 
     def test(self, model: Path) -> dict[str, Any]:
         """Accuracy, macro-F1 and confusion table of the test texts, or of those for validation."""
@@ -244,10 +241,16 @@ class ClassificationRun(TextRun):
         prepared, say = self.prepared, self.console.print
         part = "test" if prepared.test else "validation"
         texts = prepared.test or prepared.dev
-        dataset = prepared.test_set if prepared.test else prepared.dev_set
-        if dataset is None:
+        if not texts:
             return {}
-        table = self._table(dataset)
+        self.model.eval()
+        found = predictions(self.model, prepared.tokenizer, [text for text, _ in texts])
+        numbers = {label: number for number, label in enumerate(prepared.labels)}
+        table = confusion_table(
+            np.array([numbers[label] for _, label in texts]),
+            np.array([numbers[prediction.label] for prediction in found]),
+            len(numbers),
+        )
         majority = int(self.label_counts.argmax())
         baseline = np.zeros_like(table)
         baseline[:, majority] = table.sum(1)
@@ -267,7 +270,7 @@ class ClassificationRun(TextRun):
         say()
         if len(table) <= _TABLE_LABELS:
             self._print_table(table)
-        self._write_predictions(part, texts, model)
+        self._write_predictions(part, texts, found)
         return results
 
     def _print_table(self, table: np.ndarray) -> None:
@@ -280,11 +283,10 @@ class ClassificationRun(TextRun):
             say(f"  {name:<{width}}" + "".join(f"{count:>{width},}" for count in row))
         say()
 
-    def _write_predictions(self, part: str, texts: Sequence[tuple[str, str]], model: Path) -> None:
-        from transformer_ext.inference.classifier import TextClassifier
-
+    def _write_predictions(
+        self, part: str, texts: Sequence[tuple[str, str]], predictions: Sequence[Prediction]
+    ) -> None:
         assert self.folder is not None
-        predictions = TextClassifier(model)([text for text, _ in texts])
         lines = (
             f"{label}\t{found.label}\t{found.probability:.4f}\t{text}\n"
             for (text, label), found in zip(texts, predictions, strict=True)

@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -243,7 +242,7 @@ class Run(ABC):
             trained = from_dict(TrainConfig, state["config"], f"checkpoint of step {resume_from}")
             for warning in check_changes(trained, config, f"{self.folder}/config.yaml"):
                 self.console.print(f"warning: {warning}")
-            self._set_weights(self.read_model(self.checkpoints.path(resume_from)))
+            self.model.load_weights(self.read_model(self.checkpoints.path(resume_from)))
         optimizer = Optimizer(
             self.parameters.items(),
             betas=config.optimizer.betas,
@@ -324,11 +323,6 @@ class Run(ABC):
         weights = {name: parameter.detach() for name, parameter in self.parameters.items()}
         self.write_model(folder, weights, self.notes())
 
-    def _set_weights(self, weights: Any) -> None:
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(torch.from_numpy(np.asarray(weights[name])))
-
     def go_on_command(self) -> str:
         """The command that resumes this run."""
         command, ranks = self.command, self.machine.world.size
@@ -360,7 +354,7 @@ class Run(ABC):
             weights = average_weights(averaged)
             choice = f"average of the {which} {len(averaged)} checkpoints"
             if best:
-                self._set_weights(weights)
+                self.model.load_weights(weights)
                 metric = trainer.plan.metric
                 single_process = World(0, 1, self.machine.device)
                 scored = metric not in ("nll", "accuracy")
@@ -385,7 +379,7 @@ class Run(ABC):
                     weights = {
                         n: p.detach().cpu().numpy().copy() for n, p in self.parameters.items()
                     }
-        self._set_weights(weights)
+        self.model.load_weights(weights)
         model = self.folder / "model"
         with atomic_directory(model, overwrite=True) as folder:
             self.write_model(

@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from transformer_ext.config import ConfigError, TrainConfig
 from transformer_ext.data import BatchSampler, collate
 from transformer_ext.data.preparation import PreparedData, prepare_data
@@ -20,7 +18,6 @@ from transformer_ext.files import atomic_write, load_model_dir, write_model_file
 from transformer_ext.model import Transformer, preset
 from transformer_ext.training.batches import BatchStream, Position
 from transformer_ext.training.machine import Machine
-from transformer_ext.training.optimizer import parameters_by_name
 from transformer_ext.training.parent import Parent, misfit
 from transformer_ext.training.report import Console, JsonLog, duration
 from transformer_ext.training.run import Run
@@ -190,10 +187,7 @@ class TranslationRun(Run):
         """The encoder-decoder of the preset, with the options' changes, or the parent."""
         if self.parent is not None:
             self.architecture = self.parent.architecture(self.config.model)
-            model = Transformer(self.architecture)
-            with torch.no_grad():
-                for name, parameter in parameters_by_name(model).items():
-                    parameter.copy_(torch.from_numpy(self.parent.model.weights[name]))
+            model = Transformer(self.architecture).load_weights(self.parent.model.weights)
             return model.to(self.machine.device).set_precision(self.machine.precision)
         source, target = self.prepared.source_tokenizer, self.prepared.target_tokenizer
         changes = dict(self.config.model)
