@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=1024)
     parser.add_argument("--precision", default="bfloat16")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--data-workers", type=int, default=1)
+    parser.add_argument("--data-workers", type=int, default=0)
     parser.add_argument("--log-every", type=int, default=50)
     parser.add_argument("--steps", type=int, default=20, help="steps of a turn")
     parser.add_argument("--seconds", type=float, default=30.0)

@@ -1070,12 +1070,13 @@ class TrainingConfig:
         maximum=1024,
         auto="the physical cores this process may use",
     )
-    data_workers: int = option(
-        1,
+    data_workers: int | None = option(
+        None,
         help="threads that read the next batches while a step is computed; 0 reads each when it is "
         "needed; the batches are the same for any number",
         minimum=0,
         maximum=64,
+        auto="1 beside a GPU, 0 on the CPU, where they take the step's time",
     )
     subword_dropout: float = option(
         0.0,

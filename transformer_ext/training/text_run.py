@@ -162,7 +162,7 @@ class TextRun(Run):
             rank=world.rank,
             world_size=world.size,
             start=start,
-            workers=training.data_workers,
+            workers=self.data_workers,
             content=self.prepared.train.digest(),
         )
 

@@ -257,7 +257,7 @@ class TranslationRun(Run):
             world_size=world.size,
             start=start,
             resample=self._sampled,
-            workers=training.data_workers,
+            workers=self.data_workers,
             content=train.digest([weight for _, _, weight in self.corpora]),
         )
 
