@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import multiprocessing
 import statistics
 import tempfile
@@ -37,7 +36,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from transformer_ext.config import DataConfig
 from transformer_ext.data import BatchSampler, ParallelDataset, collate
-from transformer_ext.data.dataset import DATASET_VERSION
+from transformer_ext.data.dataset import DATASET_VERSION, write_sealed
 from transformer_ext.data.preparation import prepare_data
 from transformer_ext.data.subwords import SampledBatches, SubwordSampler
 from transformer_ext.training.batches import BatchStream, Position, to_device
@@ -75,7 +74,7 @@ def generate(folder: Path, pairs: int) -> None:
         "sha256": {},
         **sides,
     }
-    (folder / "dataset.json").write_text(json.dumps(meta))
+    write_sealed(folder / "dataset.json", meta)
 
 
 # PyTorch ------------------------------------------------------------------------------------------

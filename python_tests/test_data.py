@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import lzma
 import os
 import pickle
@@ -613,9 +614,41 @@ def test_broken_datasets_are_refused(tmp_path, dataset) -> None:
     path.unlink()
     with pytest.raises(CorpusError, match=r"target\.ids: is missing"):
         ParallelDataset(copy)
-    (copy / "dataset.json").write_text("{")
-    with pytest.raises(CorpusError, match="not a data set"):
+    (copy / "dataset.json").unlink()
+    with pytest.raises(CorpusError, match=r"dataset\.json: cannot be read: No such file"):
         ParallelDataset(copy)
+
+
+def test_an_altered_description_of_a_dataset_is_refused(tmp_path, dataset) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(dataset.folder, folder)
+    path = folder / "dataset.json"
+    text = path.read_text(encoding="utf-8")
+    meta = json.loads(text)
+    without = {name: value for name, value in meta.items() if name != "pairs"}
+    for values in (
+        text[:-5],
+        "[" * 100_000,
+        "[1, 2]",
+        json.dumps(without),
+        json.dumps({**meta, "pairs": str(meta["pairs"])}),
+        json.dumps({**meta, "eos_id": 5}),
+        json.dumps({**meta, "corpora": [{**meta["corpora"][0], "end": 9}]}),
+        json.dumps({**meta, "skipped": {"lost": 3}}),
+    ):
+        path.write_text(values, encoding="utf-8")
+        with pytest.raises(CorpusError) as caught:
+            ParallelDataset(folder)
+        assert str(caught.value) == (
+            f"{path}: was altered after it was written; remove the folder {folder}, it is then "
+            "built anew"
+        )
+    path.write_bytes(b"\xff")
+    with pytest.raises(CorpusError, match="was altered"):
+        ParallelDataset(folder)
+    # Written otherwise, it is the same.
+    path.write_text(json.dumps(dict(sorted(meta.items()))), encoding="utf-8")
+    assert len(ParallelDataset(folder)) == len(dataset)
 
 
 def test_a_dataset_of_nothing_is_an_error(tmp_path, tokenizer) -> None:

@@ -390,6 +390,15 @@ def test_a_folder_without_permission_is_one_clear_error(pairs) -> None:
             )
 
 
+def test_a_damaged_split_is_named(own) -> None:
+    prepare_data(own)
+    (folder,) = Path(own.cache).glob("split-*[0-9a-f]/")
+    path = folder / "split.json"
+    path.write_text(path.read_text().replace('"threshold": ', '"threshold": 1'))
+    with pytest.raises(CorpusError, match=r"split\.json: was altered after it was written; remove"):
+        prepare_data(own)
+
+
 def test_errors_of_what_is_built_are_not_those_of_the_cache(tmp_path) -> None:
     def fails(error: Exception) -> None:
         def build(folder: Path) -> None:

@@ -3,8 +3,9 @@
 A data set is a folder: ``source.ids`` and ``target.ids`` hold the ids of all sentences one after
 the other (uint16 where the vocabulary allows, else int32), ``source.offsets`` and
 ``target.offsets`` (int64) where each begins, ``flags`` (uint8) what is known of each pair,
-``dataset.json`` the rest, with the SHA-256 of the others. Source sentences end with the end id;
-target sentences have neither start nor end. Pairs of one corpus are rows one after the other.
+``dataset.json`` the rest, with the SHA-256 of the others and of itself. Source sentences end with
+the end id; target sentences have neither start nor end. Pairs of one corpus are rows one after the
+other.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import numpy as np
 from transformer_ext.data.corpus import CorpusError, SkippedPairs
 from transformer_ext.data.tokenizer import Tokenizer
 
-DATASET_VERSION = 2
+DATASET_VERSION = 3
 _CHUNK = 4096
 _SIDES = ("source", "target")
 _FILES = ("source.ids", "source.offsets", "target.ids", "target.offsets", "flags")
@@ -32,6 +33,36 @@ _REPEATED = 1
 _IDENTICAL = 2
 # Pairs that are sorted at once when duplicates are looked for, 24 bytes each.
 _SORTED_PAIRS = 1 << 22
+
+
+def write_sealed(path: Path, values: dict[str, Any]) -> None:
+    """Write JSON with a checksum of itself."""
+    sealed = {**values, "checksum": _checksum(values)}
+    path.write_text(json.dumps(sealed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Read what :func:`write_sealed` wrote.
+
+    Raises:
+        CorpusError: it is not there, or not as it was written.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CorpusError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict) or values.pop("checksum", None) != _checksum(values):
+        raise CorpusError(
+            f"{path}: was altered after it was written; remove the folder {path.parent}, it is then "
+            "built anew"
+        )
+    return values
+
+
+def _checksum(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _id_type(tokenizer: Tokenizer) -> np.dtype[Any]:
@@ -288,8 +319,7 @@ class DatasetWriter:
             "corpora": corpora,
             "sha256": digests,
         }
-        text = json.dumps(meta, indent=2, ensure_ascii=False) + "\n"
-        (self._folder / "dataset.json").write_text(text, encoding="utf-8")
+        write_sealed(self._folder / "dataset.json", meta)
 
     def _end(self, number: int) -> int:
         last = number + 1 == len(self._corpora)
@@ -388,19 +418,16 @@ class ParallelDataset:
         eos_id: end id of the target.
 
     Raises:
-        CorpusError: a file is missing or has not the size it should have.
+        CorpusError: a file is missing or has not the size it should have, or ``dataset.json`` is not
+            as it was written.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        try:
-            meta = json.loads((self.folder / "dataset.json").read_text(encoding="utf-8"))
-            version = meta["version"]
-        except (OSError, ValueError, KeyError) as error:
-            raise CorpusError(f"{folder}: not a data set: {error}") from None
-        if version != DATASET_VERSION:
+        meta = read_sealed(self.folder / "dataset.json")
+        if meta["version"] != DATASET_VERSION:
             raise CorpusError(
-                f"{folder}: data set of version {version!r}, expected {DATASET_VERSION}"
+                f"{folder}: data set of version {meta['version']!r}, expected {DATASET_VERSION}"
             )
         self.bos_id: int = meta["bos_id"]
         self.eos_id: int = meta["eos_id"]

@@ -49,6 +49,8 @@ from transformer_ext.data.dataset import (
     ParallelDataset,
     build_dataset,
     encode_pairs,
+    read_sealed,
+    write_sealed,
 )
 from transformer_ext.data.doubts import look_misaligned, look_swapped
 from transformer_ext.data.progress import Progress
@@ -57,7 +59,7 @@ from transformer_ext.data.workers import Workers
 from transformer_ext.files import FileError, atomic_directory, atomic_write
 
 CACHE_VARIABLE = "TRANSFORMER_EXT_CACHE"
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 
 # A SentencePiece trainer holds its text in memory; more than this changes the pieces little.
 TOKENIZER_PAIRS = 500_000
@@ -472,7 +474,7 @@ class _Preparation:
         """What is held out, the number of pairs, and the folder of the tokenizer's sample."""
         key = {"text": self.text_key, "sample": TOKENIZER_PAIRS if self._sampled else 0}
         folder = cached(self.cache, "split", key, self._build_split)
-        values = json.loads((folder / "split.json").read_text(encoding="utf-8"))
+        values = read_sealed(folder / "split.json")
         held_out = HeldOut(
             threshold=values["threshold"],
             pairs=[(src, tgt) for _, src, tgt in values["pairs"]],
@@ -519,7 +521,7 @@ class _Preparation:
         held_out = choice.result(part_held_out, counts.used)
         pairs = [[part, *pair] for part, pair in zip(held_out.parts, held_out.pairs, strict=True)]
         values = {"threshold": held_out.threshold, "pairs": pairs, "used": counts.used}
-        (folder / "split.json").write_text(json.dumps(values), encoding="utf-8")
+        write_sealed(folder / "split.json", values)
         with (
             open(folder / "sample.source", "wb") as source,
             open(folder / "sample.target", "wb") as target,

@@ -15,7 +15,13 @@ from typing import Any, cast
 
 from transformer_ext.config import DataConfig
 from transformer_ext.data.corpus import CorpusError, HeldOut, file_digest, text_format
-from transformer_ext.data.dataset import DATASET_VERSION, ParallelDataset, build_dataset
+from transformer_ext.data.dataset import (
+    DATASET_VERSION,
+    ParallelDataset,
+    build_dataset,
+    read_sealed,
+    write_sealed,
+)
 from transformer_ext.data.preparation import (
     TOKENIZER_PAIRS,
     cache_folder,
@@ -130,10 +136,10 @@ def prepare_texts(
             "used": counts.used,
             "labels": sorted(labels - {""}),
         }
-        (folder / "split.json").write_text(json.dumps(values), encoding="utf-8")
+        write_sealed(folder / "split.json", values)
 
     split_folder = cached(cache, "text-split", {"text": text_key}, build_split)
-    split = json.loads((split_folder / "split.json").read_text(encoding="utf-8"))
+    split = read_sealed(split_folder / "split.json")
     dev = [(text, label) for text, label in split["texts"]]
     held_out = HeldOut(threshold=split["threshold"], pairs=dev)
 
@@ -154,7 +160,7 @@ def prepare_texts(
         say("turning the text into token ids")
         counts = TextCounts()
         build(folder, train_texts(counts))
-        (folder / "counts.json").write_text(json.dumps(vars(counts)), encoding="utf-8")
+        write_sealed(folder / "counts.json", vars(counts))
 
     tokens_key = {
         "tokenizer": tokenizer.sha256,
@@ -163,7 +169,7 @@ def prepare_texts(
     }
     folder = cached(cache, "texts", {"text": text_key, **tokens_key}, build_train)
     train = everything = ParallelDataset(folder)
-    counts = TextCounts(**json.loads((folder / "counts.json").read_text(encoding="utf-8")))
+    counts = TextCounts(**read_sealed(folder / "counts.json"))
     if max_length is not None:
         train = everything.filtered(max_length)
         counts.too_long = len(everything) - len(train)
