@@ -93,17 +93,12 @@ def run(command: list[str]) -> tuple[float, dict[str, Any], str]:
             output, _ = process.communicate(timeout=0.1)
             break
         except subprocess.TimeoutExpired:
-            for name, value in zip(peak, _memory_of(process), strict=False):
+            for name, value in zip(peak, _memory(process.pid), strict=False):
                 peak[name] = max(peak[name], value)
     seconds = time.perf_counter() - begin
     if process.returncode:
         raise SystemExit(f"{' '.join(command)}: status {process.returncode}")
     return seconds, peak, output
-
-
-def _memory_of(process: subprocess.Popen[str]) -> tuple[int, int, int]:
-    private, proportional, count = _memory(process.pid)
-    return private, proportional, count
 
 
 def _encode_alone(

@@ -491,6 +491,24 @@ def test_encoded_tags(tagged, by_words) -> None:
         assert [row.tolist() for row in rows] == [tagged.encode(text) for text in expected]
 
 
+def test_duplicates_are_the_same_text_under_the_same_tags(tagged, tmp_path) -> None:
+    encoders = IdEncoder(tagged, with_eos=True), IdEncoder(tagged)
+    writer = DatasetWriter(tmp_path, tagged, tagged)
+    tags = [
+        ("", ""),
+        ("<2de>", ""),
+        ("", "[x]"),
+        ("<2de>", "[x]"),
+        (">>fr<<", "[x]"),
+        ("<2de>", ""),
+    ]
+    for number, (source_tag, prefix) in enumerate(tags):
+        writer.begin(str(number))
+        writer.add(encode_pairs(["the cell"], ["die Zelle"], *encoders, source_tag, prefix))
+    writer.finish()
+    assert [rows.skipped.repeated for rows in ParallelDataset(tmp_path).corpora] == [0] * 5 + [1]
+
+
 def test_several_corpora_and_filters(tmp_path, tokenizer, pairs) -> None:
     encoders = IdEncoder(tokenizer, with_eos=True), IdEncoder(tokenizer)
     writer = DatasetWriter(tmp_path, tokenizer, tokenizer)

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from transformer_ext.config import TrainConfig, from_dict
+from transformer_ext.data.batches import pick_evenly
 from transformer_ext.model import Transformer, TransformerConfig
 from transformer_ext.training import trainer as trainer_module
 from transformer_ext.training.batches import (
@@ -30,7 +31,7 @@ from transformer_ext.training.moving_average import MovingAverage
 from transformer_ext.training.optimizer import Optimizer, parameters_by_name
 from transformer_ext.training.report import Console, JsonLog, duration, read_log, save_loss_curve
 from transformer_ext.training.schedules import Schedule
-from transformer_ext.training.scoring import pick_evenly, pick_samples, score
+from transformer_ext.training.scoring import pick_samples, score
 from transformer_ext.training.sizing import fill, recipe_for, shipped_recipe
 from transformer_ext.training.trainer import LossModule, Plan, Progress, Trainer, evaluate_loss
 

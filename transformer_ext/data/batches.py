@@ -18,7 +18,8 @@ import numpy as np
 
 from transformer_ext.data.dataset import ParallelDataset
 
-_GOLDEN = 0x9E3779B97F4A7C15
+#: 2^64 over the golden ratio, odd: multiples of it are spread over all of uint64.
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 #: Pairs at a time where the whole at once would need several times its memory.
 _BLOCK = 1 << 18
 
@@ -34,7 +35,7 @@ def random_state(*keys: int) -> np.ndarray:
     """uint64 [1] that depends on all the keys and their order."""
     state = np.zeros(1, np.uint64)
     for key in keys:
-        state = mix(state ^ mix(np.array([(key + _GOLDEN) % 2**64], np.uint64)))
+        state = mix(state ^ mix(np.array([(key + int(GOLDEN)) % 2**64], np.uint64)))
     return state
 
 
@@ -47,10 +48,16 @@ def random_order(count: int, *keys: int) -> np.ndarray:
     values = np.empty(count, np.uint64)
     for begin in range(0, count, _BLOCK):
         end = min(begin + _BLOCK, count)
-        counters = np.arange(begin + 1, end + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
+        counters = np.arange(begin + 1, end + 1, dtype=np.uint64) * GOLDEN
         values[begin:end] = mix(state + counters)
     # mix is a bijection, so no two are equal, and numpy's fastest sort gives the one order.
     return np.argsort(values)
+
+
+def pick_evenly(total: int, count: int) -> np.ndarray:
+    """At most ``count`` of the numbers below ``total``, spread evenly: int64, ascending."""
+    count = min(count, total)
+    return np.arange(count, dtype=np.int64) * total // max(1, count)
 
 
 class EpochBatches(Sequence[np.ndarray]):

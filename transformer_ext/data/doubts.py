@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from transformer_ext.data.batches import pick_evenly
 from transformer_ext.data.dataset import ParallelDataset
 from transformer_ext.data.tokenizer import Tokenizer
 
@@ -15,18 +16,13 @@ __all__ = ["look_misaligned", "look_swapped"]
 _SAMPLE = 5000
 
 
-def _evenly(total: int) -> np.ndarray:
-    count = min(total, _SAMPLE)
-    return np.arange(count, dtype=np.int64) * total // max(1, count)
-
-
 def look_misaligned(data: ParallelDataset) -> float | None:
     """The correlation of the lengths of both sides, where it is too small for translations.
 
     Lines that are translations of each other are long together and short together; the correlation
     is far above one half. None: it is so here, or the text is too short or too regular to tell.
     """
-    rows = _evenly(len(data))
+    rows = pick_evenly(len(data), _SAMPLE)
     source, target = data.source_lengths[rows], data.target_lengths[rows]
     if len(rows) < 500 or source.std() < 1 or target.std() < 1:
         return None
@@ -44,12 +40,12 @@ def look_swapped(
     """
     if not pairs:
         return False
-    rows = _evenly(len(train))
+    rows = pick_evenly(len(train), _SAMPLE)
     sides = []
     for tokenizer, gather in ((source, train.gather_source), (target, train.gather_target)):
         counts = np.bincount(gather(rows)[0], minlength=tokenizer.vocab_size) + 0.5
         sides.append((tokenizer, np.log(counts / counts.sum())))
-    chosen = [pairs[row] for row in _evenly(len(pairs))[:500]]
+    chosen = [pairs[row] for row in pick_evenly(len(pairs), 500)]
     gain, characters = 0.0, 1
     for column in (0, 1):
         texts = [pair[column] for pair in chosen]

@@ -19,11 +19,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from transformer_ext.data.batches import Batch, mix, random_state
+from transformer_ext.data.batches import GOLDEN, Batch, mix, random_state
 from transformer_ext.data.tokenizer import Tokenizer, TokenizerError
 
 _SPACE = "\u2581"
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _NORMAL = 1
 _MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 #: Of a pair that makes no piece.
@@ -89,8 +88,8 @@ class SubwordSampler:
             return ids, lengths
         words = _words(self._model, ids, lengths)
         bases = np.concatenate([random_state(self._seed, epoch, of, 3) for of in (0, 1)])
-        sentences = mix(bases[side] + (examples.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
-        states = mix(sentences[words.sentence] + (words.number + 1).astype(np.uint64) * _GOLDEN)
+        sentences = mix(bases[side] + (examples.astype(np.uint64) + np.uint64(1)) * GOLDEN)
+        states = mix(sentences[words.sentence] + (words.number + 1).astype(np.uint64) * GOLDEN)
         changed, new_ids, counts = self._model.sample(ids, words, states)
         if not len(changed):
             return ids, lengths
@@ -286,7 +285,7 @@ class _Table:
             places = places[left] + np.uint64(1) & self._mask
 
     def _places(self, keys: np.ndarray) -> np.ndarray:
-        places: np.ndarray = keys * _GOLDEN >> self._shift
+        places: np.ndarray = keys * GOLDEN >> self._shift
         return places
 
     def __call__(self, keys: np.ndarray) -> np.ndarray:
@@ -465,7 +464,7 @@ class _Merges(_Pieces):
     def _draws(states: np.ndarray, size: int) -> np.ndarray:
         """A 16-bit number for each pair of neighbours of words of so many symbols."""
         counters = np.arange((size + 2) // 4, dtype=np.uint64) + np.uint64(size << 20)
-        draws = mix(states[:, None] + counters * _GOLDEN).astype("<u8", copy=False)
+        draws = mix(states[:, None] + counters * GOLDEN).astype("<u8", copy=False)
         return draws.view("<u2")[:, : size - 1].astype(np.int32)
 
 
@@ -480,7 +479,7 @@ class _Lattice(_Pieces):
         for number, text in enumerate(texts):
             key = 0
             for char in text:
-                key = (key * int(_GOLDEN) + self.ids[char] + 1) % 2**64
+                key = (key * int(GOLDEN) + self.ids[char] + 1) % 2**64
             keys[number] = key
         self._table = _Table(keys, np.arange(len(keys)), -1)
         # The last entry is for texts that are no piece.
@@ -522,7 +521,7 @@ class _Lattice(_Pieces):
         keys = np.zeros((words, longest), np.uint64)
         for size in range(1, width + 1):
             last = symbols[:, size - 1 :]
-            keys = keys[:, : longest - size + 1] * _GOLDEN + (last + 1).astype(np.uint64)
+            keys = keys[:, : longest - size + 1] * GOLDEN + (last + 1).astype(np.uint64)
             pieces = self._table(keys.ravel()).reshape(keys.shape)
             pieces[last < 0] = -1
             found[:, size:, size - 1] = pieces
@@ -547,7 +546,7 @@ class _Lattice(_Pieces):
             ways = logs[rows[:, None], np.maximum(befores, 0)] + scores[rows, end]
             ways[befores < 0] = -np.inf
             shares = np.cumsum(np.exp(ways - logs[rows, end][:, None]), 1)
-            draws = mix(states[rows] + end.astype(np.uint64) * _GOLDEN) >> np.uint64(11)
+            draws = mix(states[rows] + end.astype(np.uint64) * GOLDEN) >> np.uint64(11)
             wanted = draws.astype(np.float64) * 2.0**-53 * shares[:, -1]
             taken = (shares <= wanted[:, None]).sum(1)
             drawn[rows, counts[rows]] = self._ids[found[rows, end, taken]]

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from transformer_ext.config import ConfigError, TrainConfig
+from transformer_ext.data.batches import pick_evenly
 from transformer_ext.data.corpus import ParallelText, read_pairs, shipped_corpus
 from transformer_ext.data.dataset import ParallelDataset
 from transformer_ext.data.text import Labelled, TextCounts, read_labelled
@@ -22,7 +23,6 @@ from transformer_ext.inference.classifier import Prediction, predictions
 from transformer_ext.model import Classifier, ClassifierConfig, classifier_preset
 from transformer_ext.training.machine import Machine
 from transformer_ext.training.report import Console
-from transformer_ext.training.scoring import pick_evenly
 from transformer_ext.training.sizing import Recipe, fill, recipe_for
 from transformer_ext.training.text_run import Examples, TextRun, one_stack
 from transformer_ext.training.trainer import LossModule

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from transformer_ext.config import ConfigError, TrainConfig
+from transformer_ext.data.batches import pick_evenly
 from transformer_ext.data.corpus import shipped_corpus
 from transformer_ext.data.dataset import ParallelDataset
 from transformer_ext.data.text import Blocks, Lines, TextCounts, read_texts
@@ -21,7 +22,6 @@ from transformer_ext.model import LanguageModel, LanguageModelConfig, language_m
 from transformer_ext.training.distributed import World
 from transformer_ext.training.machine import Machine
 from transformer_ext.training.report import Console
-from transformer_ext.training.scoring import pick_evenly
 from transformer_ext.training.sizing import Recipe, fill, recipe_for
 from transformer_ext.training.text_run import Examples, TextRun, one_stack
 from transformer_ext.training.trainer import LossModule, evaluate_loss

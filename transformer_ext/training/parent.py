@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from transformer_ext.config import ConfigError, DataConfig, TrainConfig
+from transformer_ext.data.batches import pick_evenly
 from transformer_ext.data.corpus import file_digest
 from transformer_ext.data.dataset import ParallelDataset
 from transformer_ext.data.tokenizer import Tokenizer
@@ -159,7 +160,7 @@ def misfit(data: ParallelDataset, source: Tokenizer, target: Tokenizer) -> list[
     Raises:
         ConfigError: much of it is unknown.
     """
-    rows = np.arange(min(len(data), 5000), dtype=np.int64) * len(data) // min(len(data), 5000)
+    rows = pick_evenly(len(data), 5000)
     messages = []
     for side, tokenizer, gather in (
         ("source", source, data.gather_source),

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from transformer_ext.data.batches import pick_evenly
 from transformer_ext.data.tokenizer import Tokenizer
 from transformer_ext.inference.engine import UnsupportedModelError
 from transformer_ext.inference.options import SearchOptions
@@ -31,7 +30,6 @@ __all__ = [
     "Scorer",
     "Scores",
     "compare",
-    "pick_evenly",
     "pick_samples",
     "print_samples",
     "score",
@@ -161,12 +159,6 @@ def _sacrebleu_seed(seed: int) -> Iterator[None]:
             del os.environ["SACREBLEU_SEED"]
         else:
             os.environ["SACREBLEU_SEED"] = before
-
-
-def pick_evenly(total: int, count: int) -> np.ndarray:
-    """At most ``count`` of the numbers below ``total``, spread evenly: int64, ascending."""
-    count = min(count, total)
-    return np.arange(count, dtype=np.int64) * total // max(1, count)
 
 
 def pick_samples(pairs: Sequence[tuple[str, str]], count: int) -> list[int]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from transformer_ext.config import ConfigError, TrainConfig
 from transformer_ext.data import BatchSampler
+from transformer_ext.data.batches import pick_evenly
 from transformer_ext.data.dataset import ParallelDataset
 from transformer_ext.data.text import TextBatch
 from transformer_ext.data.text_preparation import PreparedTexts
@@ -20,7 +21,6 @@ from transformer_ext.training.batches import BatchStream, Position
 from transformer_ext.training.machine import Machine
 from transformer_ext.training.report import Console
 from transformer_ext.training.run import Run
-from transformer_ext.training.scoring import pick_evenly
 from transformer_ext.training.sizing import Recipe
 
 __all__ = ["Examples", "TextRun", "one_stack"]

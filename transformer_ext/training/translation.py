@@ -12,6 +12,7 @@ from typing import Any
 
 from transformer_ext.config import ConfigError, TrainConfig
 from transformer_ext.data import BatchSampler, collate
+from transformer_ext.data.batches import pick_evenly
 from transformer_ext.data.preparation import PreparedData, prepare_data
 from transformer_ext.data.subwords import SampledBatches, SubwordSampler
 from transformer_ext.files import atomic_write, load_model_dir, write_model_files
@@ -24,7 +25,6 @@ from transformer_ext.training.run import Run
 from transformer_ext.training.scoring import (
     Decoder,
     Scorer,
-    pick_evenly,
     pick_samples,
     print_samples,
     score,
