@@ -9,7 +9,6 @@ import math
 import random
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -98,9 +97,9 @@ TEXTS = ["to be", "or", "not to be or not", "be", "not to"]
 
 def dataset(folder: Path, tokenizer: Tokenizer, labels: list[str]) -> ParallelDataset:
     names = sorted(set(labels) - {""})
-    target: Any = Labels(names, tokenizer)
     folder.mkdir()
-    build_dataset(folder, list(zip(TEXTS, labels, strict=True)), tokenizer, target)
+    pairs = list(zip(TEXTS, labels, strict=True))
+    build_dataset(folder, pairs, tokenizer, Labels(names, tokenizer))
     return ParallelDataset(folder)
 
 

@@ -17,12 +17,11 @@ import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from transformer_ext.data.corpus import CorpusError, SkippedPairs
-from transformer_ext.data.tokenizer import Tokenizer
 
 DATASET_VERSION = 3
 _CHUNK = 4096
@@ -65,7 +64,25 @@ def _checksum(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _id_type(tokenizer: Tokenizer) -> np.dtype[Any]:
+class Encoder(Protocol):
+    """What a side of a data set is encoded with: a tokenizer, or what gives each text a label."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def bos_id(self) -> int: ...
+    @property
+    def eos_id(self) -> int: ...
+    @property
+    def vocabulary(self) -> Path | None: ...
+    @property
+    def tag_ids(self) -> frozenset[int]: ...
+
+    def split_tag(self, text: str) -> tuple[list[int], str]: ...
+    def encode_untagged(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+
+def _id_type(tokenizer: Encoder) -> np.dtype[Any]:
     return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<i4")
 
 
@@ -84,9 +101,7 @@ class IdEncoder:
     _MOST_WORDS = 1 << 18
     _LONGEST_WORD = 48
 
-    def __init__(
-        self, tokenizer: Tokenizer, with_eos: bool = False, by_words: bool = False
-    ) -> None:
+    def __init__(self, tokenizer: Encoder, with_eos: bool = False, by_words: bool = False) -> None:
         self._tokenizer = tokenizer
         self._dtype = _id_type(tokenizer)
         size = self._dtype.itemsize
@@ -241,7 +256,7 @@ class DatasetWriter:
     """
 
     def __init__(
-        self, folder: str | Path, source_tokenizer: Tokenizer, target_tokenizer: Tokenizer
+        self, folder: str | Path, source_tokenizer: Encoder, target_tokenizer: Encoder
     ) -> None:
         self._folder = Path(folder)
         self._tokenizers = (source_tokenizer, target_tokenizer)
@@ -353,8 +368,8 @@ def _repeated(path: Path, count: int) -> np.ndarray:
 def build_dataset(
     folder: str | Path,
     pairs: Iterable[tuple[str, str]],
-    source_tokenizer: Tokenizer,
-    target_tokenizer: Tokenizer,
+    source_tokenizer: Encoder,
+    target_tokenizer: Encoder,
     name: str = "text",
 ) -> None:
     """Write a data set into a folder that is there, a few thousand pairs in memory at a time.
@@ -363,7 +378,7 @@ def build_dataset(
         folder: where to.
         pairs: source and target sentences.
         source_tokenizer: of the source.
-        target_tokenizer: of the target, possibly the same.
+        target_tokenizer: of the target, possibly the same; or what gives the labels.
         name: of the corpus.
 
     Raises:

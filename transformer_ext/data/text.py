@@ -160,7 +160,7 @@ def _json_label(line: str) -> tuple[str, str]:
 
 
 class Labels:
-    """The names of classes in the part of a tokenizer: a label is a text of one id, its number.
+    """The names of classes as an encoder of a data set: a label is a text of one id, its number.
 
     Args:
         names: the labels, in the order of their numbers; none for texts without labels, whose ids
@@ -177,7 +177,11 @@ class Labels:
         self.vocab_size = max(1, len(self.names))
         self.bos_id, self.eos_id = tokenizer.bos_id, tokenizer.eos_id
 
-    def encode_untagged(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
+    def split_tag(self, text: str) -> tuple[list[int], str]:
+        """No label has a tag."""
+        return [], text
+
+    def encode_untagged(self, texts: Sequence[str]) -> list[list[int]]:
         """The number of each label."""
         return [[self._numbers[text]] if self.names else [] for text in texts]
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from transformer_ext.config import DataConfig
 from transformer_ext.data.corpus import CorpusError, HeldOut, file_digest, text_format
@@ -154,7 +154,7 @@ def prepare_texts(
     labels = Labels(split["labels"], tokenizer)
 
     def build(folder: Path, texts: Iterable[tuple[str, str]]) -> None:
-        build_dataset(folder, texts, tokenizer, cast(Tokenizer, labels))
+        build_dataset(folder, texts, tokenizer, labels)
 
     def build_train(folder: Path) -> None:
         say("turning the text into token ids")
