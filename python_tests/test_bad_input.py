@@ -163,7 +163,7 @@ TRAINING = [
     ("--output a-file/run", "a-file/run"),
     ("--overwrite", "output.overwrite: expected output beside it, the folder to replace"),
     ("--resume --output a-folder", "--resume: a-folder holds no run to go on with"),
-    ("--resume", "--resume: there is no run in runs/; name its folder with --output"),
+    ("--resume", "--resume: runs/ holds no numbered run, as a training without --output makes"),
     ("--resume --output x --config typo.yaml", "leave --config out"),
     ("--resume --output x --init-from y", "leave --init-from out"),
     ("--init-from none", "none: no such model directory"),

@@ -156,6 +156,25 @@ def test_compare_models_and_files(files, capsys):
         )
 
 
+def test_other_translations_are_not_overwritten(files, capsys):
+    folder = save_random_model(files / "model")
+    arguments = [str(folder), "--src", str(files / "src"), "--ref", str(files / "ref")]
+    written, second = files / "model.src.output.txt", files / "model.src.output.2.txt"
+    assert main([*arguments, "--max-length", "5"]) == 0
+    first = written.read_bytes()
+    assert main([*arguments, "--max-length", "5"]) == 0
+    assert written.read_bytes() == first and not second.exists()
+    assert main([*arguments, "--max-length", "2"]) == 0
+    assert written.read_bytes() == first != second.read_bytes()
+    assert str(second) in capsys.readouterr().err
+
+
+def test_a_system_that_is_not_there_is_named(files, capsys):
+    with pytest.raises(SystemExit):
+        main(["--compare", str(files / "ref"), str(files / "none"), "--ref", str(files / "ref")])
+    assert f"--compare: {files / 'none'}: no such model directory" in capsys.readouterr().err
+
+
 def test_translations_that_cannot_be_written(files, monkeypatch, capsys):
     """Nothing half-written, and the file is named."""
     folder = save_random_model(files / "model")
@@ -168,8 +187,9 @@ def test_translations_that_cannot_be_written(files, monkeypatch, capsys):
     monkeypatch.setattr(model_files, "atomic_write", full)
     arguments = [str(folder), "--src", str(files / "src"), "--ref", str(files / "ref")]
     assert main([*arguments, "--max-length", "5"]) == 2
-    assert f"error: {written}: cannot be written: No space left" in capsys.readouterr().err
-    assert written.read_text() == "as it was\n"
+    other = files / "model.src.output.2.txt"
+    assert f"error: {other}: cannot be written: No space left" in capsys.readouterr().err
+    assert written.read_text() == "as it was\n" and not other.exists()
 
 
 @pytest.mark.parametrize(

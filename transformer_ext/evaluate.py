@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +111,9 @@ def _options(parser: ArgumentParser, arguments: Any) -> SearchOptions:
             if getattr(arguments, name) != parser.get_default(name):
                 parser.error(f"--{name.replace('_', '-')}: only --compare resamples")
     models = _models(arguments)
+    for name in models if arguments.compare else ():
+        if not os.path.exists(name):
+            parser.error(f"--compare: {name}: no such model directory or file of translations")
     if models and (arguments.src is None) != (arguments.ref is None):
         parser.error("--src FILE and --ref FILE belong together")
     if arguments.compare is not None and not models:
@@ -172,6 +176,16 @@ def _beside(model: str, source: str) -> str:
     return os.path.join(folder, f"{name}.{_source_name(source)}.output.txt")
 
 
+def _not_another(path: str, lines: Sequence[str]) -> str:
+    """The path, with a number where other translations have it: of a text of the same name, or of
+    another search."""
+    stem, number, content = path.removesuffix(".txt"), 1, "".join(f"{line}\n" for line in lines)
+    while os.path.isfile(path) and Path(path).read_bytes() != content.encode():
+        number += 1
+        path = f"{stem}.{number}.txt"
+    return path
+
+
 def _check_output(path: str, asked: bool) -> None:
     """Before the work whose result it is to hold.
 
@@ -223,11 +237,17 @@ def _translate(
     arguments.model = system.name
     with open_translator(arguments, options) as translator:
         start = time.perf_counter()
-        found = translator.translate(
-            lines, batch_size=arguments.batch_size, batch_tokens=arguments.batch_tokens
-        )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = translator.translate(
+                lines, batch_size=arguments.batch_size, batch_tokens=arguments.batch_tokens
+            )
         system.seconds = time.perf_counter() - start
+    for warning in caught:
+        print(f"warning: {warning.message}", file=sys.stderr)
     system.lines = [translation.text for translation in found]
+    if arguments.output is None:
+        system.output = _not_another(system.output, system.lines)
     _write(system.output, system.lines)
     print(
         f"{len(lines)} sentences translated in {system.seconds:.1f} s: {system.output}",
@@ -293,6 +313,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if system.model and folder is None:
             _check_output(system.output, arguments.output is not None)
 
+    if models and arguments.ref is None:
+        print(
+            "text: the test set that comes with the package (software help, English to German); "
+            "--src and --ref name another",
+            file=sys.stderr,
+        )
     text = TextLines()
     references = text.read(reference_path)
     if not references:

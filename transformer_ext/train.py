@@ -95,7 +95,7 @@ def _read_config(file: Path) -> TrainConfig:
     """
     if not file.read_bytes().endswith(_WHOLE.encode()):
         raise ConfigError(
-            f"{file}: its last line is missing, it was cut off; the options of the run are also in "
+            f"{file}: its last line is missing, it was cut off or altered; the options of the run are also in "
             f"{file.parent / 'log.jsonl'} and in training.json of each checkpoint"
         )
     return from_yaml(TrainConfig, str(file))

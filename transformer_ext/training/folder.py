@@ -67,7 +67,10 @@ def newest_run() -> Path:
     """
     runs = _runs()
     if not runs:
-        raise ConfigError(f"--resume: there is no run in {_RUNS}/; name its folder with --output")
+        raise ConfigError(
+            f"--resume: {_RUNS}/ holds no numbered run, as a training without --output makes; name the "
+            "folder of the run with --output"
+        )
     return runs[-1]
 
 

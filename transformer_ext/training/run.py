@@ -21,7 +21,7 @@ from torch import nn
 
 from transformer_ext.average import average_weights
 from transformer_ext.config import ConfigError, TrainConfig, from_dict, to_dict
-from transformer_ext.files import FileError, atomic_directory, read_json, write_json
+from transformer_ext.files import FileError, atomic_directory, free_bytes, read_json, write_json
 from transformer_ext.ops import backend
 from transformer_ext.training.batches import BatchStream, Position
 from transformer_ext.training.checkpoint import Checkpoints
@@ -190,6 +190,25 @@ class Run(ABC):
             self.config, optimizer=dataclasses.replace(optimizer, warmup_steps=most)
         )
 
+    def _print_disk(self) -> None:
+        """What the checkpoints will take: weights, two moments, and with an average the weights."""
+        output = self.config.output
+        values = 4 if self.config.training.ema_decay else 3
+        each = 4 * values * sum(p.numel() for p in self.parameters.values())
+        # One more while the next is written.
+        most = output.keep_checkpoints + output.keep_best + 1
+        free = free_bytes(output.output or ".")
+        self.console.print(
+            f"disk       {each / 1e6:,.0f} MB a checkpoint, at most {most} of them at once: "
+            f"{most * each / 1e9:,.2f} GB"
+            + ("" if free is None else f"; {free / 1e9:,.2f} GB are free")
+        )
+        if free is not None and free < most * each:
+            self.console.print(
+                "warning: the disk will not hold them; --keep-checkpoints and --keep-best say how "
+                "many are kept"
+            )
+
     def print_plan(self) -> None:
         """Data, model and schedule, for people."""
         config, say = self.config, self.console.print
@@ -197,6 +216,7 @@ class Run(ABC):
         for line in self.describe():
             say(line)
         say(f"seed       {training.seed}: of weights, order of batches and dropout")
+        self._print_disk()
         batch = f"{training.max_tokens:,} {self.batch_unit}"
         ranks = self.machine.world.size
         if training.accum_steps * ranks > 1:
