@@ -412,3 +412,13 @@ def test_full_output(
             model = [*SMALL_MODEL, "--dry-run"] if module is train else ["--vocab-size", "330"]
             assert module.main([*model, *TEXT]) == status
         assert capsys.readouterr().err.startswith(expected)
+
+
+def test_a_metric_of_another_task_is_found_before_the_text_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = tmp_path / "cache"
+    assert train.main(["--validation-metric", "exact", "--cache", str(cache)]) == 2
+    found = capsys.readouterr()
+    assert "got 'exact', expected one of nll, accuracy, bleu, chrf" in found.err
+    assert "reading" not in found.out and not cache.exists()

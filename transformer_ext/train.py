@@ -117,6 +117,7 @@ def _train(config: TrainConfig) -> int:
         Board.require()
     task = task_of(config)
     config = task.preferences(config)
+    task.check_metric(config)
     machine = Machine.join(config)
     world = machine.world
     console = Console(silent=not world.first)

@@ -223,10 +223,12 @@ class ClassificationRun(TextRun):
         self.model.train(training)
         return table
 
+    all_scores = ("macro_f1",)
+
     @property
     def scores(self) -> tuple[str, ...]:
         """The accuracy is always there; macro-F1 where there are texts for validation."""
-        return ("macro_f1",) if self.prepared.dev_set is not None else ()
+        return self.all_scores if self.prepared.dev_set is not None else ()
 
     def make_scorer(self) -> Callable[[Path], dict[str, float]] | None:
         """Macro-F1 of the validation texts, in percent."""

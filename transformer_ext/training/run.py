@@ -93,6 +93,18 @@ class Run(ABC):
         """The configuration with what suits the task in place of what the machine would choose."""
         return config
 
+    #: Names of the scores that the task's judge can give.
+    all_scores: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def check_metric(cls, config: TrainConfig) -> None:
+        """Whether the task can have the metric that the configuration asks for.
+
+        Raises:
+            ConfigError: It cannot, whatever the data are.
+        """
+        _require_metric(config, cls.all_scores)
+
     @abstractmethod
     def make_model(self) -> nn.Module:
         """The model with its first weights, on the device; the generator is seeded before."""
@@ -327,14 +339,7 @@ class Run(ABC):
         return trainer
 
     def _metric(self) -> str:
-        metric = self.config.evaluation.validation_metric
-        known = ("nll", "accuracy", *self.scores)
-        if metric not in known:
-            raise ConfigError(
-                f"evaluation.validation_metric: got {metric!r}, expected one of "
-                f"{', '.join(known)} for this task"
-            )
-        return metric
+        return _require_metric(self.config, self.scores)
 
     def notes(self) -> dict[str, Any]:
         """What is stored with every model: enough to train it again."""
@@ -515,3 +520,13 @@ class Run(ABC):
             "validation decodes; most memory "
             f"{peak_memory_bytes(self.machine.device) / (1 << 30):.2f} GiB; no run was written"
         )
+
+
+def _require_metric(config: TrainConfig, scores: Sequence[str]) -> str:
+    metric, known = config.evaluation.validation_metric, ("nll", "accuracy", *scores)
+    if metric not in known:
+        raise ConfigError(
+            f"evaluation.validation_metric: got {metric!r}, expected one of {', '.join(known)} for "
+            "this task"
+        )
+    return metric

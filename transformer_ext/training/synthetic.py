@@ -232,10 +232,12 @@ class SyntheticRun(TranslationRun):
     def _recipe(self, config: TrainConfig, device: str, tokens_per_pair: float) -> Recipe:
         return recipe(device)
 
+    all_scores = ("exact",)
+
     @property
     def scores(self) -> tuple[str, ...]:
         """What is right as a whole, in percent."""
-        return ("exact",) if self.config.evaluation.validation_sentences else ()
+        return self.all_scores if self.config.evaluation.validation_sentences else ()
 
     def make_scorer(self) -> Any:
         """Some of the unseen sequences."""

@@ -28,6 +28,13 @@ class Task(Protocol):
     def preferences(self, config: TrainConfig) -> TrainConfig:
         """The configuration with what suits the task in place of what the machine would choose."""
 
+    def check_metric(self, config: TrainConfig) -> None:
+        """Whether the task can have the metric that the configuration asks for.
+
+        Raises:
+            ConfigError: It cannot, whatever the data are.
+        """
+
     def prepare(self, config: TrainConfig, machine: Machine, console: Console) -> Run:
         """Reads the data, or finds them prepared.
 

@@ -8,7 +8,7 @@ import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from transformer_ext.config import ConfigError, TrainConfig
 from transformer_ext.data import BatchSampler, collate
@@ -293,11 +293,13 @@ class TranslationRun(Run):
             functools.partial(collate, dev, rows[indices], start_id) for indices in sampler.epoch(0)
         ]
 
+    all_scores: ClassVar[tuple[str, ...]] = ("bleu", "chrf")
+
     @property
     def scores(self) -> tuple[str, ...]:
         """None where nothing is translated."""
         judged = self.prepared.dev and self.config.evaluation.validation_sentences
-        return ("bleu", "chrf") if judged else ()
+        return self.all_scores if judged else ()
 
     def make_scorer(self) -> Scorer | None:
         """Translates some of the held-out text."""
