@@ -414,11 +414,15 @@ def test_full_output(
         assert capsys.readouterr().err.startswith(expected)
 
 
-def test_a_metric_of_another_task_is_found_before_the_text_is_read(
+def test_what_no_text_could_mend_is_found_before_the_text_is_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cache = tmp_path / "cache"
     assert train.main(["--validation-metric", "exact", "--cache", str(cache)]) == 2
     found = capsys.readouterr()
     assert "got 'exact', expected one of nll, accuracy, bleu, chrf" in found.err
+    assert "reading" not in found.out and not cache.exists()
+    assert train.main(["--nhead", "3", "--cache", str(cache)]) == 2
+    found = capsys.readouterr()
+    assert "nhead: 3 does not divide d_model 256" in found.err
     assert "reading" not in found.out and not cache.exists()

@@ -42,6 +42,8 @@ __all__ = ["TranslationRun"]
 
 #: Validation loss reads at most so many pairs, spread evenly over the held-out text.
 _VALIDATION_PAIRS = 2000
+#: Pieces of a vocabulary as good as any other.
+_ANY_VOCABULARY = 1000
 
 
 class TranslationRun(Run):
@@ -152,12 +154,17 @@ class TranslationRun(Run):
         Raises:
             ValueError: The text cannot be used.
         """
-        data, parent, tokenizers = config.data, None, None
+        data, size, parent, tokenizers = config.data, config.preset, None, None
         if config.init_from is not None:
             parent = Parent.open(config)
             tokenizers = parent.model.source_tokenizer, parent.model.target_tokenizer
         elif data.shipped:
-            data = fill(config, shipped_recipe(machine.device.type, config.preset)).data
+            filled = fill(config, shipped_recipe(machine.device.type, config.preset))
+            data, size = filled.data, filled.preset
+        if parent is None and size is not None:
+            # Fields that do not go together are found before the text is read; which vocabulary they
+            # are for does not matter.
+            preset(size, _ANY_VOCABULARY, _ANY_VOCABULARY, **config.model)
         with machine.world.first_goes_first():
             prepared = prepare_data(
                 data, lambda text: console.print(f"data       {text} ..."), tokenizers
