@@ -406,8 +406,10 @@ def test_ctrl_c_ends_a_long_search(tmp_path):
     # One sentence whose translation would take minutes; alone, and so many that teams are formed.
     folder = save_random_model(tmp_path / "model")
     script = """
-import sys, time
+import signal, sys
 from transformer_ext import Translator
+# A shell without job control starts what runs in its background with SIGINT ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with Translator(sys.argv[1], threads=2) as translator:
     texts = ["open the file"] * int(sys.argv[2])
     print("begins", flush=True)
@@ -423,4 +425,7 @@ with Translator(sys.argv[1], threads=2) as translator:
             assert process.stdout.readline() == "begins\n"
             time.sleep(0.5)
             process.send_signal(signal.SIGINT)
-            assert process.communicate(timeout=60)[0] == "ended\nTrue\n"
+            try:
+                assert process.communicate(timeout=60)[0] == "ended\nTrue\n"
+            finally:
+                process.kill()
