@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from training_helpers import interrupted_after
 
 from transformer_ext import Translator, make_model, train
 from transformer_ext.config import ConfigError, SyntheticConfig
 from transformer_ext.files import load_model_dir
 from transformer_ext.ops.masks import subsequent_mask
 from transformer_ext.training.synthetic import make_sequences
-from transformer_ext.training.trainer import Trainer
 
 #: Learnt in seconds.
 QUICK = (
@@ -83,22 +83,12 @@ def test_the_command_learns_it(
     assert output == (text if task == "copy" else "1 3 3 5 8")
 
 
-def test_interrupted_and_resumed_is_the_same_to_the_bit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_and_resumed_is_the_same_to_the_bit(tmp_path: Path) -> None:
     options = ["--task", "reverse", "--cache", str(tmp_path / "cache"), *QUICK]
     options += ["--max-steps", "8", "--validate-every", "4", "--validation-sentences", "0"]
     assert train.main([*options, "--output", str(tmp_path / "whole")]) == 0
-    step = Trainer.train_step
-
-    def stop_after_6(trainer: Trainer) -> None:
-        step(trainer)
-        if trainer.progress.step == 6:
-            trainer.stop.signal = 2
-
-    monkeypatch.setattr(Trainer, "train_step", stop_after_6)
-    assert train.main([*options, "--output", str(tmp_path / "parts")]) == 130
-    monkeypatch.undo()
+    with interrupted_after(6):
+        assert train.main([*options, "--output", str(tmp_path / "parts")]) == 130
     assert train.main(["--output", str(tmp_path / "parts"), "--resume"]) == 0
     first, second = (load_model_dir(tmp_path / name / "model") for name in ("whole", "parts"))
     for name, value in first.weights.items():

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from training_helpers import interrupted_after
 
 from transformer_ext import classify, generate, train
 from transformer_ext.config import DataConfig
@@ -41,7 +42,6 @@ from transformer_ext.training.classification import (
     read_matches,
 )
 from transformer_ext.training.language_model import text_perplexities
-from transformer_ext.training.trainer import Trainer
 
 #: A model of some thousand parameters, as options of the command.
 SMALL = (
@@ -370,7 +370,7 @@ def test_a_classifier_from_text_to_labels(
 
 @pytest.mark.parametrize("task", ["language-model", "classify"])
 def test_interrupted_and_resumed_is_the_same_to_the_bit(
-    task: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    task: str, folder: Path, tmp_path: Path
 ) -> None:
     options = command(
         folder, task, "--max-steps", "12", "--validate-every", "4", "--dropout", "0.1"
@@ -378,16 +378,8 @@ def test_interrupted_and_resumed_is_the_same_to_the_bit(
     if task == "language-model":
         options += ["--block-size", "32"]
     assert train.main([*options, "--output", str(tmp_path / "whole")]) == 0
-    step = Trainer.train_step
-
-    def stop_after_6(trainer: Trainer) -> None:
-        step(trainer)
-        if trainer.progress.step == 6:
-            trainer.stop.signal = 2
-
-    monkeypatch.setattr(Trainer, "train_step", stop_after_6)
-    assert train.main([*options, "--output", str(tmp_path / "parts")]) == 130
-    monkeypatch.undo()
+    with interrupted_after(6):
+        assert train.main([*options, "--output", str(tmp_path / "parts")]) == 130
     assert train.main(["--output", str(tmp_path / "parts"), "--resume"]) == 0
     for name in ("checkpoints/step-12", "model"):
         first, second = (

@@ -6,14 +6,13 @@ import hashlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from training_helpers import SMALL_MODEL, write_text
+from training_helpers import SMALL_MODEL, interrupted_after, write_text
 
 from transformer_ext import train
 from transformer_ext.files import load_model_dir
@@ -129,7 +128,6 @@ def test_interrupted_and_resumed_is_the_same_to_the_bit(
     text: list[str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
     precision: str,
 ) -> None:
     options = [
@@ -143,26 +141,17 @@ def test_interrupted_and_resumed_is_the_same_to_the_bit(
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     assert train.main([*options, "--data-workers", "0", "--output", str(straight)]) == 0
 
-    step = Trainer.train_step
+    with interrupted_after(7, 8):
+        assert train.main([*options, "--output", str(stopped)]) == 130
+        said = capsys.readouterr().out
+        command = f"To go on: python -m transformer_ext.train --output {stopped} --resume"
+        assert command in said, said[-500:]
+        assert (stopped / "checkpoints" / "step-7" / "training.json").is_file()
+        assert not (stopped / "model").exists()
+        assert train.main(["--output", str(stopped), "--resume"]) == 130
+        # What an interruption saved takes no place of what the plan did.
+        assert Checkpoints(stopped / "checkpoints").steps() == [5, 8]
 
-    def stop_after_seven(self: Trainer) -> None:
-        step(self)
-        if self.progress.step in (7, 8):
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(Trainer, "train_step", stop_after_seven)
-    assert train.main([*options, "--output", str(stopped)]) == 130
-    said = capsys.readouterr().out
-    assert f"To go on: python -m transformer_ext.train --output {stopped} --resume" in said, said[
-        -500:
-    ]
-    assert (stopped / "checkpoints" / "step-7" / "training.json").is_file()
-    assert not (stopped / "model").exists()
-    assert train.main(["--output", str(stopped), "--resume"]) == 130
-    # What an interruption saved takes no place of what the plan did.
-    assert Checkpoints(stopped / "checkpoints").steps() == [5, 8]
-
-    monkeypatch.undo()
     assert train.main(["--output", str(stopped), "--resume"]) == 0
     assert "going on from step 8" in capsys.readouterr().out
     assert Checkpoints(stopped / "checkpoints").steps() == [10, 12]

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import random
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
+
+from transformer_ext.training.trainer import Trainer
 
 _NOUNS = {"cat": "Katze", "dog": "Hund", "house": "Haus", "tree": "Baum", "book": "Buch"}
 _VERBS = {"sees": "sieht", "finds": "findet", "likes": "mag", "opens": "öffnet"}
@@ -31,3 +38,18 @@ def write_text(folder: Path, pairs: int = 300, seed: int = 0) -> tuple[Path, Pat
     for path, lines in zip(paths, (english, german), strict=True):
         path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return paths
+
+
+@contextmanager
+def interrupted_after(*steps: int) -> Iterator[None]:
+    """Trainings within the block get a SIGINT, as from Ctrl-C, when these steps are done."""
+    train_step = Trainer.train_step
+
+    def interrupted(self: Trainer) -> None:
+        train_step(self)
+        if self.progress.step in steps:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "train_step", interrupted)
+        yield

@@ -71,6 +71,8 @@ class ModelConfig:
     kind: ClassVar[str]
     #: Fields that have no default.
     _REQUIRED: ClassVar[tuple[str, ...]] = ()
+    #: Fields that hold the depth of a stack.
+    _DEPTHS: ClassVar[tuple[str, ...]] = ("num_layers",)
 
     d_model: int = 512
     nhead: int = 8
@@ -152,7 +154,7 @@ class ModelConfig:
     @property
     def layers(self) -> int:
         """Number of layers, of all stacks together."""
-        raise NotImplementedError
+        return sum(getattr(self, name) for name in self._DEPTHS)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values, for JSON."""
@@ -198,6 +200,7 @@ class TransformerConfig(ModelConfig):
 
     kind: ClassVar[str] = "encoder-decoder"
     _REQUIRED: ClassVar[tuple[str, ...]] = ("src_vocab_size", "tgt_vocab_size")
+    _DEPTHS: ClassVar[tuple[str, ...]] = ("num_encoder_layers", "num_decoder_layers")
 
     src_vocab_size: int
     tgt_vocab_size: int
@@ -231,11 +234,6 @@ class TransformerConfig(ModelConfig):
             if getattr(self, name) == self.eos_id:
                 raise ValueError(f"eos_id: expected another id than {name}, got {self.eos_id}")
 
-    @property
-    def layers(self) -> int:
-        """Number of layers, of both stacks together."""
-        return self.num_encoder_layers + self.num_decoder_layers
-
 
 @dataclass
 class LanguageModelConfig(ModelConfig):
@@ -265,11 +263,6 @@ class LanguageModelConfig(ModelConfig):
         # They may be one id, as the only special token of GPT-2 is.
         for name in ("pad_id", "unk_id", "bos_id", "eos_id"):
             _require_integer(name, getattr(self, name), 0, self.vocab_size - 1)
-
-    @property
-    def layers(self) -> int:
-        """Number of layers."""
-        return self.num_layers
 
 
 @dataclass
@@ -321,11 +314,6 @@ class ClassifierConfig(ModelConfig):
         _require_boolean("pooler", self.pooler)
         for name in ("pad_id", "unk_id", "bos_id", "eos_id"):
             _require_integer(name, getattr(self, name), 0, self.vocab_size - 1)
-
-    @property
-    def layers(self) -> int:
-        """Number of layers."""
-        return self.num_layers
 
 
 #: Every kind of model by its name in ``config.json``.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -95,9 +96,9 @@ class TextRun(Run):
         super().__init__(config, machine, console, recipe, tokens)
         self._check_sizes()
 
+    @abstractmethod
     def make_examples(self, dataset: ParallelDataset) -> Examples:
         """The data set as what the model reads."""
-        raise NotImplementedError
 
     def _check_sizes(self) -> None:
         """What goes together only with this text, before anything is written."""
