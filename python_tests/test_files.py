@@ -361,7 +361,7 @@ def edit_config(model: Path, /, **changes) -> None:
         ),
         (
             {"format_version": 2, "kind": "encoder-only"},
-            "is an encoder-only (classification) model, expected an encoder-decoder (translation)",
+            "is an encoder-only (text encoding) model, expected an encoder-decoder (translation)",
         ),
         ({"model": None}, "the part 'model' is missing"),
         ({"tokenizer": None}, "the part 'tokenizer' is missing"),

@@ -11,17 +11,18 @@ import pytest
 import torch
 from kernel_testing import needs_compiled, threads
 from torch import Tensor, nn
+from torch.nn import functional
 
 from transformer_ext import average, convert, ops, score, translate
 from transformer_ext.data.tokenizer import Tokenizer, train_tokenizer
 from transformer_ext.files import FileError, load_model_dir, parameter_shapes, save_model_dir
 from transformer_ext.model import (
-    Classifier,
-    ClassifierConfig,
     LanguageModel,
     LanguageModelConfig,
     Model,
     ModelConfig,
+    TextEncoder,
+    TextEncoderConfig,
     TransformerConfig,
     classifier_preset,
     language_model_preset,
@@ -68,7 +69,12 @@ SHARED = {
     "no_layers": {"num_layers": 0, "positions": "none", "final_norm": True},
 }
 LANGUAGE_MODELS = {**SHARED, "gpt2": GPT2, "untied": {"tie": False}}
-CLASSIFIERS = {**SHARED, "bert": BERT, "mean": {"pooling": "mean"}}
+CLASSIFIERS = {
+    **SHARED,
+    "bert": BERT,
+    "mean": {"pooling": "mean"},
+    "heads": {**BERT, "pooling": "mean", "normalize": True, "masked_lm_head": True},
+}
 BOTH = [("language", name) for name in LANGUAGE_MODELS] + [("labels", name) for name in CLASSIFIERS]
 
 
@@ -80,7 +86,7 @@ def build(kind: str, name: str = "", **changes: Any) -> Any:
         model = LanguageModel(LanguageModelConfig(**fields))
     else:
         fields = {**SMALL, "labels": ["a", "b", "c"], **CLASSIFIERS.get(name, {}), **changes}
-        model = Classifier(ClassifierConfig(**fields))
+        model = TextEncoder(TextEncoderConfig(**fields))
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith("bias"):
@@ -286,6 +292,23 @@ def test_bert_parts() -> None:
         torch.testing.assert_close(out, pooled, rtol=1e-5, atol=1e-6)
 
 
+def test_heads_of_a_text_encoder() -> None:
+    model = build("labels", "heads").eval()
+    ids = some_ids([6, 4])
+    sequences = Packed.from_lengths([6, 4])
+    torch.testing.assert_close(model(ids).norm(dim=-1), torch.ones(2))
+    plain = build("labels", "heads", normalize=False).eval()
+    torch.testing.assert_close(functional.normalize(plain(ids)), model(ids))
+    states = model.encode_packed(sequences.pack(ids), sequences)[[1, 7]]
+    head = model.masked_lm_head
+    inner = functional.gelu(states @ head.projection.weight.T + head.projection.bias)
+    inner = functional.layer_norm(inner, (24,), head.norm.weight, head.norm.bias, 1e-12)
+    expected = inner @ model.embedding.weight.T + head.bias
+    torch.testing.assert_close(model.masked_logits(states), expected, rtol=1e-5, atol=1e-6)
+    without = build("labels", "bert", labels=[])
+    assert without.generator is None and without(ids).shape == (2, 24)
+
+
 @needs_compiled
 @pytest.mark.parametrize("kind", ["language", "labels"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -354,7 +377,12 @@ def test_parameter_names_are_the_models(kind: str, name: str) -> None:
         ("language", {"tie": "all"}, "tie: expected true or false, got 'all'"),
         ("language", {"eos_id": 37}, "eos_id: expected an integer from 0 to 36, got 37"),
         ("language", {"norm": "batch"}, "norm: expected one of layer, rms"),
-        ("labels", {"labels": []}, "labels: expected at least one"),
+        ("labels", {"masked_lm_head": 1}, "masked_lm_head: expected true or false, got 1"),
+        (
+            "labels",
+            {"masked_lm_head": True, "activation": "geglu"},
+            "activation: 'geglu' is gated, which the masked_lm_head cannot be",
+        ),
         ("labels", {"labels": "ab"}, "labels: expected a list of texts"),
         ("labels", {"labels": ["a", "a"]}, "labels: expected each once"),
         ("labels", {"pooling": "last"}, "pooling: expected one of first, mean, got 'last'"),
@@ -369,8 +397,12 @@ def test_wrong_configurations_are_named(kind: str, changes: dict, message: str) 
 def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="unknown key 'src_vocab_size'; did you mean 'vocab_size'"):
         LanguageModel(src_vocab_size=10)
-    with pytest.raises(ValueError, match="labels is missing"):
-        Classifier(vocab_size=10)
+    with pytest.raises(ValueError, match="vocab_size is missing"):
+        TextEncoder(labels=["a"])
+    with pytest.raises(ValueError, match="labels: the model has none"):
+        build("labels", labels=[]).logits(some_ids([3]))
+    with pytest.raises(ValueError, match="masked_lm_head: the model has none"):
+        build("labels").masked_logits(torch.zeros(1, 24))
     with pytest.raises(TypeError, match="config: expected a LanguageModelConfig, got Transformer"):
         LanguageModel(TransformerConfig(10, 10))  # type: ignore[arg-type]
     language, labels = build("language", "gpt2"), build("labels")
@@ -450,7 +482,7 @@ def test_other_kinds_are_refused_by_name(tmp_path, tokenizer, capsys) -> None:
         error = capsys.readouterr().err
         assert status == 2 and message in error, command.__name__
     with pytest.raises(FileError, match="expected an encoder-only"):
-        load_model_dir(tmp_path / "m", ClassifierConfig)
+        load_model_dir(tmp_path / "m", TextEncoderConfig)
 
 
 def test_average_takes_every_kind(tmp_path, tokenizer) -> None:
@@ -459,7 +491,7 @@ def test_average_takes_every_kind(tmp_path, tokenizer) -> None:
         model.generator.weight.add_(2.0)
     save_model_dir(tmp_path / "two", model.config, model.state_dict(), tokenizer, tokenizer)
     average.average_models([tmp_path / "one", tmp_path / "two"], tmp_path / "mean")
-    mean = load_model_dir(tmp_path / "mean", ClassifierConfig)
+    mean = load_model_dir(tmp_path / "mean", TextEncoderConfig)
     np.testing.assert_allclose(
         mean.weights["generator.weight"],
         model.generator.weight.detach() - 1.0,

@@ -11,8 +11,8 @@ __version__ = "0.1.0"
 
 # Public name -> module that defines it.
 _LAZY: dict[str, str] = {
-    "Classifier": "transformer_ext.model.classifier",
-    "ClassifierConfig": "transformer_ext.model.config",
+    "TextEncoder": "transformer_ext.model.text_encoder",
+    "TextEncoderConfig": "transformer_ext.model.config",
     "LanguageModel": "transformer_ext.model.language_model",
     "LanguageModelConfig": "transformer_ext.model.config",
     "Packed": "transformer_ext.packed",

@@ -12,7 +12,7 @@ for an encoder-decoder, and for every other kind of model
 
     {"format_version": 2, "kind": "decoder-only" or "encoder-only", ...}
 
-with the fields of LanguageModelConfig or ClassifierConfig under ``model``, and the rest as above; the
+with the fields of LanguageModelConfig or TextEncoderConfig under ``model``, and the rest as above; the
 one tokenizer is then source and target.
 
 A tokenizer with a vocabulary (``Tokenizer`` in ``transformer_ext/data/tokenizer.py`` tells what that
@@ -57,9 +57,9 @@ from typing import (
 from transformer_ext.data.tokenizer import Tokenizer, TokenizerError
 from transformer_ext.model.config import (
     KINDS,
-    ClassifierConfig,
     LanguageModelConfig,
     ModelConfig,
+    TextEncoderConfig,
     TransformerConfig,
 )
 
@@ -628,12 +628,17 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             shapes["generator.bias"] = (config.vocab_size,)
         stack("decoder", config.num_layers)
     else:
-        assert isinstance(config, ClassifierConfig)
+        assert isinstance(config, TextEncoderConfig)
         shapes["embedding.weight"] = (config.vocab_size, d)
         stack("encoder", config.num_layers, token_types=config.num_token_types)
         if config.pooler:
             projection("pooler", d, d, bias=True)
-        projection("generator", len(config.labels), d, config.output_bias)
+        if config.labels:
+            projection("generator", len(config.labels), d, config.output_bias)
+        if config.masked_lm_head:
+            projection("masked_lm_head.projection", d, d, bias=True)
+            norm("masked_lm_head.norm")
+            shapes["masked_lm_head.bias"] = (config.vocab_size,)
     return shapes
 
 
@@ -847,7 +852,7 @@ def load_model_dir(
 _DESCRIPTIONS = {
     "encoder-decoder": "an encoder-decoder (translation)",
     "decoder-only": "a decoder-only (language)",
-    "encoder-only": "an encoder-only (classification)",
+    "encoder-only": "an encoder-only (text encoding)",
 }
 
 

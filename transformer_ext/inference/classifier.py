@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from transformer_ext.data.tokenizer import Tokenizer
-from transformer_ext.files import load_model_dir
-from transformer_ext.model.config import ClassifierConfig
+from transformer_ext.files import FileError, load_model_dir
+from transformer_ext.model.config import TextEncoderConfig
 
 if TYPE_CHECKING:
-    from transformer_ext.model.classifier import Classifier
+    from transformer_ext.model.text_encoder import TextEncoder
 
 __all__ = ["Prediction", "TextClassifier", "label_probabilities", "predictions"]
 
@@ -38,7 +38,7 @@ class Prediction:
 
 
 def label_probabilities(
-    model: Classifier, tokenizer: Tokenizer, texts: Sequence[str]
+    model: TextEncoder, tokenizer: Tokenizer, texts: Sequence[str]
 ) -> np.ndarray:
     """float32 [texts, labels]: how probable each label is.
 
@@ -54,6 +54,7 @@ def label_probabilities(
 
     from transformer_ext.packed import Packed
 
+    assert model.generator is not None
     start, end = tokenizer.bos_id, tokenizer.eos_id
     sentences = [[start, *ids, end] for ids in tokenizer.encode_batch(list(texts))]
     device = next(model.parameters()).device
@@ -67,7 +68,7 @@ def label_probabilities(
     return found
 
 
-def predictions(model: Classifier, tokenizer: Tokenizer, texts: Sequence[str]) -> list[Prediction]:
+def predictions(model: TextEncoder, tokenizer: Tokenizer, texts: Sequence[str]) -> list[Prediction]:
     """The label of each text; arguments and errors as of :func:`label_probabilities`."""
     rows = label_probabilities(model, tokenizer, texts)
     best = rows.argmax(1).tolist()
@@ -106,12 +107,14 @@ class TextClassifier:
     """
 
     def __init__(self, folder: str | Path, *, device: str = "cpu") -> None:
-        from transformer_ext.model.classifier import Classifier
+        from transformer_ext.model.text_encoder import TextEncoder
 
-        saved = load_model_dir(folder, ClassifierConfig)
+        saved = load_model_dir(folder, TextEncoderConfig)
+        if not saved.config.labels:
+            raise FileError(f"{folder}: the model has no labels, it is no classifier")
         self.tokenizer = saved.source_tokenizer
         self.labels = saved.config.labels
-        self.model = Classifier(saved.config).load_weights(saved.weights).to(device).eval()
+        self.model = TextEncoder(saved.config).load_weights(saved.weights).to(device).eval()
 
     def __call__(self, texts: Sequence[str]) -> list[Prediction]:
         """The label of each text."""

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformer_ext.model.config import (
     PRESETS,
-    ClassifierConfig,
     LanguageModelConfig,
     ModelConfig,
+    TextEncoderConfig,
     TransformerConfig,
     classifier_preset,
     language_model_preset,
@@ -18,14 +18,14 @@ from transformer_ext.model.config import (
 
 if TYPE_CHECKING:
     from transformer_ext.model.base import Model
-    from transformer_ext.model.classifier import Classifier
     from transformer_ext.model.language_model import LanguageModel
+    from transformer_ext.model.text_encoder import TextEncoder
     from transformer_ext.model.transformer import Transformer, make_model
 
 __all__ = [
     "PRESETS",
-    "Classifier",
-    "ClassifierConfig",
+    "TextEncoder",
+    "TextEncoderConfig",
     "LanguageModel",
     "LanguageModelConfig",
     "Model",
@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Classifier": "classifier",
+    "TextEncoder": "text_encoder",
     "LanguageModel": "language_model",
     "Model": "base",
     "Transformer": "transformer",

@@ -1,7 +1,7 @@
 """What a model is made of: every choice of architecture, in dataclasses without torch.
 
 :class:`ModelConfig` holds what all kinds of model have in common; :class:`TransformerConfig`
-(encoder and decoder), :class:`LanguageModelConfig` (decoder only) and :class:`ClassifierConfig`
+(encoder and decoder), :class:`LanguageModelConfig` (decoder only) and :class:`TextEncoderConfig`
 (encoder only) add their own. The same dataclass describes the model to the trainer, to the files on
 disk (the ``model`` part of ``config.json``) and to the compiled decoding engine.
 """
@@ -240,12 +240,15 @@ class LanguageModelConfig(ModelConfig):
     """Architecture of a language model: a decoder alone, in which a token sees those before it.
 
     GPT-2's (Radford et al. 2019) is ``norm_first=True, positions="learned",
-    activation="gelu_tanh", scale_embedding=False``; :class:`ModelConfig` has these fields.
+    activation="gelu_tanh", scale_embedding=False, prepend_bos=False``; :class:`ModelConfig` has the
+    other fields.
 
     Attributes:
         vocab_size: rows of the embedding and of the output projection.
         num_layers: depth.
         tie: whether embedding and output projection share their weights.
+        prepend_bos: whether the tokens of every text follow ``bos_id``; else only those of an empty
+            text do, as it must have a first token.
     """
 
     kind: ClassVar[str] = "decoder-only"
@@ -254,20 +257,22 @@ class LanguageModelConfig(ModelConfig):
     vocab_size: int
     num_layers: int = 6
     tie: bool = True
+    prepend_bos: bool = True
 
     def __post_init__(self) -> None:
         _require_integer("vocab_size", self.vocab_size, 1, _LARGEST_SIZE)
         _require_integer("num_layers", self.num_layers, 0, _MOST_LAYERS)
         super().__post_init__()
-        _require_boolean("tie", self.tie)
+        for name in ("tie", "prepend_bos"):
+            _require_boolean(name, getattr(self, name))
         # They may be one id, as the only special token of GPT-2 is.
         for name in ("pad_id", "unk_id", "bos_id", "eos_id"):
             _require_integer(name, getattr(self, name), 0, self.vocab_size - 1)
 
 
 @dataclass
-class ClassifierConfig(ModelConfig):
-    """Architecture of a classifier: an encoder alone, one vector a text, scores for the labels.
+class TextEncoderConfig(ModelConfig):
+    """Architecture of a text encoder: an encoder alone, a state for each token, heads for texts.
 
     BERT's (Devlin et al. 2019) is ``positions="learned", activation="gelu", embedding_norm=True,
     scale_embedding=False, pooler=True, num_token_types=2, layer_norm_eps=1e-12, output_bias=True``;
@@ -275,24 +280,32 @@ class ClassifierConfig(ModelConfig):
 
     Attributes:
         vocab_size: rows of the embedding.
-        labels: names of the classes, in the order of the output projection's rows.
         num_layers: depth.
         pooling: ``first`` takes the state of a text's first token (the start token), ``mean`` the
             mean of all.
         pooler: whether a projection with tanh follows (BERT's pooler).
+        normalize: whether a text's vector is then divided by its Euclidean length, as for sentences
+            that are compared by cosine.
         num_token_types: rows of the embedding of token types, which tell the first text of a pair
             from the second; 0: none.
+        labels: names of the classes of a classifier, in the order of its output projection's rows;
+            none: the model has no classifier.
+        masked_lm_head: whether the model guesses masked tokens (Devlin et al. 2019, section 3.1,
+            task 1): projection, activation and norm, then the embedding as output projection, with
+            a bias of its own.
     """
 
     kind: ClassVar[str] = "encoder-only"
-    _REQUIRED: ClassVar[tuple[str, ...]] = ("vocab_size", "labels")
+    _REQUIRED: ClassVar[tuple[str, ...]] = ("vocab_size",)
 
     vocab_size: int
-    labels: list[str]
     num_layers: int = 6
     pooling: str = "first"
     pooler: bool = False
+    normalize: bool = False
     num_token_types: int = 0
+    labels: list[str] = dataclasses.field(default_factory=list)
+    masked_lm_head: bool = False
 
     def __post_init__(self) -> None:
         _require_integer("vocab_size", self.vocab_size, 1, _LARGEST_SIZE)
@@ -303,22 +316,25 @@ class ClassifierConfig(ModelConfig):
         ):
             raise ValueError(f"labels: expected a list of texts, got {reprlib.repr(self.labels)}")
         self.labels = list(self.labels)
-        if not self.labels:
-            raise ValueError("labels: expected at least one, got none")
         if len(set(self.labels)) != len(self.labels):
             raise ValueError(
                 f"labels: expected each once, got one twice in {reprlib.repr(self.labels)}"
             )
         super().__post_init__()
         _require_one_of("pooling", self.pooling, POOLINGS)
-        _require_boolean("pooler", self.pooler)
+        for name in ("pooler", "normalize", "masked_lm_head"):
+            _require_boolean(name, getattr(self, name))
+        if self.masked_lm_head and self.gated:
+            raise ValueError(
+                f"activation: {self.activation!r} is gated, which the masked_lm_head cannot be"
+            )
         for name in ("pad_id", "unk_id", "bos_id", "eos_id"):
             _require_integer(name, getattr(self, name), 0, self.vocab_size - 1)
 
 
 #: Every kind of model by its name in ``config.json``.
 KINDS: dict[str, type[ModelConfig]] = {
-    config.kind: config for config in (TransformerConfig, LanguageModelConfig, ClassifierConfig)
+    config.kind: config for config in (TransformerConfig, LanguageModelConfig, TextEncoderConfig)
 }
 
 
@@ -394,17 +410,17 @@ def language_model_preset(name: str, vocab_size: int, **changes: Any) -> Languag
 
 def classifier_preset(
     name: str, vocab_size: int, labels: Sequence[str], **changes: Any
-) -> ClassifierConfig:
-    """The encoder of a named size as a classifier; see :func:`preset`.
+) -> TextEncoderConfig:
+    """The encoder of a named size with a classifier; see :func:`preset`.
 
     Args:
         name: a key of :data:`PRESETS`.
         vocab_size: size of the vocabulary.
         labels: names of the classes.
-        changes: any other field of :class:`ClassifierConfig`.
+        changes: any other field of :class:`TextEncoderConfig`.
     """
     fields = {"vocab_size": vocab_size, "labels": list(labels), "output_bias": True, **changes}
-    return ClassifierConfig.from_dict({**_one_stack(name, "num_encoder_layers"), **fields})
+    return TextEncoderConfig.from_dict({**_one_stack(name, "num_encoder_layers"), **fields})
 
 
 def _one_stack(name: str, depth: str) -> dict[str, Any]:

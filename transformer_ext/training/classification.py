@@ -20,7 +20,7 @@ from transformer_ext.data.text import Labelled, TextCounts, read_labelled
 from transformer_ext.data.text_preparation import PreparedTexts, TextFiles, prepare_texts
 from transformer_ext.files import atomic_write
 from transformer_ext.inference.classifier import Prediction, predictions
-from transformer_ext.model import Classifier, ClassifierConfig, classifier_preset
+from transformer_ext.model import TextEncoder, TextEncoderConfig, classifier_preset
 from transformer_ext.training.machine import Machine
 from transformer_ext.training.report import Console
 from transformer_ext.training.sizing import Recipe, fill, recipe_for
@@ -102,7 +102,7 @@ class ClassificationRun(TextRun):
     batch_unit: ClassVar[str] = "tokens"
     counted: ClassVar[str] = "texts"
 
-    architecture: ClassifierConfig
+    architecture: TextEncoderConfig
 
     @staticmethod
     def prepare(config: TrainConfig, machine: Machine, console: Console) -> ClassificationRun:
@@ -175,7 +175,7 @@ class ClassificationRun(TextRun):
         """Texts with their labels."""
         return Labelled(dataset)
 
-    def make_model(self) -> Classifier:
+    def make_model(self) -> TextEncoder:
         """The encoder of the preset, with the options' changes."""
         fields = one_stack(
             self.config.model, "num_encoder_layers", "num_decoder_layers", "a classifier"
@@ -191,7 +191,7 @@ class ClassificationRun(TextRun):
             **fields,
             **self._special_ids(),
         )
-        model = Classifier(self.architecture)
+        model = TextEncoder(self.architecture)
         self._placed(model)
         return model
 

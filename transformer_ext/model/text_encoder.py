@@ -1,38 +1,42 @@
-"""A classifier: the encoder alone, one vector for each text, and scores for its labels (as BERT)."""
+"""A text encoder: the encoder alone, a state for each token, a vector for each text, and heads on
+them for labels and for masked tokens (as BERT)."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from transformer_ext import ops
 from transformer_ext.model.attention import PackedAttention
 from transformer_ext.model.base import Model, pack_ids
-from transformer_ext.model.config import ClassifierConfig
-from transformer_ext.model.layers import Embedding, Generator, Linear, Sites
+from transformer_ext.model.config import TextEncoderConfig
+from transformer_ext.model.layers import Embedding, Generator, Linear, Norm, Sites
 from transformer_ext.model.stacks import SelfAttentionStack
 from transformer_ext.packed import Packed
 
 
-class Classifier(Model):
-    """Encoder-only Transformer over token ids, with one output a text.
+class TextEncoder(Model):
+    """Encoder-only Transformer over token ids.
 
-    Take it from a :class:`ClassifierConfig`, or by its fields::
+    Take it from a :class:`TextEncoderConfig`, or by its fields::
 
-        Classifier(vocab_size=8000, labels=["no", "yes"], d_model=256, nhead=4, num_layers=3)
+        TextEncoder(vocab_size=8000, labels=["no", "yes"], d_model=256, nhead=4, num_layers=3)
 
     Attributes:
         config: what it was built from.
+        generator: output projection for the labels; None where there are none.
+        masked_lm_head: scores for masked tokens; None where the model has none.
     """
 
-    def __init__(self, config: ClassifierConfig | None = None, **fields: object):
+    def __init__(self, config: TextEncoderConfig | None = None, **fields: object):
         super().__init__()
         if config is None:
-            config = ClassifierConfig.from_dict(fields)
-        elif not isinstance(config, ClassifierConfig):
-            raise TypeError(f"config: expected a ClassifierConfig, got {config!r}")
+            config = TextEncoderConfig.from_dict(fields)
+        elif not isinstance(config, TextEncoderConfig):
+            raise TypeError(f"config: expected a TextEncoderConfig, got {config!r}")
         elif fields:
-            raise TypeError(f"Classifier: give a config or its fields, not both: {list(fields)}")
+            raise TypeError(f"TextEncoder: give a config or its fields, not both: {list(fields)}")
         self.config = config
         sites = Sites()
         self.embedding = Embedding(config.vocab_size, config.d_model)
@@ -40,7 +44,12 @@ class Classifier(Model):
             config, sites, config.num_layers, "encoder", config.num_token_types
         )
         self.pooler = Linear(config.d_model, config.d_model) if config.pooler else None
-        self.generator = Generator(len(config.labels), config.d_model, config.output_bias)
+        self.generator = (
+            Generator(len(config.labels), config.d_model, config.output_bias)
+            if config.labels
+            else None
+        )
+        self.masked_lm_head = MaskedLMHead(config) if config.masked_lm_head else None
         self.pooled_site = sites.next()
         self._begin_dropout()
 
@@ -81,6 +90,8 @@ class Classifier(Model):
         pooled = self._pool(hidden, sequences)
         if self.pooler is not None:
             pooled = torch.tanh(self.pooler(pooled))
+        if self.config.normalize:
+            pooled = functional.normalize(pooled, dim=-1)
         p = self.config.dropout if self.training else 0.0
         return ops.dropout(pooled, p, rng, self.pooled_site)
 
@@ -132,5 +143,44 @@ class Classifier(Model):
     def logits(
         self, ids: Tensor, lengths: Tensor | None = None, token_types: Tensor | None = None
     ) -> Tensor:
-        """Unnormalised scores ``[batch, labels]`` for ids padded on the right."""
+        """Unnormalised scores ``[batch, labels]`` for ids padded on the right.
+
+        Raises:
+            ValueError: as of :meth:`forward`, or the model has no labels.
+        """
+        if self.generator is None:
+            raise ValueError("labels: the model has none")
         return self.generator.logits(self(ids, lengths, token_types))
+
+    def masked_logits(self, states: Tensor) -> Tensor:
+        """Unnormalised scores of the tokens that belong where the states are of.
+
+        Args:
+            states: ``[..., d_model]`` of any tokens, as :meth:`encode_packed` gives them.
+
+        Returns:
+            ``[..., vocab_size]``.
+
+        Raises:
+            ValueError: the model has no ``masked_lm_head``.
+        """
+        if self.masked_lm_head is None:
+            raise ValueError("masked_lm_head: the model has none")
+        return self.masked_lm_head(states, self.embedding.weight)
+
+
+class MaskedLMHead(nn.Module):
+    """From the states of tokens to scores of the vocabulary (Devlin et al. 2019, section 3.1)."""
+
+    def __init__(self, config: TextEncoderConfig):
+        super().__init__()
+        self.activation = config.activation
+        self.projection = Linear(config.d_model, config.d_model)
+        self.norm = Norm(config.d_model, config.norm, config.layer_norm_eps)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, states: Tensor, embedding: Tensor) -> Tensor:
+        """States ``[..., d_model]`` and the embedding's weights -> ``[..., vocab_size]``."""
+        inner = ops.linear(states, self.projection.weight, None)
+        inner = ops.activation(inner, self.projection.bias, kind=self.activation)
+        return ops.linear(self.norm(inner), embedding, self.bias)
