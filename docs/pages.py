@@ -1,0 +1,230 @@
+"""Runs the Python code of the documentation.
+
+The ``python`` blocks of a page are one program, run from top to bottom. A ``text`` block right
+behind one of them is what that block prints. It is compared word by word: of numbers with a decimal
+point the last digit may differ by one, as sums have another order on another machine. In a block
+``text measured`` the numbers are times, or results of a training, which differ from machine to
+machine: those are not compared, only the words around them.
+
+A picture that a page shows from ``pictures/`` is drawn by the page.
+
+    python docs/pages.py docs/guide/1-why-attention.md
+
+runs a page in a temporary folder and says what differs. With ``--write`` it runs in the page's own
+folder instead, so that pictures are drawn anew, and writes what was printed into the page.
+``--notebook FOLDER`` makes a Jupyter notebook of each page (``pip install jupytext``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import re
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Block", "Page", "differences", "pages", "read_page", "run_page"]
+
+FOLDER = Path(__file__).resolve().parent
+
+_FENCE = re.compile(r"^```(\w*) *(.*)$")
+_NUMBER = re.compile(r"[-+]?\d(?:[\d,]*\d)?(?:\.\d+)?(?:e[-+]?\d+)?")
+_PICTURE = re.compile(r"!\[[^\]]*\]\((pictures/[^)\s]+)\)")
+
+
+@dataclass
+class Block:
+    """A block of Python.
+
+    Attributes:
+        line: of the page, from 1, that its first line of code is.
+        code: what is run.
+        output: what the page says that it prints; None: the page says nothing.
+        output_lines: where that stands in the page, as lines from 0: first, and behind the last.
+        measured: whether the numbers in it are left out of the comparison.
+        printed: what it printed, once it was run.
+    """
+
+    line: int
+    code: str
+    output: str | None = None
+    output_lines: tuple[int, int] = (0, 0)
+    measured: bool = False
+    printed: str = ""
+
+
+@dataclass
+class Page:
+    """A page of the documentation with its Python.
+
+    Attributes:
+        path: the file.
+        blocks: of Python, in order.
+        pictures: those that it shows, as paths relative to it.
+    """
+
+    path: Path
+    blocks: list[Block] = field(default_factory=list)
+    pictures: list[str] = field(default_factory=list)
+
+
+def pages() -> list[Path]:
+    """The pages that are run."""
+    return sorted([*FOLDER.glob("*.md"), *FOLDER.glob("guide/*.md")])
+
+
+def read_page(path: Path) -> Page:
+    """The blocks and pictures of a page.
+
+    Raises:
+        ValueError: A block that is not closed, or an output without code before it.
+    """
+    page = Page(path)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    page.pictures = list(dict.fromkeys(_PICTURE.findall("\n".join(lines))))
+    # The block that a text block would be the output of: nothing but empty lines lie between.
+    last: Block | None = None
+    at = 0
+    while at < len(lines):
+        opened = _FENCE.match(lines[at])
+        if not opened:
+            if lines[at].strip():
+                last = None
+            at += 1
+            continue
+        language, info = opened.groups()
+        end = next((i for i in range(at + 1, len(lines)) if lines[i].rstrip() == "```"), None)
+        if end is None:
+            raise ValueError(f"{path}:{at + 1}: a block is not closed")
+        content = "\n".join(lines[at + 1 : end])
+        if language == "python":
+            last = Block(at + 2, content)
+            page.blocks.append(last)
+        else:
+            if language == "text" and last is not None:
+                last.output, last.output_lines = content, (at + 1, end)
+                last.measured = info == "measured"
+            elif info == "measured":
+                raise ValueError(f"{path}:{at + 1}: no Python stands before this output")
+            last = None
+        at = end + 1
+    return page
+
+
+def run_page(page: Page, folder: Path) -> None:
+    """Runs the blocks in ``folder``, all in one namespace; fills in what they print.
+
+    Raises:
+        Exception: What a block raises; the traceback names the line of the page.
+    """
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    (folder / "pictures").mkdir(exist_ok=True)
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        for block in page.blocks:
+            printed = io.StringIO()
+            code = compile("\n" * (block.line - 1) + block.code, str(page.path), "exec")
+            with contextlib.redirect_stdout(printed):
+                exec(code, namespace)
+            block.printed = printed.getvalue()
+    finally:
+        os.chdir(before)
+        if "matplotlib.pyplot" in sys.modules:
+            sys.modules["matplotlib.pyplot"].close("all")
+
+
+def differences(page: Page, folder: Path) -> list[str]:
+    """What a page that was run in ``folder`` says and does not do, a line for each."""
+    found = []
+    for block in page.blocks:
+        if block.output is None:
+            if block.printed.strip():
+                found.append(f"{page.path}:{block.line}: prints what the page does not show")
+        elif not _same(block.output, block.printed, block.measured):
+            found.append(
+                f"{page.path}:{block.output_lines[0] + 1}: the page has\n{block.output}\n"
+                f"but the code prints\n{block.printed}"
+            )
+    for picture in page.pictures:
+        if not (folder / picture).is_file():
+            found.append(f"{page.path}: {picture} is shown, but not drawn")
+    return found
+
+
+def _same(expected: str, printed: str, measured: bool) -> bool:
+    if " ".join(_NUMBER.sub("#", expected).split()) != " ".join(_NUMBER.sub("#", printed).split()):
+        return False
+    pairs = zip(_NUMBER.findall(expected), _NUMBER.findall(printed), strict=True)
+    return measured or all(_close(*pair) for pair in pairs)
+
+
+def _close(one: str, other: str) -> bool:
+    if one == other:
+        return True
+    if "." not in one or "." not in other:
+        return False
+    unit = max(_last_digit(one), _last_digit(other))
+    difference = float(one.replace(",", "")) - float(other.replace(",", ""))
+    return abs(difference) < 1.5 * unit
+
+
+def _last_digit(number: str) -> float:
+    digits, _, exponent = number.partition("e")
+    return float(10.0 ** (int(exponent or 0) - len(digits.partition(".")[2])))
+
+
+def _write(page: Page) -> None:
+    """What was printed goes into the page."""
+    lines = page.path.read_text(encoding="utf-8").splitlines()
+    for block in reversed(page.blocks):
+        if block.output is not None:
+            first, end = block.output_lines
+            lines[first:end] = [line.rstrip() for line in block.printed.rstrip().splitlines()]
+    page.path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _notebook(path: Path, folder: Path) -> None:
+    import jupytext
+
+    folder.mkdir(parents=True, exist_ok=True)
+    jupytext.write(jupytext.read(path), folder / f"{path.stem}.ipynb")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("pages", nargs="*", type=Path, metavar="PAGE", help="default: all")
+    parser.add_argument("--write", action="store_true", help="write what is printed into the page")
+    parser.add_argument("--notebook", type=Path, metavar="FOLDER", help="write notebooks, run none")
+    options = parser.parse_args()
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    wrong = []
+    for path in options.pages or pages():
+        page = read_page(path.resolve())
+        if not page.blocks:
+            continue
+        if options.notebook:
+            _notebook(path, options.notebook)
+            continue
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = page.path.parent if options.write else Path(temporary)
+            run_page(page, folder)
+            if options.write:
+                _write(page)
+                page = read_page(page.path)
+            else:
+                wrong += differences(page, folder)
+        print(f"{path}: {len(page.blocks)} blocks, {time.perf_counter() - start:.1f} s")
+    print("\n".join(wrong))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
