@@ -22,7 +22,8 @@ from hypothesis import strategies as st  # noqa: E402
 from transformer_ext._native import native  # noqa: E402
 from transformer_ext.config import ConfigError  # noqa: E402
 from transformer_ext.files import parameter_shapes  # noqa: E402
-from transformer_ext.inference.engine import Engine, _batches  # noqa: E402
+from transformer_ext.inference.compiled import batches_by_length  # noqa: E402
+from transformer_ext.inference.engine import Engine  # noqa: E402
 from transformer_ext.inference.options import SearchOptions  # noqa: E402
 from transformer_ext.inference.search import (  # noqa: E402
     attention_layer,
@@ -458,9 +459,9 @@ def test_errors_leave_the_engine_as_it_was(engine):
 
 def test_long_sentences_make_batches_of_few(engine):
     sources = [[4] * n for n in (3, 100, 0, 40, 50, 3, 3, 3)]
-    assert list(_batches(sources, 64, 100)) == [[1], [4, 3], [0, 5, 6, 7]]
-    assert list(_batches(sources, 3, 100)) == [[1], [4, 3], [0, 5, 6], [7]]
-    assert list(_batches([], 64, 100)) == []
+    assert list(batches_by_length(sources, 64, 100)) == [[1], [4, 3], [0, 5, 6, 7]]
+    assert list(batches_by_length(sources, 3, 100)) == [[1], [4, 3], [0, 5, 6], [7]]
+    assert list(batches_by_length([], 64, 100)) == []
     options = SearchOptions(max_length=5)
     sources = [source for source in sources if source]
     assert engine.search(sources, options, batch_tokens=100) == engine.search(sources, options)

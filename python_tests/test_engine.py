@@ -25,7 +25,7 @@ from transformer_ext.inference.engine import (  # noqa: E402
 from transformer_ext.inference.options import SearchOptions  # noqa: E402
 from transformer_ext.inference.quantization import linear_int8, quantize_rows  # noqa: E402
 from transformer_ext.inference.search import beam_search  # noqa: E402
-from transformer_ext.model.config import TransformerConfig  # noqa: E402
+from transformer_ext.model.config import KINDS, TransformerConfig  # noqa: E402
 from transformer_ext.model.transformer import Transformer  # noqa: E402
 from transformer_ext.ops import set_backend  # noqa: E402
 
@@ -590,3 +590,23 @@ def test_an_unknown_compute_type_is_named():
     model = make_model()
     with pytest.raises(ValueError, match="compute_type: got 'int3', expected one of auto, float32"):
         Engine(model.config, weights_of(model), compute_type="int3")
+
+
+@pytest.mark.parametrize("kind", ["decoder-only", "encoder-only"])
+def test_a_model_of_another_kind_is_refused(kind):
+    fields = dict(vocab_size=20, d_model=16, nhead=2, dim_feedforward=24, num_layers=1)
+    config = KINDS[kind].from_dict(fields)
+    weights = {
+        name: np.zeros(shape, np.float32) for name, shape in parameter_shapes(config).items()
+    }
+    with pytest.raises(
+        ValueError, match=f"expected a model of the kind encoder-decoder, got {kind}"
+    ):
+        Engine(config, weights)
+    # What lies under it knows the kind, and that it does not search like this.
+    compiled = native().Engine({"kind": kind, **config.to_dict()}, weights.get, 1, "float32")
+    with pytest.raises(ValueError, match=f"score: the model is {kind}, expected encoder-decoder"):
+        compiled.score(sources=[[3]], targets=[[3]], start_id=2, others=[], attention_layers=[])
+    del weights["embedding.weight"]
+    with pytest.raises(ValueError, match="weight embedding.weight is missing"):
+        native().Engine({"kind": kind, **config.to_dict()}, weights.get, 1, "float32")

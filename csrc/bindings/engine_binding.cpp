@@ -45,14 +45,41 @@ ModelConfig model_config(const py::dict& fields) {
   const auto flag = [&](const char* name) { return fields[name].cast<bool>(); };
   const auto text = [&](const char* name) { return fields[name].cast<std::string>(); };
   ModelConfig config;
-  config.source_vocabulary = integer("src_vocab_size");
-  config.target_vocabulary = integer("tgt_vocab_size");
+  config.kind = choose<Kind>("kind", text("kind"),
+                             {{kind_name(Kind::encoder_decoder), Kind::encoder_decoder},
+                              {kind_name(Kind::decoder_only), Kind::decoder_only},
+                              {kind_name(Kind::encoder_only), Kind::encoder_only}});
+  switch (config.kind) {
+    case Kind::encoder_decoder:
+      config.source_vocabulary = integer("src_vocab_size");
+      config.target_vocabulary = integer("tgt_vocab_size");
+      config.encoder_layers = integer("num_encoder_layers");
+      config.decoder_layers = integer("num_decoder_layers");
+      config.tie =
+          choose<Tying>("tie", text("tie"),
+                        {{"none", Tying::none}, {"target", Tying::target}, {"all", Tying::all}});
+      break;
+    case Kind::decoder_only:
+      config.target_vocabulary = integer("vocab_size");
+      config.decoder_layers = integer("num_layers");
+      config.tie = flag("tie") ? Tying::target : Tying::none;
+      break;
+    case Kind::encoder_only:
+      config.source_vocabulary = integer("vocab_size");
+      config.encoder_layers = integer("num_layers");
+      config.token_types = integer("num_token_types");
+      config.pooling = choose<Pooling>("pooling", text("pooling"),
+                                       {{"first", Pooling::first}, {"mean", Pooling::mean}});
+      config.pooler = flag("pooler");
+      config.normalize = flag("normalize");
+      config.labels = static_cast<int64_t>(py::len(fields["labels"]));
+      config.masked_lm_head = flag("masked_lm_head");
+      break;
+  }
   config.width = integer("d_model");
   config.heads = integer("nhead");
   config.kv_heads = integer("num_kv_heads");
   config.head_dim = integer("head_dim");
-  config.encoder_layers = integer("num_encoder_layers");
-  config.decoder_layers = integer("num_decoder_layers");
   config.inner = integer("dim_feedforward");
   config.activation = choose<Activation>("activation", text("activation"),
                                          {{"relu", Activation::relu},
@@ -72,8 +99,6 @@ ModelConfig model_config(const py::dict& fields) {
                                         {"learned", Positions::learned},
                                         {"rope", Positions::rope}});
   config.max_positions = integer("max_positions");
-  config.tie = choose<Tying>(
-      "tie", text("tie"), {{"none", Tying::none}, {"target", Tying::target}, {"all", Tying::all}});
   config.scale_embedding = flag("scale_embedding");
   config.embedding_norm = flag("embedding_norm");
   config.final_norm = flag("final_norm");
@@ -220,11 +245,12 @@ void bind_engine(py::module_& m) {
         return matrix(scores.attention, scores.log_probs.size());
       });
 
-  py::class_<Engine>(m, "Engine", "An encoder-decoder Transformer with its weights, for decoding.")
+  py::class_<Engine>(m, "Engine", "A Transformer of any kind with its weights, for inference.")
       .def(py::init(&make_engine), py::arg("config"), py::arg("weights"), py::arg("threads"),
            py::arg("compute_type"),
-           "From the fields of TransformerConfig and a function that gives the float32 array of a "
-           "parameter's name, or None; it is copied before the next is asked for.")
+           "From the kind and the fields of a ModelConfig and a function that gives the float32 "
+           "array "
+           "of a parameter's name, or None; it is copied before the next is asked for.")
       .def_property_readonly("threads", &Engine::threads)
       .def(
           "search",

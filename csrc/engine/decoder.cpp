@@ -118,7 +118,7 @@ const float* Decoder::step(const std::vector<Row>& rows, PositionTables& positio
   attention.scale = scale;
   const Epilogue onto_residual{GemmActivation::none, true};
   for (int64_t i = 0; i < config.decoder_layers; ++i) {
-    const DecoderLayer& layer = model_->decoder_layers()[static_cast<size_t>(i)];
+    const Layer& layer = model_->decoder().layers[static_cast<size_t>(i)];
     if (config.norm_first) layer.self_norm.apply(x, count, normed, parallel);
     layer.self_in.apply(normed, count, projected, {}, parallel);
     const int64_t parts = parts_of_heads(config, groups, count, length);
@@ -162,8 +162,8 @@ const float* Decoder::step(const std::vector<Row>& rows, PositionTables& positio
     layer.self_out.apply(attended, count, x, onto_residual, parallel);
     if (!config.norm_first) layer.self_norm.apply(x, count, x, parallel);
 
-    if (config.norm_first) layer.cross_norm.apply(x, count, normed, parallel);
-    layer.cross_query.apply(normed, count, projected, {}, parallel);
+    if (config.norm_first) layer.cross->norm.apply(x, count, normed, parallel);
+    layer.cross->query.apply(normed, count, projected, {}, parallel);
     // The attention that is kept is a sum over all heads.
     const int64_t cross_parts =
         i == attention_layer_ ? 1 : parts_of_heads(config, groups, groups, longest_source_);
@@ -190,8 +190,8 @@ const float* Decoder::step(const std::vector<Row>& rows, PositionTables& positio
       }
       cached_attention_kernels().attend(a);
     });
-    layer.cross_out.apply(attended, count, x, onto_residual, parallel);
-    if (!config.norm_first) layer.cross_norm.apply(x, count, x, parallel);
+    layer.cross->out.apply(attended, count, x, onto_residual, parallel);
+    if (!config.norm_first) layer.cross->norm.apply(x, count, x, parallel);
 
     if (config.norm_first) layer.feed_forward_norm.apply(x, count, normed, parallel);
     model_->add_feed_forward(layer.feed_forward, normed, count, x, inner_, parallel);

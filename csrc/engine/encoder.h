@@ -1,4 +1,4 @@
-// The encoder, on packed sentences, and what the decoder needs of its output.
+// The encoder of an encoder-decoder, and what the decoder needs of its output.
 #pragma once
 
 #include <cstdint>
@@ -7,6 +7,7 @@
 #include "common/parallel.h"
 #include "engine/buffer.h"
 #include "engine/model.h"
+#include "engine/stack.h"
 
 namespace transformer_ext::engine {
 
@@ -19,34 +20,22 @@ class EncodedSources {
   void encode(const Model& model, const std::vector<std::vector<int32_t>>& sources,
               PositionTables& positions, Parallel& parallel);
 
-  int64_t sentences() const { return static_cast<int64_t>(offsets_.size()) - 1; }
-  int64_t length(int64_t sentence) const {
-    return offsets_[static_cast<size_t>(sentence) + 1] - offsets_[static_cast<size_t>(sentence)];
-  }
+  int64_t sentences() const { return tokens_.sequences(); }
+  int64_t length(int64_t sentence) const { return tokens_.length(sentence); }
   // The key [kv_width] of a sentence's token in the first layer; its value follows it. In the next
   // layer they are layer_stride() elements further. Elements are those of the decoder's cache.
   const void* keys(int64_t sentence, int64_t token) const {
-    return key_values_.data() +
-           (offsets_[static_cast<size_t>(sentence)] + token) * token_stride_ * element_bytes_;
+    return key_values_.data() + (tokens_.begin(sentence) + token) * token_stride_ * element_bytes_;
   }
-  int64_t layer_stride() const { return offsets_.back() * token_stride_; }
-  int64_t bytes() const {
-    return key_values_.bytes() + x_.bytes() + normed_.bytes() + projected_.bytes() +
-           attended_.bytes() + inner_.bytes();
-  }
+  int64_t layer_stride() const { return tokens_.tokens() * token_stride_; }
+  int64_t bytes() const { return key_values_.bytes() + stack_.bytes(); }
 
  private:
-  std::vector<int32_t> offsets_;  // [sentences + 1]
-  std::vector<int32_t> ids_;
-  std::vector<int32_t> token_positions_;
+  PackedTokens tokens_;
+  StackRun stack_;
   int64_t token_stride_ = 0;
   int64_t element_bytes_ = 0;
   Buffer<char> key_values_;  // [layers][tokens][2 * kv_width]
-  Buffer<float> x_;
-  Buffer<float> normed_;
-  Buffer<float> projected_;
-  Buffer<float> attended_;
-  Buffer<float> inner_;
 };
 
 }  // namespace transformer_ext::engine

@@ -68,6 +68,7 @@ class Engine::Leases {
     add(first, layers);
     for (Engine* const other : ensemble.others) {
       const ModelConfig& mine = first.config();
+      other->require_kind(mine.kind, "an ensemble with this model");
       if (other->config().source_vocabulary != mine.source_vocabulary ||
           other->config().target_vocabulary != mine.target_vocabulary) {
         throw std::invalid_argument("models of an ensemble: expected equal vocabularies");
@@ -112,9 +113,16 @@ void check_sources(const std::vector<std::vector<int32_t>>& sources, size_t othe
 
 }  // namespace
 
+void Engine::require_kind(Kind kind, const char* what) const {
+  if (config().kind == kind) return;
+  throw std::invalid_argument(std::string(what) + ": the model is " + kind_name(config().kind) +
+                              ", expected " + kind_name(kind));
+}
+
 std::vector<SearchResult> Engine::search(const std::vector<std::vector<int32_t>>& sources,
                                          const std::vector<Request>& requests,
                                          const SearchOptions& options, const Ensemble& ensemble) {
+  require_kind(Kind::encoder_decoder, "search");
   check_sources(sources, requests.size(), "requests");
   if ((options.return_attention || options.coverage_penalty > 0.0) &&
       ensemble.attention_layers.empty()) {
@@ -203,6 +211,7 @@ Engine::Teams& Engine::teams(int count) {
 std::vector<TargetScores> Engine::score(const std::vector<std::vector<int32_t>>& sources,
                                         const std::vector<std::vector<int32_t>>& targets,
                                         int32_t start_id, const Ensemble& ensemble) {
+  require_kind(Kind::encoder_decoder, "score");
   check_sources(sources, targets.size(), "targets");
   const Leases leases(*this, ensemble);
   return engine::score(leases.members(), sources, targets, start_id, pool_, ensemble.before_step);

@@ -37,7 +37,8 @@ class Engine {
   const ModelConfig& config() const { return model_.config(); }
   int threads() const { return pool_.threads(); }
 
-  // See search() and score() in search.h.
+  // See search() and score() in search.h. std::invalid_argument for a model of another kind than
+  // encoder-decoder.
   std::vector<SearchResult> search(const std::vector<std::vector<int32_t>>& sources,
                                    const std::vector<Request>& requests,
                                    const SearchOptions& options, const Ensemble& ensemble = {});
@@ -49,6 +50,9 @@ class Engine {
                                   int32_t start_id, const Ensemble& ensemble = {});
 
  private:
+  // Throws unless the model is of the kind that `what` takes.
+  void require_kind(Kind kind, const char* what) const;
+
   class Lease;
   class Leases;
   using Teams = std::vector<std::unique_ptr<ThreadPool>>;

@@ -50,10 +50,14 @@ class Reader {
   }
 
   Linear linear(const std::string& name, int64_t rows, int64_t columns) {
+    return linear(name, rows, columns, config_.bias);
+  }
+
+  Linear linear(const std::string& name, int64_t rows, int64_t columns, bool bias) {
     Linear linear;
     linear.weight.pack(find(name + ".weight", {rows, columns}), rows, columns, columns, parallel_,
                        config_.compute);
-    if (config_.bias) linear.bias = copy(name + ".bias", {rows});
+    if (bias) linear.bias = copy(name + ".bias", {rows});
     return linear;
   }
 
@@ -66,31 +70,56 @@ class Reader {
     return norm;
   }
 
-  Stack stack(const std::string& name, const float* embedding) {
+  Stack stack(const std::string& name, int64_t depth, const float* embedding,
+              int64_t token_types = 0) {
     Stack stack;
     stack.embedding = embedding;
+    if (token_types > 0) {
+      stack.token_types = copy(name + ".token_types.weight", {token_types, config_.width});
+    }
     if (config_.positions == Positions::learned) {
       stack.positions = copy(name + ".positions.weight", {config_.max_positions, config_.width});
     }
     if (config_.embedding_norm) stack.embedding_norm = norm(name + ".embedding_norm");
     if (config_.final_norm) stack.norm = norm(name + ".norm");
+    const bool cross = config_.kind == Kind::encoder_decoder && name == "decoder";
+    for (int64_t i = 0; i < depth; ++i) {
+      stack.layers.push_back(layer(name + ".layers." + std::to_string(i), cross));
+    }
     return stack;
   }
 
-  void layer(const std::string& name, Layer* layer) {
-    const int64_t width = config_.width;
-    const int64_t inner = config_.inner;
-    layer->self_in = linear(name + ".self_attention.in_projection",
-                            config_.query_width() + 2 * config_.kv_width(), width);
-    layer->self_out = linear(name + ".self_attention.out_projection", width, config_.query_width());
-    layer->self_norm = norm(name + ".self_attention_norm");
-    layer->feed_forward.in = linear(name + ".feed_forward.in_projection",
-                                    is_gated(config_.activation) ? 2 * inner : inner, width);
-    layer->feed_forward.out = linear(name + ".feed_forward.out_projection", width, inner);
-    layer->feed_forward_norm = norm(name + ".feed_forward_norm");
+  // The projection, activation and norm before the product with the embeddings.
+  void masked_lm_head(EncoderHeads* heads) {
+    heads->masked_lm =
+        linear("masked_lm_head.projection", config_.width, config_.width, /*bias=*/true);
+    heads->masked_lm_norm = norm("masked_lm_head.norm");
   }
 
  private:
+  Layer layer(const std::string& name, bool cross) {
+    const int64_t width = config_.width;
+    const int64_t inner = config_.inner;
+    Layer layer;
+    layer.self_in = linear(name + ".self_attention.in_projection",
+                           config_.query_width() + 2 * config_.kv_width(), width);
+    layer.self_out = linear(name + ".self_attention.out_projection", width, config_.query_width());
+    layer.self_norm = norm(name + ".self_attention_norm");
+    layer.feed_forward.in = linear(name + ".feed_forward.in_projection",
+                                   is_gated(config_.activation) ? 2 * inner : inner, width);
+    layer.feed_forward.out = linear(name + ".feed_forward.out_projection", width, inner);
+    layer.feed_forward_norm = norm(name + ".feed_forward_norm");
+    if (cross) {
+      CrossAttention& attention = layer.cross.emplace();
+      const std::string prefix = name + ".cross_attention";
+      attention.query = linear(prefix + ".query_projection", config_.query_width(), width);
+      attention.key_value = linear(prefix + ".key_value_projection", 2 * config_.kv_width(), width);
+      attention.out = linear(prefix + ".out_projection", width, config_.query_width());
+      attention.norm = norm(name + ".cross_attention_norm");
+    }
+    return layer;
+  }
+
   const float* find(const std::string& name, const std::vector<int64_t>& shape) {
     const Array found = weights_(name);
     if (found.data == nullptr) throw std::invalid_argument("weight " + name + " is missing");
@@ -117,6 +146,18 @@ int64_t grown(int64_t rows, int64_t length) {
 
 }  // namespace
 
+const char* kind_name(Kind kind) {
+  switch (kind) {
+    case Kind::decoder_only:
+      return "decoder-only";
+    case Kind::encoder_only:
+      return "encoder-only";
+    case Kind::encoder_decoder:
+      break;
+  }
+  return "encoder-decoder";
+}
+
 void Linear::apply(const float* x, int64_t rows, float* y, Epilogue epilogue,
                    Parallel& parallel) const {
   gemm(x, rows, weight.k(), weight, bias_data(), y, weight.n(), epilogue, parallel);
@@ -137,16 +178,37 @@ void Norm::apply(const float* x, int64_t rows, float* out, Parallel& parallel) c
 
 Model::Model(const ModelConfig& config, Weights weights, Parallel& parallel) : config_(config) {
   Reader reader(config_, weights, parallel);
-  const int64_t width = config_.width;
-  // The largest first: while they are copied from, the engine itself is still small.
-  const Tying tie = config_.tie;
   PackedMatrix* const generator = &generator_.weight;
-  reader.table("source_embedding.weight", config_.source_vocabulary,
-               tie == Tying::all ? nullptr : &source_table_,
-               tie == Tying::all ? generator : nullptr);
+  // The largest first: while they are copied from, the engine itself is still small.
+  if (config_.kind == Kind::encoder_only) {
+    const bool tied = config_.masked_lm_head;
+    reader.table("embedding.weight", config_.source_vocabulary, tied ? nullptr : &source_table_,
+                 tied ? generator : nullptr);
+    if (tied) {
+      generator_.bias = reader.copy("masked_lm_head.bias", {config_.source_vocabulary});
+      reader.masked_lm_head(&encoder_heads_);
+    }
+    if (config_.pooler) {
+      encoder_heads_.pooler = reader.linear("pooler", config_.width, config_.width, /*bias=*/true);
+    }
+    if (config_.labels > 0) {
+      encoder_heads_.labels =
+          reader.linear("generator", config_.labels, config_.width, config_.output_bias);
+    }
+    encoder_ =
+        reader.stack("encoder", config_.encoder_layers, source_table_.data(), config_.token_types);
+    return;
+  }
+  const Tying tie = config_.tie;
+  const bool encodes = config_.kind == Kind::encoder_decoder;
+  if (encodes) {
+    reader.table("source_embedding.weight", config_.source_vocabulary,
+                 tie == Tying::all ? nullptr : &source_table_,
+                 tie == Tying::all ? generator : nullptr);
+  }
   if (tie != Tying::all) {
-    reader.table("target_embedding.weight", config_.target_vocabulary,
-                 tie == Tying::target ? nullptr : &target_table_,
+    reader.table(encodes ? "target_embedding.weight" : "embedding.weight",
+                 config_.target_vocabulary, tie == Tying::target ? nullptr : &target_table_,
                  tie == Tying::target ? generator : nullptr);
   }
   if (tie == Tying::none) {
@@ -155,27 +217,15 @@ Model::Model(const ModelConfig& config, Weights weights, Parallel& parallel) : c
   if (config_.output_bias) {
     generator_.bias = reader.copy("generator.bias", {config_.target_vocabulary});
   }
-  encoder_ = reader.stack("encoder", source_table_.data());
-  decoder_ = reader.stack("decoder", target_table_.data());
-  for (int64_t i = 0; i < config_.encoder_layers; ++i) {
-    encoder_layers_.emplace_back();
-    reader.layer("encoder.layers." + std::to_string(i), &encoder_layers_.back());
+  if (encodes) {
+    encoder_ = reader.stack("encoder", config_.encoder_layers, source_table_.data());
   }
-  for (int64_t i = 0; i < config_.decoder_layers; ++i) {
-    const std::string name = "decoder.layers." + std::to_string(i);
-    DecoderLayer& layer = decoder_layers_.emplace_back();
-    reader.layer(name, &layer);
-    const std::string cross = name + ".cross_attention";
-    layer.cross_query = reader.linear(cross + ".query_projection", config_.query_width(), width);
-    layer.cross_key_value =
-        reader.linear(cross + ".key_value_projection", 2 * config_.kv_width(), width);
-    layer.cross_out = reader.linear(cross + ".out_projection", width, config_.query_width());
-    layer.cross_norm = reader.norm(name + ".cross_attention_norm");
-  }
+  decoder_ = reader.stack("decoder", config_.decoder_layers, target_table_.data());
 }
 
 void Model::embed(const Stack& stack, const int32_t* ids, const int32_t* positions,
-                  const float* table, int64_t rows, float* x, Parallel& parallel) const {
+                  const float* table, int64_t rows, float* x, Parallel& parallel,
+                  const int32_t* token_types) const {
   EmbeddingForward<float> arguments{};
   arguments.ids = {nullptr, ids};
   arguments.weight = stack.embedding;
@@ -202,6 +252,17 @@ void Model::embed(const Stack& stack, const int32_t* ids, const int32_t* positio
   arguments.tokens = rows;
   arguments.columns = config_.width;
   embedding_kernels().forward_f32(arguments, parallel);
+  if (!stack.token_types.empty()) {
+    parallel.for_each((rows + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task) {
+      const int64_t end = std::min((task + 1) * kRowsPerTask, rows);
+      for (int64_t row = task * kRowsPerTask; row < end; ++row) {
+        const int64_t type = token_types == nullptr ? 0 : token_types[row];
+        const float* const added = stack.token_types.data() + type * config_.width;
+        float* const to = x + row * config_.width;
+        for (int64_t i = 0; i < config_.width; ++i) to[i] += added[i];
+      }
+    });
+  }
   if (!stack.embedding_norm.weight.empty()) stack.embedding_norm.apply(x, rows, x, parallel);
 }
 

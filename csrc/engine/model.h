@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -14,12 +15,19 @@ namespace transformer_ext::engine {
 
 enum class Positions { none, sinusoidal, sinusoidal_halves, learned, rope };
 enum class Tying { none, target, all };
+enum class Pooling { first, mean };
+enum class Kind { encoder_decoder, decoder_only, encoder_only };
 
-// The fields of TransformerConfig (transformer_ext/model/config.py) that decoding needs.
+// As messages and config.json call it.
+const char* kind_name(Kind kind);
+
+// The fields of TransformerConfig, LanguageModelConfig and TextEncoderConfig
+// (transformer_ext/model/config.py) that inference needs.
 struct ModelConfig {
-  int64_t source_vocabulary = 0;
-  int64_t target_vocabulary = 0;
-  int64_t width = 0;  // d_model
+  Kind kind = Kind::encoder_decoder;
+  int64_t source_vocabulary = 0;  // of the encoder; 0: there is none
+  int64_t target_vocabulary = 0;  // of the decoder; likewise
+  int64_t width = 0;              // d_model
   int64_t heads = 0;
   int64_t kv_heads = 0;
   int64_t head_dim = 0;
@@ -39,6 +47,14 @@ struct ModelConfig {
   bool bias = true;
   GemmType compute = GemmType::float32;  // of the factors of matrix products
   bool output_bias = false;
+
+  // Of an encoder alone.
+  int64_t token_types = 0;  // 0: it has no embedding of them
+  Pooling pooling = Pooling::first;
+  bool pooler = false;
+  bool normalize = false;  // the pooled vector, to length 1
+  int64_t labels = 0;
+  bool masked_lm_head = false;
 
   int64_t query_width() const { return heads * head_dim; }
   int64_t kv_width() const { return kv_heads * head_dim; }
@@ -85,48 +101,63 @@ struct FeedForward {
   Linear out;
 };
 
+struct CrossAttention {
+  Linear query;
+  Linear key_value;
+  Linear out;
+  Norm norm;
+};
+
 struct Layer {
   Linear self_in;  // query, key, value
   Linear self_out;
   Norm self_norm;
+  std::optional<CrossAttention> cross;  // of the decoder of an encoder-decoder
   FeedForward feed_forward;
   Norm feed_forward_norm;
 };
 
-struct DecoderLayer : Layer {
-  Linear cross_query;
-  Linear cross_key_value;
-  Linear cross_out;
-  Norm cross_norm;
-};
-
-// What encoder and decoder have beside their layers.
+// The encoder or the decoder.
 struct Stack {
+  std::vector<Layer> layers;
   // [vocabulary, width]: one of Model's tables, or null where the output projection's weights,
   // which are tied to it, are all that is kept of it.
   const float* embedding = nullptr;
-  std::vector<float> positions;  // learned: [max_positions, width]
-  Norm embedding_norm;           // empty weight: none
-  Norm norm;                     // empty weight: none
+  std::vector<float> positions;    // learned: [max_positions, width]
+  std::vector<float> token_types;  // [token_types, width]; empty: none
+  Norm embedding_norm;             // empty weight: none
+  Norm norm;                       // empty weight: none
+};
+
+// What follows the encoder of a model without a decoder. Empty weights: the model does not have it.
+struct EncoderHeads {
+  Linear pooler;
+  Linear labels;
+  // Before the product with the embeddings, which is Model::generator().
+  Linear masked_lm;
+  Norm masked_lm_norm;
 };
 
 class Model {
  public:
-  // Packs and copies the weights. Throws std::invalid_argument, naming it, where one is missing or
-  // has another shape than the configuration asks for.
+  // Packs and copies the weights of the model's kind. Throws std::invalid_argument, naming it,
+  // where one is missing or has another shape than the configuration asks for.
   Model(const ModelConfig& config, Weights weights, Parallel& parallel);
 
   const ModelConfig& config() const { return config_; }
   const Stack& encoder() const { return encoder_; }
   const Stack& decoder() const { return decoder_; }
-  const std::vector<Layer>& encoder_layers() const { return encoder_layers_; }
-  const std::vector<DecoderLayer>& decoder_layers() const { return decoder_layers_; }
+  const EncoderHeads& encoder_heads() const { return encoder_heads_; }
+  // From states to scores of the vocabulary, where the model has such: what a decoder says, or the
+  // masked language model of an encoder.
   const Linear& generator() const { return generator_; }
 
   // x[rows, width] = embeddings of the ids, scaled, with positions (those of `table`, see
-  // PositionTables), normalised where the model does so. The ids must be in range.
+  // PositionTables) and, where the model has them, token types (null: all 0), normalised where the
+  // model does so. Ids and types must be in range.
   void embed(const Stack& stack, const int32_t* ids, const int32_t* positions, const float* table,
-             int64_t rows, float* x, Parallel& parallel) const;
+             int64_t rows, float* x, Parallel& parallel,
+             const int32_t* token_types = nullptr) const;
 
   // x += network(input): the residual connection is the product's start. input may be x.
   void add_feed_forward(const FeedForward& network, const float* input, int64_t rows, float* x,
@@ -138,8 +169,7 @@ class Model {
   Buffer<float> target_table_;  // likewise
   Stack encoder_;
   Stack decoder_;
-  std::vector<Layer> encoder_layers_;
-  std::vector<DecoderLayer> decoder_layers_;
+  EncoderHeads encoder_heads_;
   Linear generator_;
 };
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from transformer_ext._native import native
-from transformer_ext.files import Tensors, parameter_shapes
-from transformer_ext.inference.options import (
-    COMPUTE_TYPES,
-    MOST_AT_ONCE,
-    SearchOptions,
-    SearchResult,
-    check_at_once,
+from transformer_ext.inference.compiled import (
+    CompiledModel,
+    UnsupportedModelError,
+    batches_by_length,
+    resolve_compute_type,
 )
+from transformer_ext.inference.options import SearchOptions, SearchResult
 from transformer_ext.inference.shared import (
     attention_layer,
     check_source_lengths,
@@ -28,6 +26,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+__all__ = ["Engine", "UnsupportedModelError", "resolve_compute_type"]
+
 #: Most sentences, and most source tokens (counted as the longest of them times their number), that
 #: are decoded together where a call does not say otherwise. The first fills the cores, the second
 #: bounds memory: a base model with a beam of 4 takes 140 KB for each source token where outputs are as
@@ -39,65 +39,15 @@ BATCH_TOKENS = 4096
 MOST_HYPOTHESES = 2048
 
 
-class UnsupportedModelError(ValueError):
-    """A model with a part that the compiled engine does not have; the message names it.
+class Engine(CompiledModel[TransformerConfig]):
+    """An encoder-decoder ready to decode on the CPU, without torch.
 
-    ``transformer_ext.inference.search.beam_search`` decodes such a model, slowly.
-    """
-
-
-def resolve_compute_type(compute_type: str) -> str:
-    """What an engine will multiply in here.
-
-    Args:
-        compute_type: one of :data:`transformer_ext.inference.options.COMPUTE_TYPES`. ``auto`` is
-            ``int8`` from AVX2 on, where that is fastest, else ``float32``.
-
-    Raises:
-        ValueError: an unknown type, or one that the instruction set in use cannot multiply.
-        NativeError: the compiled part of the package is missing.
-    """
-    compiled = native()
-    if compute_type not in COMPUTE_TYPES:
-        raise ValueError(
-            f"compute_type: got {compute_type!r}, expected one of {', '.join(COMPUTE_TYPES)}"
-        )
-    if compute_type == "auto":
-        return "int8" if compiled.prefers_int8() else "float32"
-    if compute_type == "bfloat16" and not compiled.has_bfloat16():
-        raise ValueError(
-            "compute_type: got 'bfloat16', which needs AVX512_BF16; the instruction set in use "
-            f"is {compiled.isa()}: take 'float32' or 'int8'"
-        )
-    return compute_type
-
-
-class Engine:
-    """A model ready to decode on the CPU, without torch.
-
-    Any number of threads may call one engine at once; the interpreter's lock is not held meanwhile.
     A sentence's result is the same, bit for bit, in any batch and for any number of threads.
 
-    Args:
-        config: the architecture.
-        weights: float32 arrays by parameter name, as in ``model.safetensors``. They are copied: what
-            happens to them afterwards has no effect.
-        threads: threads at work on one call; None takes as many as there are physical cores that
-            this process may use.
-        compute_type: of the factors of the matrix products, one of
-            :data:`transformer_ext.inference.options.COMPUTE_TYPES`. Sums and all else are float32;
-            where the factors are not, the cached keys and values are bfloat16, and tied embeddings
-            what the products hold of them. ``bfloat16`` halves the memory of the weights and takes
-            AVX512_BF16. ``int8`` quarters it, on any machine: weights are rounded to 8-bit integers
-            with a scale for each output, their inputs with a scale for each row as they come.
-            ``auto`` is what is fastest here: see :func:`resolve_compute_type`.
-
-    Raises:
-        UnsupportedModelError: the model has a part that the engine does not know.
-        ValueError: a weight is missing or has a wrong shape or type; ``threads`` is below 1;
-            ``compute_type`` is unknown, or nothing that this machine can do.
-        NativeError: the compiled part of the package is missing.
+    :class:`CompiledModel` has the arguments, and what all engines have in common.
     """
+
+    _KIND = TransformerConfig
 
     def __init__(
         self,
@@ -107,41 +57,7 @@ class Engine:
         threads: int | None = None,
         compute_type: str = "float32",
     ) -> None:
-        self.config = config
-        compiled = native()
-        self.compute_type = resolve_compute_type(compute_type)
-        expected = parameter_shapes(config)
-        unknown = [name for name in weights if name not in expected]
-        if unknown:
-            raise UnsupportedModelError(
-                f"the model has a part that the engine does not know: {unknown[0]!r}"
-                + (f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else "")
-            )
-
-        def find(name: str) -> memoryview[float] | np.ndarray | None:
-            if name not in weights:
-                return None
-            if isinstance(weights, Tensors):
-                # Weights in a file are packed as they lie there, one after the other.
-                view = weights.floats(name)
-                if view is not None:
-                    return view
-                array = weights.mapped(name)
-            else:
-                array = weights[name]
-            import numpy as np
-
-            if array.dtype != np.float32:
-                raise ValueError(f"weight {name}: got {array.dtype}, expected float32")
-            return np.require(array, requirements=["C", "A"])
-
-        if threads is None:
-            threads = min(compiled.default_threads(), MOST_AT_ONCE["threads"])
-        check_at_once("threads", threads)
-        try:
-            self._engine: Any = compiled.Engine(config.to_dict(), find, threads, self.compute_type)
-        except compiled.UnsupportedModel as error:
-            raise UnsupportedModelError(str(error)) from None
+        super().__init__(config, weights, threads=threads, compute_type=compute_type)
         self._others: list[Engine] = []
 
     @classmethod
@@ -181,27 +97,14 @@ class Engine:
         return [self.config, *(other.config for other in self._others)]
 
     @property
-    def threads(self) -> int:
-        """Threads at work on one call."""
-        return int(self._open().threads)
-
-    @property
     def positions(self) -> int | None:
         """Longest sequence that the model has positions for; None: any."""
         learned = [c.max_positions for c in self._configs if c.positions == "learned"]
         return min(learned, default=None)
 
     def close(self) -> None:
-        """Give the memory back; the engine cannot be used afterwards."""
-        if self._engine is not None:
-            self._engine = None
-            self._others = []
-            native().release_memory()
-
-    def _open(self) -> Any:
-        if self._engine is None:
-            raise ValueError("this engine (or translator) is closed")
-        return self._engine
+        self._others = []
+        super().close()
 
     def search(
         self,
@@ -247,7 +150,7 @@ class Engine:
         results = [empty_result(options) for _ in sources]
         width = options.num_hypotheses if options.sampling else options.beam_size
         narrow = min(batch_size, max(1, MOST_HYPOTHESES // width)) if batch_size > 0 else batch_size
-        for batch in _batches(sources, narrow, batch_tokens):
+        for batch in batches_by_length(sources, narrow, batch_tokens):
             lengths = [len(sources[i]) for i in batch]
             limits = [options.length_limit(length, self.positions) for length in lengths]
             found = engine.search(
@@ -376,7 +279,7 @@ class Engine:
             )
         engine = self._open()
         scores: list[tuple[list[float], NDArray[np.float32] | None]] = [([], None)] * len(sources)
-        for batch in _batches(sources, batch_size, batch_tokens):
+        for batch in batches_by_length(sources, batch_size, batch_tokens):
             found = engine.score(
                 sources=[list(sources[i]) for i in batch],
                 targets=[list(targets[i]) for i in batch],
@@ -387,23 +290,6 @@ class Engine:
             for i, row in zip(batch, found, strict=True):
                 scores[i] = row.log_probs, row.attention
         return scores
-
-
-def _batches(
-    sources: Sequence[Sequence[int]], batch_size: int, batch_tokens: int
-) -> Iterator[list[int]]:
-    """Numbers of the sources that are not empty, longest first, in batches."""
-    check_at_once("batch_size", batch_size)
-    check_at_once("batch_tokens", batch_tokens)
-    order = sorted(
-        (i for i, source in enumerate(sources) if len(source)), key=lambda i: -len(sources[i])
-    )
-    first = 0
-    while first < len(order):
-        # The first of a batch is its longest; what its sentences take grows with that.
-        count = max(1, min(batch_size, batch_tokens // len(sources[order[first]])))
-        yield order[first : first + count]
-        first += count
 
 
 @lru_cache(maxsize=64)

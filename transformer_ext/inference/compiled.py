@@ -1,0 +1,181 @@
+"""What all engines share: the compiled model, its weights, threads and compute types."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from transformer_ext._native import native
+from transformer_ext.files import Tensors, parameter_shapes
+from transformer_ext.inference.options import COMPUTE_TYPES, MOST_AT_ONCE, check_at_once
+from transformer_ext.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    import numpy as np
+
+ConfigT = TypeVar("ConfigT", bound=ModelConfig)
+
+
+class UnsupportedModelError(ValueError):
+    """A model with a part that the compiled engine does not have; the message names it.
+
+    The modules of ``transformer_ext.model`` compute such a model, slowly;
+    ``transformer_ext.inference.search.beam_search`` decodes it.
+    """
+
+
+def resolve_compute_type(compute_type: str) -> str:
+    """What an engine will multiply in here.
+
+    Args:
+        compute_type: one of :data:`transformer_ext.inference.options.COMPUTE_TYPES`. ``auto`` is
+            ``int8`` from AVX2 on, where that is fastest, else ``float32``.
+
+    Raises:
+        ValueError: an unknown type, or one that the instruction set in use cannot multiply.
+        NativeError: the compiled part of the package is missing.
+    """
+    compiled = native()
+    if compute_type not in COMPUTE_TYPES:
+        raise ValueError(
+            f"compute_type: got {compute_type!r}, expected one of {', '.join(COMPUTE_TYPES)}"
+        )
+    if compute_type == "auto":
+        return "int8" if compiled.prefers_int8() else "float32"
+    if compute_type == "bfloat16" and not compiled.has_bfloat16():
+        raise ValueError(
+            "compute_type: got 'bfloat16', which needs AVX512_BF16; the instruction set in use "
+            f"is {compiled.isa()}: take 'float32' or 'int8'"
+        )
+    return compute_type
+
+
+class CompiledModel(Generic[ConfigT]):
+    """A model ready to compute on the CPU, without torch.
+
+    Any number of threads may call one engine at once; the interpreter's lock is not held meanwhile.
+
+    Args:
+        config: the architecture.
+        weights: float32 arrays by parameter name, as in ``model.safetensors``. They are copied: what
+            happens to them afterwards has no effect.
+        threads: threads at work on one call; None takes as many as there are physical cores that
+            this process may use.
+        compute_type: of the factors of the matrix products, one of
+            :data:`transformer_ext.inference.options.COMPUTE_TYPES`. Sums and all else are float32;
+            where the factors are not, a decoder's cached keys and values are bfloat16, and tied
+            embeddings what the products hold of them. ``bfloat16`` halves the memory of the weights
+            and takes AVX512_BF16. ``int8`` quarters it, on any machine: weights are rounded to
+            8-bit integers with a scale for each output, their inputs with a scale for each row as
+            they come. ``auto`` is what is fastest here: see :func:`resolve_compute_type`.
+
+    Attributes:
+        config: the architecture.
+        compute_type: what the model is multiplied in; never ``auto``.
+
+    Raises:
+        UnsupportedModelError: the model has a part that the engine does not know.
+        ValueError: a model of another kind; a weight is missing or has a wrong shape or type;
+            ``threads`` is below 1; ``compute_type`` is unknown, or nothing that this machine can do.
+        NativeError: the compiled part of the package is missing.
+    """
+
+    #: Class of the configurations that the engine takes.
+    _KIND: type[ConfigT]
+
+    def __init__(
+        self,
+        config: ConfigT,
+        weights: Mapping[str, np.ndarray],
+        *,
+        threads: int | None = None,
+        compute_type: str = "float32",
+    ) -> None:
+        if not isinstance(config, self._KIND):
+            raise ValueError(
+                f"{type(self).__name__}: expected a model of the kind {self._KIND.kind}, "
+                f"got {config.kind}"
+            )
+        self.config = config
+        compiled = native()
+        self.compute_type = resolve_compute_type(compute_type)
+        expected = parameter_shapes(config)
+        unknown = [name for name in weights if name not in expected]
+        if unknown:
+            raise UnsupportedModelError(
+                f"the model has a part that the engine does not know: {unknown[0]!r}"
+                + (f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else "")
+            )
+
+        def find(name: str) -> memoryview[float] | np.ndarray | None:
+            if name not in weights:
+                return None
+            if isinstance(weights, Tensors):
+                # Weights in a file are packed as they lie there, one after the other.
+                view = weights.floats(name)
+                if view is not None:
+                    return view
+                array = weights.mapped(name)
+            else:
+                array = weights[name]
+            import numpy as np
+
+            if array.dtype != np.float32:
+                raise ValueError(f"weight {name}: got {array.dtype}, expected float32")
+            return np.require(array, requirements=["C", "A"])
+
+        if threads is None:
+            threads = min(compiled.default_threads(), MOST_AT_ONCE["threads"])
+        check_at_once("threads", threads)
+        try:
+            self._engine: Any = compiled.Engine(
+                {"kind": config.kind, **config.to_dict()}, find, threads, self.compute_type
+            )
+        except compiled.UnsupportedModel as error:
+            raise UnsupportedModelError(str(error)) from None
+
+    @property
+    def threads(self) -> int:
+        """Threads at work on one call."""
+        return int(self._open().threads)
+
+    @property
+    def positions(self) -> int | None:
+        """Longest sequence that the model has positions for; None: any."""
+        return self.config.max_positions if self.config.positions == "learned" else None
+
+    def close(self) -> None:
+        """Give the memory back; the engine cannot be used afterwards."""
+        if self._engine is not None:
+            self._engine = None
+            native().release_memory()
+
+    def _open(self) -> Any:
+        if self._engine is None:
+            raise ValueError("this engine (or translator) is closed")
+        return self._engine
+
+
+def batches_by_length(
+    sequences: Sequence[Sequence[int]], batch_size: int, batch_tokens: int
+) -> Iterator[list[int]]:
+    """Numbers of the sequences that are not empty, longest first, in batches.
+
+    Args:
+        sequences: of token ids.
+        batch_size: most of them in a batch.
+        batch_tokens: most tokens, counted as the longest of them times their number; a longer one is
+            alone.
+    """
+    check_at_once("batch_size", batch_size)
+    check_at_once("batch_tokens", batch_tokens)
+    order = sorted(
+        (i for i, sequence in enumerate(sequences) if len(sequence)),
+        key=lambda i: -len(sequences[i]),
+    )
+    first = 0
+    while first < len(order):
+        # The first of a batch is its longest; what its sequences take grows with that.
+        count = max(1, min(batch_size, batch_tokens // len(sequences[order[first]])))
+        yield order[first : first + count]
+        first += count
