@@ -385,6 +385,18 @@ def test_returned_weights(backend):
     torch.testing.assert_close(plain, out)
 
 
+def test_returned_scores():
+    query, key, value, _ = problem((2, 4, 2, 5, 7, 8))
+    options = {"key_lengths": torch.tensor([7, 0]), "causal": True, "scale": 0.5}
+    out, weights, scores = attention(query, key, value, **options, return_scores=True)
+    expected = query @ key.repeat_interleave(2, 1).transpose(2, 3) * 0.5
+    seen = torch.ones(5, 7, dtype=torch.bool).tril().expand(4, 5, 7)
+    torch.testing.assert_close(scores[0][seen], expected[0][seen])
+    assert (scores[0][~seen] == -torch.inf).all() and (scores[1] == -torch.inf).all()
+    again, same = attention(query, key, value, **options, return_weights=True)
+    assert torch.equal(out, again) and torch.equal(weights, same)
+
+
 @needs_compiled
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(5, 4, 2, 33, 33, 16), (1, 2, 2, 700, 650, 16)])

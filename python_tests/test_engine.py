@@ -337,9 +337,10 @@ def test_attention_of_given_targets(layer):
         if not target:
             continue
         fed = torch.tensor([[model.config.decoder_start_id, *target[:-1]]])
-        weights = model.attention_weights(torch.tensor([source]), fed)
-        expected = weights[f"decoder.layers.{1 if layer is None else layer}.cross_attention"]
-        np.testing.assert_allclose(attention, expected[0].mean(0), atol=1e-5)
+        trace = model.trace(torch.tensor([source]), fed)
+        name = f"decoder.layers.{1 if layer is None else layer}.cross_attention"
+        expected = trace.attentions[name].weights[0].mean(0)
+        np.testing.assert_allclose(attention, expected, atol=1e-5)
 
 
 def test_attention_of_a_search_is_that_of_its_tokens():

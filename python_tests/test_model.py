@@ -268,20 +268,6 @@ def test_projections_are_initialised_each_on_its_own():
     assert 0.99 * bound < weight.abs().max() <= bound
 
 
-def test_attention_weights_are_distributions():
-    model = build().train()
-    src, tgt = sentences([6, 2], 37), sentences([3, 5], 37, seed=1)
-    weights = model.attention_weights(src, tgt)
-    assert model.training
-    assert len(weights) == 2 + 2 * 2
-    cross = weights["decoder.layers.1.cross_attention"]
-    assert cross.shape == (2, 3, 5, 6)
-    torch.testing.assert_close(cross.sum(-1), torch.ones(2, 3, 5))
-    assert (cross[1, :, :, 2:] == 0).all()
-    causal = weights["decoder.layers.0.self_attention"]
-    assert (causal.triu(1) == 0).all()
-
-
 def test_step_by_step_equals_teacher_forcing():
     model = build(positions="rope").eval()
     src, tgt = sentences([6, 4], 37), sentences([5, 5], 37, seed=1)
@@ -301,7 +287,7 @@ def test_start_token_may_be_the_pad_token():
     alone = model(src[1:, :2], tgt[1:, :2])
     torch.testing.assert_close(together[1, :2], alone[0], rtol=1e-5, atol=1e-6)
     assert (together[1, 2] == 0).all() and (together[1, 0] != 0).any()
-    assert len(model.attention_weights(src, tgt)) == 6
+    assert len(model.trace(src, tgt).attentions) == 6
 
 
 def test_compiles_whole():

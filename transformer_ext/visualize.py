@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["attention_picture", "draw_attention", "main", "new_figure"]
 
-#: kind -> name of its weights in ``Transformer.attention_weights``
+#: kind -> name of its attentions in a trace of the model
 KINDS = {
     "cross": "decoder.layers.{}.cross_attention",
     "encoder": "encoder.layers.{}.self_attention",
@@ -138,17 +138,17 @@ def attention_picture(
     if kind not in KINDS:
         raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}")
     device = next(model.parameters()).device
-    found: Mapping[str, Any] = model.attention_weights(
+    found = model.trace(
         torch.tensor([list(source_ids)], device=device),
         torch.tensor([list(target_ids)], device=device),
-    )
+    ).attentions
     stack = "encoder" if kind == "encoder" else "decoder"
     count = getattr(model.config, f"num_{stack}_layers")
     chosen = list(range(count)) if layers is None else list(layers)
     for layer in chosen:
         if not 0 <= layer < count:
             raise ValueError(f"layer: got {layer + 1}, expected 1 to {count} ({stack})")
-    arrays = [found[KINDS[kind].format(layer)][0].float().cpu().numpy() for layer in chosen]
+    arrays = [found[KINDS[kind].format(layer)].weights[0].float().cpu().numpy() for layer in chosen]
     rows = source_pieces if kind == "encoder" else target_pieces
     columns = target_pieces if kind == "decoder" else source_pieces
     figure = draw_attention(

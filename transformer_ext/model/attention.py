@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from transformer_ext import ops
 from transformer_ext.model.layers import Linear, Sites, xavier_per_projection
+from transformer_ext.model.trace import AttentionTrace, Trace
 from transformer_ext.packed import Packed
 
 
@@ -38,16 +39,21 @@ class DenseAttention:
     Attributes:
         mask: keep-mask, True = may attend, broadcastable to ``[batch, heads, queries, keys]``.
         causal: position i sees positions up to i only.
-        weights: where given, every attention puts its weights ``[batch, heads, queries, keys]``
-            here under its name, for pictures.
+        trace: where given, attentions and layers put here what they compute, by name.
     """
 
     mask: Tensor | None = None
     causal: bool = False
-    weights: dict[str, Tensor] | None = None
+    trace: Trace | None = None
 
 
 Attend = PackedAttention | DenseAttention
+
+
+def trace_state(attend: Attend, name: str, state: Tensor) -> None:
+    """Keep a state under its name, where that is asked for."""
+    if isinstance(attend, DenseAttention) and attend.trace is not None:
+        attend.trace.states[name] = state
 
 
 class _Attention(nn.Module):
@@ -76,24 +82,32 @@ class _Attention(nn.Module):
     def _dense(
         self, query: Tensor, key: Tensor, value: Tensor, attend: DenseAttention, rng: Tensor | None
     ) -> Tensor:
-        """Padded attention on ``[batch, length, heads, head_dim]`` -> ``[batch, length, width]``."""
+        """Padded attention on ``[batch, length, heads, head_dim]`` -> ``[batch, length, d_model]``."""
+        query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))
         result = ops.attention(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
+            query,
+            key,
+            value,
             mask=attend.mask,
             causal=attend.causal,
             dropout_p=self.dropout if self.training else 0.0,
             rng=rng,
             site=self.site,
-            return_weights=attend.weights is not None,
+            return_scores=attend.trace is not None,
         )
-        if attend.weights is None:
+        if attend.trace is None:
             assert isinstance(result, Tensor)
-            attended = result
-        else:
-            attended, attend.weights[self.name] = result
-        return attended.transpose(1, 2).flatten(2)
+            return self._merge(result)
+        context, weights, scores = result
+        output = self._merge(context)
+        attend.trace.attentions[self.name] = AttentionTrace(
+            query, key, value, scores, weights, context, output
+        )
+        return output
+
+    def _merge(self, context: Tensor) -> Tensor:
+        """``[batch, heads, length, head_dim]`` -> ``[batch, length, d_model]``."""
+        return self.out_projection(context.transpose(1, 2).flatten(2))
 
 
 class SelfAttention(_Attention):
@@ -132,13 +146,10 @@ class SelfAttention(_Attention):
                 rng=rng,
                 site=self.site,
             )
-        else:
-            heads = projected.unflatten(-1, (-1, self.head_dim))
-            query, key, value = heads.split(
-                [self.nhead, self.num_kv_heads, self.num_kv_heads], dim=-2
-            )
-            attended = self._dense(query, key, value, attend, rng)
-        return self.out_projection(attended)
+            return self.out_projection(attended)
+        heads = projected.unflatten(-1, (-1, self.head_dim))
+        query, key, value = heads.split([self.nhead, self.num_kv_heads, self.num_kv_heads], dim=-2)
+        return self._dense(query, key, value, attend, rng)
 
     def _rotate(self, projected: Tensor, attend: Attend) -> Tensor:
         if isinstance(attend, PackedAttention):
@@ -188,13 +199,10 @@ class CrossAttention(_Attention):
                 rng=rng,
                 site=self.site,
             )
-        else:
-            heads = key_value.unflatten(-1, (-1, self.head_dim))
-            key, value = heads.split([self.num_kv_heads, self.num_kv_heads], dim=-2)
-            attended = self._dense(
-                query.unflatten(-1, (-1, self.head_dim)), key, value, attend, rng
-            )
-        return self.out_projection(attended)
+            return self.out_projection(attended)
+        heads = key_value.unflatten(-1, (-1, self.head_dim))
+        key, value = heads.split([self.num_kv_heads, self.num_kv_heads], dim=-2)
+        return self._dense(query.unflatten(-1, (-1, self.head_dim)), key, value, attend, rng)
 
 
 def rotate(heads: Tensor, positions: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TypeVar
 
 import numpy as np
@@ -10,8 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from transformer_ext import ops
+from transformer_ext.model.attention import DenseAttention
 from transformer_ext.model.layers import Embedding
-from transformer_ext.model.stacks import Stack
+from transformer_ext.model.stacks import SelfAttentionStack, Stack
+from transformer_ext.model.trace import Trace
 from transformer_ext.packed import Packed
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -76,10 +80,59 @@ class Model(nn.Module):
         rng: Tensor | None,
         token_types: Tensor | None = None,
     ) -> Tensor:
+        dtype = self._embedding_dtype(table)
+        return stack.embed(ids, table.weight, positions, max_length, rng, dtype, token_types)
+
+    def _embed_dense(
+        self,
+        stack: Stack,
+        table: Embedding,
+        ids: Tensor,
+        rng: Tensor | None,
+        trace: Trace | None,
+        token_types: Tensor | None = None,
+    ) -> Tensor:
+        """Of padded ids ``[batch, length]``, its summands into the trace."""
+        if trace is not None:
+            dtype = self._embedding_dtype(table)
+            trace.states.update(stack.trace_embedding(ids, table.weight, dtype, token_types))
+        length = ids.shape[1]
+        positions = torch.arange(length, dtype=torch.int32, device=ids.device).expand_as(ids)
+        return self._embed(stack, table, ids, positions, length, rng, token_types)
+
+    def _embedding_dtype(self, table: Embedding) -> torch.dtype:
         # A model moved to float64 (for comparisons) computes in float64 throughout.
-        weight = table.weight
-        dtype = weight.dtype if weight.dtype == torch.float64 else self.activation_dtype
-        return stack.embed(ids, weight, positions, max_length, rng, dtype, token_types)
+        dtype = table.weight.dtype
+        return dtype if dtype == torch.float64 else self.activation_dtype
+
+    @contextmanager
+    def _studied(self) -> Iterator[Trace]:
+        """In evaluation mode and without gradients, for :meth:`trace`."""
+        training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                yield Trace()
+        finally:
+            self.train(training)
+
+    def _trace_stack(
+        self,
+        stack: SelfAttentionStack,
+        table: Embedding,
+        ids: Tensor,
+        lengths: Tensor | None,
+        pad_id: int,
+        causal: bool = False,
+        token_types: Tensor | None = None,
+    ) -> Trace:
+        """:meth:`trace` of a model of one stack."""
+        real = pack_ids("ids", ids, lengths, pad_id).lengths
+        mask = ops.key_padding_mask(real, ids.shape[1])
+        with self._studied() as trace:
+            x = self._embed_dense(stack, table, ids, None, trace, token_types)
+            stack(x, DenseAttention(mask, causal=causal, trace=trace))
+        return trace
 
     def _dropout_state(self) -> Tensor | None:
         # A copy, so that what backward reads is what forward read, whatever the caller does next.

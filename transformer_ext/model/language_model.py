@@ -11,6 +11,7 @@ from transformer_ext.model.base import Model, pack_ids
 from transformer_ext.model.config import LanguageModelConfig
 from transformer_ext.model.layers import Embedding, Generator, Sites
 from transformer_ext.model.stacks import SelfAttentionStack
+from transformer_ext.model.trace import Trace
 from transformer_ext.packed import Packed
 
 
@@ -79,6 +80,19 @@ class LanguageModel(Model):
     def logits(self, ids: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Unnormalised scores ``[batch, length, vocab_size]`` of the token after each."""
         return self.generator.logits(self(ids, lengths))
+
+    def trace(self, ids: Tensor, lengths: Tensor | None = None) -> Trace:
+        """Every attention and every state of one pass in evaluation mode, without gradients.
+
+        Args:
+            ids, lengths: as of :meth:`forward`.
+
+        Raises:
+            ValueError: as of :meth:`forward`.
+        """
+        return self._trace_stack(
+            self.decoder, self.embedding, ids, lengths, self.config.pad_id, causal=True
+        )
 
     def next_log_probs(self, prefix: Tensor) -> Tensor:
         """Log-probabilities of the token after each prefix, for a search.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from transformer_ext import ops
-from transformer_ext.model.attention import Attend, CrossAttention, SelfAttention
+from transformer_ext.model.attention import Attend, CrossAttention, SelfAttention, trace_state
 from transformer_ext.model.config import ModelConfig, TransformerConfig
 from transformer_ext.model.layers import Embedding, FeedForward, Norm, Positions, Sites
 
@@ -20,8 +20,9 @@ class _Layer(nn.Module):
     ``x + dropout(sublayer(norm(x)))``.
     """
 
-    def __init__(self, config: ModelConfig, sites: Sites):
+    def __init__(self, config: ModelConfig, sites: Sites, name: str):
         super().__init__()
+        self.name = name
         self.norm_first = config.norm_first
         self.dropout = config.dropout
         self.feed_forward = FeedForward(
@@ -52,7 +53,7 @@ class EncoderLayer(_Layer):
     """Self-attention, then the position-wise network (paper section 3.1, figure 1 left)."""
 
     def __init__(self, config: ModelConfig, sites: Sites, name: str):
-        super().__init__(config, sites)
+        super().__init__(config, sites, name)
         self.self_attention = SelfAttention(
             config.d_model,
             config.nhead,
@@ -77,16 +78,19 @@ class EncoderLayer(_Layer):
             rng,
             self.sites[0],
         )
-        return self._connect(
+        trace_state(attend, f"{self.name}.self_attention", x)
+        x = self._connect(
             x, lambda y: self.feed_forward(y, rng), self.feed_forward_norm, rng, self.sites[1]
         )
+        trace_state(attend, f"{self.name}.feed_forward", x)
+        return x
 
 
 class DecoderLayer(_Layer):
     """Masked self-attention, attention to the memory, the position-wise network (figure 1 right)."""
 
     def __init__(self, config: ModelConfig, sites: Sites, name: str):
-        super().__init__(config, sites)
+        super().__init__(config, sites, name)
         heads = (config.d_model, config.nhead, config.num_kv_heads, config.head_dim)
         self.self_attention = SelfAttention(
             *heads,
@@ -120,6 +124,7 @@ class DecoderLayer(_Layer):
             rng,
             self.sites[0],
         )
+        trace_state(attend_self, f"{self.name}.self_attention", x)
         x = self._connect(
             x,
             lambda y: self.cross_attention(y, memory, attend_memory, rng),
@@ -127,9 +132,12 @@ class DecoderLayer(_Layer):
             rng,
             self.sites[1],
         )
-        return self._connect(
+        trace_state(attend_self, f"{self.name}.cross_attention", x)
+        x = self._connect(
             x, lambda y: self.feed_forward(y, rng), self.feed_forward_norm, rng, self.sites[2]
         )
+        trace_state(attend_self, f"{self.name}.feed_forward", x)
+        return x
 
 
 class Stack(nn.Module):
@@ -138,11 +146,13 @@ class Stack(nn.Module):
     Args:
         config: of the model.
         sites: numbers for the dropout masks.
+        name: of the stack, under which a trace has what it computes.
         token_types: rows of a second embedding, of what kind each token is; 0: none.
     """
 
-    def __init__(self, config: ModelConfig, sites: Sites, token_types: int = 0):
+    def __init__(self, config: ModelConfig, sites: Sites, name: str, token_types: int = 0):
         super().__init__()
+        self.name = name
         self.dropout = config.dropout
         self.scale = config.d_model**0.5 if config.scale_embedding else 1.0
         self.positions = Positions(config.positions, config.d_model, config.max_positions)
@@ -192,6 +202,20 @@ class Stack(nn.Module):
             x = self.embedding_norm(x)
         return x if alone else ops.dropout(x, p, rng, self.embedding_site)
 
+    def trace_embedding(
+        self, ids: Tensor, weight: Tensor, dtype: torch.dtype, token_types: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The summands of :meth:`embed` for padded ids, by the names of a trace."""
+        found = {"tokens": ops.embedding(ids, weight, scale=self.scale, dtype=dtype)}
+        length = ids.shape[1]
+        table = self.positions.up_to(length)
+        if table is not None:
+            found["positions"] = table[:length].to(dtype)
+        if self.token_types is not None:
+            types = torch.zeros_like(ids) if token_types is None else token_types
+            found["token_types"] = ops.embedding(types, self.token_types.weight, dtype=dtype)
+        return {f"{self.name}.{part}": state for part, state in found.items()}
+
 
 class SelfAttentionStack(Stack):
     """Layers of self-attention: under a causal mask a decoder without cross-attention.
@@ -200,23 +224,25 @@ class SelfAttentionStack(Stack):
         config: of the model.
         sites: numbers for the dropout masks.
         depth: number of layers.
-        name: of the stack, under which pictures find its attention.
-        token_types: see :class:`Stack`.
+        name, token_types: see :class:`Stack`.
     """
 
     def __init__(
         self, config: ModelConfig, sites: Sites, depth: int, name: str, token_types: int = 0
     ):
-        super().__init__(config, sites, token_types)
+        super().__init__(config, sites, name, token_types)
         self.layers = nn.ModuleList(
             EncoderLayer(config, sites, f"{name}.layers.{i}") for i in range(depth)
         )
 
     def forward(self, x: Tensor, attend: Attend, rng: Tensor | None = None) -> Tensor:
         """Embedded tokens ``[..., d_model]`` -> their states ``[..., d_model]``."""
+        trace_state(attend, f"{self.name}.input", x)
         for layer in self.layers:
             x = layer(x, attend, rng)
-        return x if self.norm is None else self.norm(x)
+        x = x if self.norm is None else self.norm(x)
+        trace_state(attend, f"{self.name}.output", x)
+        return x
 
 
 class Encoder(SelfAttentionStack):
@@ -230,7 +256,7 @@ class Decoder(Stack):
     """The stack of decoder layers."""
 
     def __init__(self, config: TransformerConfig, sites: Sites):
-        super().__init__(config, sites)
+        super().__init__(config, sites, "decoder")
         self.layers = nn.ModuleList(
             DecoderLayer(config, sites, f"decoder.layers.{i}")
             for i in range(config.num_decoder_layers)
@@ -245,6 +271,9 @@ class Decoder(Stack):
         rng: Tensor | None = None,
     ) -> Tensor:
         """Embedded target and memory, ``[..., d_model]`` each -> decoder states."""
+        trace_state(attend_self, f"{self.name}.input", x)
         for layer in self.layers:
             x = layer(x, memory, attend_self, attend_memory, rng)
-        return x if self.norm is None else self.norm(x)
+        x = x if self.norm is None else self.norm(x)
+        trace_state(attend_self, f"{self.name}.output", x)
+        return x

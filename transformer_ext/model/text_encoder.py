@@ -13,6 +13,7 @@ from transformer_ext.model.base import Model, pack_ids
 from transformer_ext.model.config import TextEncoderConfig
 from transformer_ext.model.layers import Embedding, Generator, Linear, Norm, Sites
 from transformer_ext.model.stacks import SelfAttentionStack
+from transformer_ext.model.trace import Trace
 from transformer_ext.packed import Packed
 
 
@@ -127,6 +128,34 @@ class TextEncoder(Model):
             ValueError: shapes that do not fit, padding in the middle of a text, or token types
                 for a model without them.
         """
+        self._check_token_types(ids, token_types)
+        self._advance()
+        sequences = pack_ids("ids", ids, lengths, self.config.pad_id)
+        types = None if token_types is None else sequences.pack(token_types)
+        return self.forward_packed(sequences.pack(ids), sequences, types)
+
+    def trace(
+        self, ids: Tensor, lengths: Tensor | None = None, token_types: Tensor | None = None
+    ) -> Trace:
+        """Every attention and every state of one pass in evaluation mode, without gradients.
+
+        Args:
+            ids, lengths, token_types: as of :meth:`forward`.
+
+        Raises:
+            ValueError: as of :meth:`forward`.
+        """
+        self._check_token_types(ids, token_types)
+        return self._trace_stack(
+            self.encoder,
+            self.embedding,
+            ids,
+            lengths,
+            self.config.pad_id,
+            token_types=token_types,
+        )
+
+    def _check_token_types(self, ids: Tensor, token_types: Tensor | None) -> None:
         if token_types is not None and (
             self.encoder.token_types is None or token_types.shape != ids.shape
         ):
@@ -135,10 +164,6 @@ class TextEncoder(Model):
                 if self.encoder.token_types is None
                 else f"token_types: expected {list(ids.shape)}, got {list(token_types.shape)}"
             )
-        self._advance()
-        sequences = pack_ids("ids", ids, lengths, self.config.pad_id)
-        types = None if token_types is None else sequences.pack(token_types)
-        return self.forward_packed(sequences.pack(ids), sequences, types)
 
     def logits(
         self, ids: Tensor, lengths: Tensor | None = None, token_types: Tensor | None = None

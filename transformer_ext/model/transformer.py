@@ -7,11 +7,13 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from transformer_ext import ops
 from transformer_ext.model.attention import DenseAttention, PackedAttention
 from transformer_ext.model.base import Model, check_ids, pack_padded
 from transformer_ext.model.config import TransformerConfig
 from transformer_ext.model.layers import Embedding, Generator, Sites
 from transformer_ext.model.stacks import Decoder, Encoder
+from transformer_ext.model.trace import Trace
 from transformer_ext.packed import Packed
 
 
@@ -115,13 +117,7 @@ class Transformer(Model):
         Raises:
             ValueError: shapes that do not fit, or padding in the middle of a sentence.
         """
-        check_ids("src_ids", src_ids)
-        check_ids("tgt_ids", tgt_ids)
-        if src_ids.shape[0] != tgt_ids.shape[0]:
-            raise ValueError(
-                f"tgt_ids: expected as many sentences as src_ids has ({src_ids.shape[0]}), "
-                f"got {tgt_ids.shape[0]}"
-            )
+        _check_pairs(src_ids, tgt_ids)
         if src_mask is not None or tgt_mask is not None:
             if src_mask is None:
                 src_mask = self._real(src_ids)[:, None, :]
@@ -172,34 +168,28 @@ class Transformer(Model):
         )
         return self._decode_dense(tgt_ids, memory, attend_self, attend_memory)
 
-    def attention_weights(self, src_ids: Tensor, tgt_ids: Tensor) -> dict[str, Tensor]:
-        """Attention weights of every layer, for pictures.
+    def trace(self, src_ids: Tensor, tgt_ids: Tensor) -> Trace:
+        """Every attention and every state of one pass in evaluation mode, without gradients.
 
         Args:
             src_ids: ``[batch, src_length]`` int64, padded on the right.
-            tgt_ids: ``[batch, tgt_length]`` int64, padded on the right.
+            tgt_ids: ``[batch, tgt_length]`` int64, padded on the right, each beginning with the
+                start token.
 
-        Returns:
-            by name (``encoder.layers.0.self_attention``, ``decoder.layers.0.cross_attention``, ...)
-            ``[batch, nhead, queries, keys]``, each row a distribution over the keys.
+        Raises:
+            ValueError: shapes that do not fit, or padding in the middle of a sentence.
         """
-        weights: dict[str, Tensor] = {}
-        src_mask = self._heads_mask(src_ids, None)
-        tgt_mask = _add_heads(self._real(tgt_ids, target=True)[:, None, :])
-        training = self.training
-        self.eval()
-        try:
-            with torch.no_grad():
-                memory = self._encode_dense(src_ids, DenseAttention(src_mask, weights=weights))
-                self._decode_dense(
-                    tgt_ids,
-                    memory,
-                    DenseAttention(tgt_mask, causal=True, weights=weights),
-                    DenseAttention(src_mask, weights=weights),
-                )
-        finally:
-            self.train(training)
-        return weights
+        _check_pairs(src_ids, tgt_ids)
+        src = self._packed("src_ids", src_ids)
+        tgt = self._packed("tgt_ids", tgt_ids, target=True)
+        src_mask = ops.key_padding_mask(src.lengths, src_ids.shape[1])
+        tgt_mask = ops.key_padding_mask(tgt.lengths, tgt_ids.shape[1])
+        with self._studied() as trace:
+            attend_memory = DenseAttention(src_mask, trace=trace)
+            memory = self._encode_dense(src_ids, attend_memory)
+            attend_self = DenseAttention(tgt_mask, causal=True, trace=trace)
+            self._decode_dense(tgt_ids, memory, attend_self, attend_memory)
+        return trace
 
     # --- step by step: what the plain Python search calls ---------------------------------------
 
@@ -239,18 +229,18 @@ class Transformer(Model):
             the last token's attention ``[batch, src_length]``, averaged over the heads.
         """
         if attention_layer is not None:
-            weights: dict[str, Tensor] = {}
+            trace = Trace()
             columns = torch.arange(memory.shape[1], device=memory.device)
             mask = _add_heads((columns < src_lengths[:, None])[:, None, :])
             hidden = self._decode_dense(
                 tgt_prefix,
                 memory,
                 DenseAttention(causal=True),
-                DenseAttention(mask, weights=weights),
+                DenseAttention(mask, trace=trace),
             )
             log_probs = torch.log_softmax(self.generator.logits(hidden[:, -1]).float(), dim=-1)
-            layer = weights[f"decoder.layers.{attention_layer}.cross_attention"]
-            return log_probs, layer[:, :, -1].float().mean(1)
+            layer = trace.attentions[f"decoder.layers.{attention_layer}.cross_attention"]
+            return log_probs, layer.weights[:, :, -1].float().mean(1)
         src = Packed.from_lengths(src_lengths, device=memory.device)
         batch, length = tgt_prefix.shape
         lengths = torch.full((batch,), length, dtype=torch.int32, device=memory.device)
@@ -261,15 +251,9 @@ class Transformer(Model):
 
     # --------------------------------------------------------------------------------------------
 
-    def _dense_positions(self, ids: Tensor) -> Tensor:
-        return torch.arange(ids.shape[1], dtype=torch.int32, device=ids.device).expand_as(ids)
-
     def _encode_dense(self, src_ids: Tensor, attend: DenseAttention) -> Tensor:
         rng = self._dropout_state()
-        positions = self._dense_positions(src_ids)
-        x = self._embed(
-            self.encoder, self.source_embedding, src_ids, positions, src_ids.shape[1], rng
-        )
+        x = self._embed_dense(self.encoder, self.source_embedding, src_ids, rng, attend.trace)
         return self.encoder(x, attend, rng)
 
     def _decode_dense(
@@ -280,10 +264,7 @@ class Transformer(Model):
         attend_memory: DenseAttention,
     ) -> Tensor:
         rng = self._dropout_state()
-        positions = self._dense_positions(tgt_ids)
-        x = self._embed(
-            self.decoder, self.target_embedding, tgt_ids, positions, tgt_ids.shape[1], rng
-        )
+        x = self._embed_dense(self.decoder, self.target_embedding, tgt_ids, rng, attend_self.trace)
         return self.decoder(x, memory, attend_self, attend_memory, rng)
 
     def _heads_mask(self, ids: Tensor, mask: Tensor | None) -> Tensor:
@@ -344,6 +325,16 @@ def make_model(
             output_bias=True,
         )
     )
+
+
+def _check_pairs(src_ids: Tensor, tgt_ids: Tensor) -> None:
+    check_ids("src_ids", src_ids)
+    check_ids("tgt_ids", tgt_ids)
+    if src_ids.shape[0] != tgt_ids.shape[0]:
+        raise ValueError(
+            f"tgt_ids: expected as many sentences as src_ids has ({src_ids.shape[0]}), "
+            f"got {tgt_ids.shape[0]}"
+        )
 
 
 def _add_heads(mask: Tensor) -> Tensor:

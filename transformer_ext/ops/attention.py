@@ -62,7 +62,8 @@ def attention(
     rng: Tensor | None = None,
     site: int = 0,
     return_weights: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    return_scores: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
     """Attention of padded sequences, any strides.
 
     Args:
@@ -79,6 +80,8 @@ def attention(
         return_weights: return ``(output, weights)``, the weights
             ``[batch, heads, query_length, key_length]`` as they are before dropout. This forms the
             whole matrix, so it takes the plain PyTorch path.
+        return_scores: return ``(output, weights, scores)``, the scores as the softmax reads them,
+            -inf where a query may not attend to a key.
 
     Returns:
         ``[batch, heads, query_length, head_dim]`` in the query's dtype.
@@ -87,7 +90,8 @@ def attention(
         ValueError, TypeError: shapes or dtypes that do not fit.
     """
     _check_padded(query, key, value, key_lengths, mask, bias)
-    if not return_weights and use_compiled("attention_forward", query):
+    plain = return_weights or return_scores
+    if not plain and use_compiled("attention_forward", query):
         on = check_dropout(dropout_p, rng, site)
         return _PaddedAttention.apply(
             _unit_stride(query),
@@ -115,6 +119,7 @@ def attention(
         rng=rng,
         site=site,
         return_weights=return_weights,
+        return_scores=return_scores,
     )
 
 
@@ -132,13 +137,20 @@ def attention_reference(
     rng: Tensor | None = None,
     site: int = 0,
     return_weights: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    return_scores: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
     """:func:`attention` in plain PyTorch."""
     _check_padded(query, key, value, key_lengths, mask, bias)
     batch, heads, query_length, _ = query.shape
     allowed = _allowed(query, key, key_lengths, causal, mask, bias)
     token = torch.arange(batch * query_length, device=query.device).view(batch, 1, query_length)
-    output, weights = _attend(query, key, value, allowed, bias, scale, dropout_p, rng, site, token)
+    output, weights, scores = _attend(
+        query, key, value, allowed, bias, scale, dropout_p, rng, site, token
+    )
+    if return_scores:
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed, -math.inf)
+        return output, weights, scores.to(query.dtype)
     return (output, weights) if return_weights else output
 
 
@@ -211,7 +223,7 @@ def attention_packed_reference(
     allowed = _allowed(padded_query, padded_key, k.lengths, causal, None, None)
     position = torch.arange(padded_query.shape[2], device=query.device)
     token = q.cu_seqlens[:-1, None, None].long() + position
-    output, _ = _attend(
+    output, _, _ = _attend(
         padded_query,
         padded_key,
         padded_value,
@@ -411,11 +423,12 @@ def _attend(
     rng: Tensor | None,
     site: int,
     token: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The equation, for ``[batch, heads, length, head_dim]``.
 
     ``allowed``: None, or boolean with 4 dimensions broadcastable to the scores. ``token``:
-    ``[batch, 1, query_length]``, the query's token in the numbering of dropout.
+    ``[batch, 1, query_length]``, the query's token in the numbering of dropout. Returns output,
+    weights, and the scores, with a finite filling where they are masked.
     """
     heads, kv_heads = query.shape[1], key.shape[1]
     dead_query = None
@@ -450,7 +463,7 @@ def _attend(
     output = dropped.to(value.dtype) @ value
     if dead_query is not None:
         output = output.masked_fill(dead_query, 0)
-    return output, weights.to(query.dtype)
+    return output, weights.to(query.dtype), scores
 
 
 def _allowed(
