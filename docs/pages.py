@@ -11,7 +11,8 @@ A picture that a page shows from ``pictures/`` is drawn by the page.
     python docs/pages.py docs/guide/1-why-attention.md
 
 runs a page in a temporary folder and says what differs. With ``--write`` it runs in the page's own
-folder instead, so that pictures are drawn anew, and writes what was printed into the page.
+folder instead, so that pictures are drawn anew, and writes what was printed into the page; measured
+numbers that are there stay, but for ``--measure``, which is for a machine with nothing else to do.
 ``--notebook FOLDER`` makes a Jupyter notebook of each page (``pip install jupytext``).
 """
 
@@ -123,9 +124,13 @@ def run_page(page: Page, folder: Path) -> None:
     Raises:
         Exception: What a block raises; the traceback names the line of the page.
     """
+    import torch
+
     namespace: dict[str, Any] = {"__name__": "__main__"}
     (folder / "pictures").mkdir(exist_ok=True)
     before = Path.cwd()
+    # A page that measures times sets this.
+    threads = torch.get_num_threads()
     os.chdir(folder)
     try:
         for block in page.blocks:
@@ -136,6 +141,7 @@ def run_page(page: Page, folder: Path) -> None:
             block.printed = printed.getvalue()
     finally:
         os.chdir(before)
+        torch.set_num_threads(threads)
         if "matplotlib.pyplot" in sys.modules:
             sys.modules["matplotlib.pyplot"].close("all")
 
@@ -180,11 +186,13 @@ def _last_digit(number: str) -> float:
     return float(10.0 ** (int(exponent or 0) - len(digits.partition(".")[2])))
 
 
-def _write(page: Page) -> None:
-    """What was printed goes into the page."""
+def _write(page: Page, measured: bool) -> None:
+    """What was printed goes into the page; that with measured numbers only if the words differ."""
     lines = page.path.read_text(encoding="utf-8").splitlines()
     for block in reversed(page.blocks):
-        if block.output is not None:
+        if block.output is not None and (
+            not block.measured or measured or not _same(block.output, block.printed, True)
+        ):
             first, end = block.output_lines
             lines[first:end] = [line.rstrip() for line in block.printed.rstrip().splitlines()]
     page.path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -201,6 +209,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("pages", nargs="*", type=Path, metavar="PAGE", help="default: all")
     parser.add_argument("--write", action="store_true", help="write what is printed into the page")
+    parser.add_argument("--measure", action="store_true", help="with --write: new measurements too")
     parser.add_argument("--notebook", type=Path, metavar="FOLDER", help="write notebooks, run none")
     options = parser.parse_args()
     os.environ.setdefault("MPLBACKEND", "Agg")
@@ -217,7 +226,7 @@ def main() -> int:
             folder = page.path.parent if options.write else Path(temporary)
             run_page(page, folder)
             if options.write:
-                _write(page)
+                _write(page, options.measure)
                 page = read_page(page.path)
             else:
                 wrong += differences(page, folder)
