@@ -17,7 +17,6 @@ import sentencepiece
 
 from transformer_ext.data import (
     ParallelDataset,
-    SentencePieceTokenizer,
     Tokenizer,
     TokenizerError,
     build_dataset,
@@ -55,7 +54,7 @@ def make(tmp_path_factory: pytest.TempPathFactory, pairs: list[tuple[str, str]])
                 **{"vocab_size": 1000, "byte_fallback": True, **options},
             )
             path.write_bytes(model.getvalue())
-            made[key] = SentencePieceTokenizer(path)
+            made[key] = Tokenizer(path)
         return made[key]
 
     return make
@@ -266,7 +265,7 @@ def test_ids_of_a_vocabulary(make: Make, tmp_path: Path, kind: str) -> None:
     path = tmp_path / "vocab.json"
     vocabulary = [">>de<<", "</s>", *kept, "<unk>", "andere", "<pad>"]
     path.write_text(json.dumps({"pieces": vocabulary, **names}))
-    tokenizer = SentencePieceTokenizer(plain.path, path)
+    tokenizer = Tokenizer(plain.path, path)
     ids, lengths = encode(tokenizer, [">>de<< The document opens the table."] * 30)
     rows = split(*SubwordSampler(tokenizer, 0.3)(ids, lengths, np.arange(30), 0))
     assert len({tuple(row) for row in rows}) > 10

@@ -15,6 +15,7 @@ _LAZY: dict[str, str] = {
     "TextEncoderConfig": "transformer_ext.model.config",
     "LanguageModel": "transformer_ext.model.language_model",
     "LanguageModelConfig": "transformer_ext.model.config",
+    "SentenceEncoder": "transformer_ext.inference.sentence_encoder",
     "Packed": "transformer_ext.packed",
     "Transformer": "transformer_ext.model.transformer",
     "TransformerConfig": "transformer_ext.model.config",

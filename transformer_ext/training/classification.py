@@ -19,7 +19,7 @@ from transformer_ext.data.dataset import ParallelDataset
 from transformer_ext.data.text import Labelled, TextCounts, read_labelled
 from transformer_ext.data.text_preparation import PreparedTexts, TextFiles, prepare_texts
 from transformer_ext.files import atomic_write
-from transformer_ext.inference.classifier import Prediction, predictions
+from transformer_ext.inference.classifier import Prediction, TextClassifier
 from transformer_ext.model import TextEncoder, TextEncoderConfig, classifier_preset
 from transformer_ext.training.machine import Machine
 from transformer_ext.training.report import Console
@@ -246,7 +246,8 @@ class ClassificationRun(TextRun):
         if not texts:
             return {}
         self.model.eval()
-        found = predictions(self.model, prepared.tokenizer, [text for text, _ in texts])
+        classifier = TextClassifier.from_model(self.model, prepared.tokenizer)
+        found = classifier([text for text, _ in texts])
         numbers = {label: number for number, label in enumerate(prepared.labels)}
         table = confusion_table(
             np.array([numbers[label] for _, label in texts]),

@@ -1,0 +1,183 @@
+"""What text classifier, mask filler and sentence encoder share: text to token ids, an encoder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from transformer_ext.files import load_model_dir
+from transformer_ext.model.config import TextEncoderConfig
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from transformer_ext.data.tokenizer import Tokenizer
+    from transformer_ext.files import ModelDir
+    from transformer_ext.inference.torch_encoder import TorchEncoder
+    from transformer_ext.model.text_encoder import TextEncoder
+
+#: Token ids of texts, and their token types where there are pairs of texts.
+Sequences = tuple[list[list[int]], list[list[int]] | None]
+
+
+_Self = TypeVar("_Self", bound="TextModel")
+
+
+class TextModel:
+    """Base of the encoder-only models on text.
+
+    Args:
+        folder: model directory, or one of Hugging Face's.
+        compute_type: ``float32`` or ``bfloat16``.
+        device: a device of PyTorch's.
+
+    Attributes:
+        config: the architecture.
+        tokenizer: of the texts.
+
+    Raises:
+        FileError: no such model, one of another kind, or one without the head that is needed.
+        ValueError: a compute type that the device does not have.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        compute_type: str = "float32",
+        device: str = "cpu",
+    ) -> None:
+        saved = load_model_dir(folder, TextEncoderConfig)
+        saved = dataclasses.replace(saved, config=self._configure(saved))
+        self.config: TextEncoderConfig = saved.config
+        self.tokenizer: Tokenizer = saved.source_tokenizer
+        self.encoder: TorchEncoder = open_encoder(saved, compute_type, device)
+
+    @classmethod
+    def from_model(cls: type[_Self], model: TextEncoder, tokenizer: Tokenizer) -> _Self:
+        """A PyTorch model in memory, as in training, on text.
+
+        Args:
+            model: the model; it is put in evaluation mode by the caller.
+            tokenizer: of its texts.
+        """
+        from transformer_ext.inference.torch_encoder import TorchEncoder
+
+        made = cls.__new__(cls)
+        made.config = model.config
+        made.tokenizer = tokenizer
+        made.encoder = TorchEncoder(model)
+        return made
+
+    def _configure(self, saved: ModelDir[TextEncoderConfig]) -> TextEncoderConfig:
+        """The configuration to be used; raises a FileError for a model without the needed head."""
+        return saved.config
+
+    @property
+    def max_length(self) -> int | None:
+        """Most tokens of a text, its start and end included; None: any number."""
+        return self.config.max_positions if self.config.positions == "learned" else None
+
+    def sequences(
+        self,
+        texts: Sequence[str],
+        pairs: Sequence[str | None] | None = None,
+        *,
+        truncation: bool = False,
+    ) -> Sequences:
+        """Token ids of texts, each with its start and end token.
+
+        Args:
+            texts: the texts.
+            pairs: for each a second text that belongs to it, or None; or none at all.
+            truncation: cut what is longer than the model's positions at its end, the longer text of
+                a pair first.
+
+        Returns:
+            the ids, and the token types where there are pairs.
+
+        Raises:
+            TypeError: something that is no text.
+            ValueError: a text longer than the model's positions, or a pair for a model without
+                token types.
+        """
+        check_texts("texts", texts)
+        ids = self.tokenizer.encode_batch(list(texts))
+        seconds: list[list[int] | None] = [None] * len(ids)
+        if pairs is not None and any(pair is not None for pair in pairs):
+            if self.config.num_token_types < 2:
+                raise ValueError("pairs: this model has no token types that tell two texts apart")
+            given = [pair for pair in pairs if pair is not None]
+            check_texts("pairs", given)
+            encoded = iter(self.tokenizer.encode_batch(given))
+            seconds = [None if pair is None else next(encoded) for pair in pairs]
+        longest = self.max_length
+        start, end = self.tokenizer.bos_id, self.tokenizer.eos_id
+        sequences: list[list[int]] = []
+        types: list[list[int]] = []
+        for number, (first, second) in enumerate(zip(ids, seconds, strict=True)):
+            special = 2 if second is None else 3
+            length = len(first) + len(second or []) + special
+            if longest is not None and length > longest:
+                if not truncation:
+                    raise ValueError(
+                        f"texts: number {number} (from 0) has {length} tokens, start and end "
+                        f"included, but the model has {longest} positions; truncation cuts it"
+                    )
+                first, second = _cut(first, second, longest - special)
+            behind = [] if second is None else [*second, end]
+            sequences.append([start, *first, end, *behind])
+            types.append([0] * (len(first) + 2) + [1] * len(behind))
+        return sequences, types if any(second is not None for second in seconds) else None
+
+
+def open_encoder(
+    saved: ModelDir[TextEncoderConfig], compute_type: str, device: str
+) -> TorchEncoder:
+    """The model of a directory in PyTorch."""
+    from transformer_ext.inference.torch_encoder import TorchEncoder
+    from transformer_ext.model.text_encoder import TextEncoder
+
+    if compute_type not in ("float32", "bfloat16"):
+        raise ValueError(
+            f"compute_type: got {compute_type!r}, expected float32 or bfloat16 on {device}"
+        )
+    model = TextEncoder(saved.config).load_weights(saved.weights).set_precision(compute_type)
+    return TorchEncoder(model.to(device).eval())
+
+
+def check_texts(name: str, texts: Sequence[Any]) -> None:
+    """Raise a TypeError for a sequence that holds something else than texts, or is a text."""
+    if isinstance(texts, str):
+        raise TypeError(f"{name}: got a text, expected a sequence of texts")
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(
+                f"{name}: got {type(text).__name__} at position {number}, expected a text"
+            )
+
+
+def softmax(scores: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Probabilities from unnormalised scores, along the last dimension."""
+    import numpy as np
+
+    exponentials = np.exp(scores - scores.max(-1, keepdims=True))
+    probabilities: NDArray[np.float32] = exponentials / exponentials.sum(-1, keepdims=True)
+    return probabilities
+
+
+def _cut(
+    first: list[int], second: list[int] | None, room: int
+) -> tuple[list[int], list[int] | None]:
+    """Both texts, cut so that they have ``room`` tokens together."""
+    if second is None:
+        return first[:room], None
+    # The shorter one stays whole where it takes no more than half.
+    shorter, longer = sorted((len(first), len(second)))
+    keep = min(shorter, room // 2)
+    longer = min(longer, room - keep)
+    kept = (keep, longer) if len(first) <= len(second) else (longer, keep)
+    return first[: kept[0]], second[: kept[1]]
