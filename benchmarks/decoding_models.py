@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from transformer_ext.data.corpus import read_lines, shipped_corpus
-from transformer_ext.data.tokenizer import Tokenizer, train_tokenizer
+from transformer_ext.data.tokenizer import SentencePieceTokenizer, Tokenizer, train_tokenizer
 from transformer_ext.files import ModelDir, parameter_shapes, save_model_dir
 from transformer_ext.model.config import TransformerConfig
 
@@ -46,7 +46,7 @@ def tokenizer_of(size: int, path: Path) -> Tokenizer:
         piece = b"\x0a" + bytes([len(text)]) + text + b"\x15" + np.float32(-number).tobytes()
         model += b"\x0a" + bytes([len(piece)]) + piece
     path.write_bytes(model)
-    return Tokenizer(path)
+    return SentencePieceTokenizer(path)
 
 
 def random_model(config: TransformerConfig, folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from transformer_ext.data.tokenizer import Tokenizer, train_tokenizer
+from transformer_ext.data.tokenizer import SentencePieceTokenizer, train_tokenizer
 from transformer_ext.files import parameter_shapes, save_model_dir
 from transformer_ext.inference.engine import Engine
 from transformer_ext.model.config import TransformerConfig
@@ -24,7 +24,7 @@ def save_random_model(folder, *, max_train_length=40, seed=5, sentences=SENTENCE
     folder.parent.mkdir(parents=True, exist_ok=True)
     tokenizer_file = folder.parent / "trained.model"
     tokenizer_file.write_bytes(train_tokenizer(sentences, vocab_size=330)[0])
-    tokenizer = Tokenizer(tokenizer_file)
+    tokenizer = SentencePieceTokenizer(tokenizer_file)
     fields = dict(
         src_vocab_size=tokenizer.vocab_size,
         tgt_vocab_size=tokenizer.vocab_size,

@@ -28,7 +28,7 @@ from typing import Any
 
 from decoding_helpers import SENTENCES, save_random_model
 
-from transformer_ext.data.tokenizer import Tokenizer, train_tokenizer
+from transformer_ext.data.tokenizer import SentencePieceTokenizer, train_tokenizer
 from transformer_ext.files import load_model_dir, save_model_dir
 from transformer_ext.inference.translator import Translator
 from transformer_ext.model.config import TransformerConfig
@@ -206,7 +206,7 @@ class Fuzz:
         special = {name: pieces[getattr(tokenizer, f"{name}_id")] for name in ("eos", "unk", "pad")}
         path = self.folder.parent / VOCABULARY
         path.write_text(json.dumps({"pieces": pieces, **special, "bos": special["pad"]}))
-        other = Tokenizer(tokenizer.path, path)
+        other = SentencePieceTokenizer(tokenizer.path, path)
         weights = dict(model.weights)
         save_model_dir(self.folder, model.config, weights, other, other, overwrite=True)
 

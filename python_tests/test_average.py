@@ -9,7 +9,7 @@ import pytest
 from training_helpers import write_text
 
 from transformer_ext import average
-from transformer_ext.data.tokenizer import Tokenizer, train_tokenizer
+from transformer_ext.data.tokenizer import SentencePieceTokenizer, Tokenizer, train_tokenizer
 from transformer_ext.files import load_model_dir, parameter_shapes, save_model_dir
 from transformer_ext.model import TransformerConfig
 from transformer_ext.training.checkpoint import Checkpoints
@@ -21,7 +21,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     lines = [line for path in write_text(folder, 50) for line in path.read_text().splitlines()]
     path = folder / "tokenizer.model"
     path.write_bytes(train_tokenizer(lines, vocab_size=300)[0])
-    return Tokenizer(path)
+    return SentencePieceTokenizer(path)
 
 
 def _config(tokenizer: Tokenizer, width: int = 8) -> TransformerConfig:

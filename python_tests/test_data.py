@@ -18,6 +18,7 @@ from transformer_ext.data import (
     CorpusError,
     ParallelDataset,
     ParallelText,
+    SentencePieceTokenizer,
     SkippedPairs,
     Tokenizer,
     TokenizerError,
@@ -44,7 +45,7 @@ def tokenizer(tmp_path_factory, pairs) -> Tokenizer:
     data, size = train_tokenizer((text for pair in pairs for text in pair), vocab_size=1000)
     path.write_bytes(data)
     assert size == 1000
-    return Tokenizer(path)
+    return SentencePieceTokenizer(path)
 
 
 @pytest.fixture(scope="module")
@@ -375,11 +376,11 @@ def test_vocabulary_smaller_than_the_characters(pairs) -> None:
 
 def test_wrong_tokenizer_files(tmp_path) -> None:
     with pytest.raises(TokenizerError, match="cannot be read: No such file"):
-        Tokenizer(tmp_path / "none.model")
+        SentencePieceTokenizer(tmp_path / "none.model")
     for content in (b"", b"text\n"):
         (tmp_path / "x.model").write_bytes(content)
         with pytest.raises(TokenizerError, match="not a SentencePiece model"):
-            Tokenizer(tmp_path / "x.model")
+            SentencePieceTokenizer(tmp_path / "x.model")
 
 
 def test_tokenizer_can_be_sent_to_a_process(tokenizer) -> None:
@@ -402,7 +403,7 @@ def test_a_model_without_special_pieces_gets_ids_for_them(tmp_path, pairs) -> No
         pad_id=-1,
         minloglevel=2,
     )
-    own = Tokenizer(tmp_path / "own.model")
+    own = SentencePieceTokenizer(tmp_path / "own.model")
     assert (own.unk_id, own.eos_id) == (0, 1)
     assert {own.pad_id, own.bos_id} == {own.vocab_size - 2, own.vocab_size - 1}
     ids = own.encode("the cell")
@@ -421,7 +422,7 @@ def tagged(request, tmp_path_factory, pairs) -> Tokenizer:
         (src for src, _ in pairs), vocab_size=700, kind=request.param, tags=tags
     )
     path.write_bytes(data)
-    return Tokenizer(path, None, tags[:3], ["[x]"])
+    return SentencePieceTokenizer(path, None, tags[:3], ["[x]"])
 
 
 def test_a_tag_at_the_beginning_is_one_token(tagged) -> None:
@@ -449,7 +450,7 @@ def test_tags_must_be_pieces(tokenizer) -> None:
         with pytest.raises(
             TokenizerError, match=f"the tag '{tag}' is not a piece of this tokenizer"
         ):
-            Tokenizer(tokenizer.path, None, [tag])
+            SentencePieceTokenizer(tokenizer.path, None, [tag])
 
 
 # Data set

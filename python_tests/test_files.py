@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from transformer_ext.data import Tokenizer, train_tokenizer
+from transformer_ext.data import SentencePieceTokenizer, Tokenizer, train_tokenizer
 from transformer_ext.files import (
     FileError,
     Tensors,
@@ -39,7 +39,7 @@ def tokenizers(tmp_path_factory) -> tuple[Tokenizer, Tokenizer]:
     for size in (300, 310):
         data, _ = train_tokenizer(SENTENCES, vocab_size=size)
         (folder / f"{size}.model").write_bytes(data)
-        found.append(Tokenizer(folder / f"{size}.model"))
+        found.append(SentencePieceTokenizer(folder / f"{size}.model"))
     return found[0], found[1]
 
 

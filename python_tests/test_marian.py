@@ -25,7 +25,7 @@ from marian_helpers import (
 
 from transformer_ext import Translator, convert, translate
 from transformer_ext.config import given
-from transformer_ext.data.tokenizer import Tokenizer, TokenizerError, train_tokenizer
+from transformer_ext.data.tokenizer import SentencePieceTokenizer, TokenizerError, train_tokenizer
 from transformer_ext.files import FileError, Tensors, load_model_dir, save_model_dir, save_tensors
 from transformer_ext.inference.engine import Engine
 from transformer_ext.inference.options import SearchOptions
@@ -459,7 +459,10 @@ def vocabulary_model(tmp_path):
 
 
 def test_a_vocabulary_gives_pieces_other_ids(vocabulary_model):
-    plain, other = Tokenizer(vocabulary_model[0]), Tokenizer(*vocabulary_model)
+    plain, other = (
+        SentencePieceTokenizer(vocabulary_model[0]),
+        SentencePieceTokenizer(*vocabulary_model),
+    )
     assert other.vocab_size == plain._processor.get_piece_size() + 1
     last = other.vocab_size - 2
     for text in ENGLISH:
@@ -492,10 +495,10 @@ def test_a_vocabulary_gives_pieces_other_ids(vocabulary_model):
 def test_a_broken_vocabulary_is_one_error(vocabulary_model, changes, message):
     change_json(vocabulary_model[1], **changes)
     with pytest.raises(TokenizerError, match=message):
-        Tokenizer(*vocabulary_model)
+        SentencePieceTokenizer(*vocabulary_model)
     vocabulary_model[1].write_text("{")
     with pytest.raises(TokenizerError, match="not JSON"):
-        Tokenizer(*vocabulary_model)
+        SentencePieceTokenizer(*vocabulary_model)
 
 
 def test_a_piece_that_is_no_utf8_is_one_error(vocabulary_model):
@@ -503,7 +506,7 @@ def test_a_piece_that_is_no_utf8_is_one_error(vocabulary_model):
     piece = "\u2581".encode()
     model.write_bytes(model.read_bytes().replace(piece, b"\x99" + piece[1:]))
     with pytest.raises(TokenizerError, match="not a SentencePiece model: a piece is not UTF-8"):
-        Tokenizer(model, vocabulary)
+        SentencePieceTokenizer(model, vocabulary)
 
 
 def test_a_model_directory_is_bound_to_its_vocabulary(plain_marian, tmp_path):
@@ -596,7 +599,7 @@ def test_two_tokenizers_are_exported_as_two_vocabularies(transformers, tmp_path)
     config = load_model_dir(save_random_model(tmp_path / "one")).config
     one = load_model_dir(tmp_path / "one").source_tokenizer
     (tmp_path / "other.model").write_bytes(train_tokenizer(SENTENCES, vocab_size=320)[0])
-    other = Tokenizer(tmp_path / "other.model")
+    other = SentencePieceTokenizer(tmp_path / "other.model")
     assert one.vocab_size != other.vocab_size
     for sizes in ((one, other), (other, one)):
         config.src_vocab_size, config.tgt_vocab_size = (t.vocab_size for t in sizes)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from transformer_ext import average, convert, ops, score, translate
-from transformer_ext.data.tokenizer import Tokenizer, train_tokenizer
+from transformer_ext.data.tokenizer import SentencePieceTokenizer, Tokenizer, train_tokenizer
 from transformer_ext.files import FileError, load_model_dir, parameter_shapes, save_model_dir
 from transformer_ext.model import (
     LanguageModel,
@@ -436,7 +436,7 @@ def test_presets() -> None:
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     path.write_bytes(train_tokenizer(["to be or not to be"] * 9, vocab_size=280)[0])
-    return Tokenizer(path)
+    return SentencePieceTokenizer(path)
 
 
 def save(kind: str, folder: Any, tokenizer: Tokenizer, **changes: Any) -> Any:

@@ -17,6 +17,7 @@ import sentencepiece
 
 from transformer_ext.data import (
     ParallelDataset,
+    SentencePieceTokenizer,
     Tokenizer,
     TokenizerError,
     build_dataset,
@@ -54,7 +55,7 @@ def make(tmp_path_factory: pytest.TempPathFactory, pairs: list[tuple[str, str]])
                 **{"vocab_size": 1000, "byte_fallback": True, **options},
             )
             path.write_bytes(model.getvalue())
-            made[key] = Tokenizer(path)
+            made[key] = SentencePieceTokenizer(path)
         return made[key]
 
     return make
@@ -265,7 +266,7 @@ def test_ids_of_a_vocabulary(make: Make, tmp_path: Path, kind: str) -> None:
     path = tmp_path / "vocab.json"
     vocabulary = [">>de<<", "</s>", *kept, "<unk>", "andere", "<pad>"]
     path.write_text(json.dumps({"pieces": vocabulary, **names}))
-    tokenizer = Tokenizer(plain.path, path)
+    tokenizer = SentencePieceTokenizer(plain.path, path)
     ids, lengths = encode(tokenizer, [">>de<< The document opens the table."] * 30)
     rows = split(*SubwordSampler(tokenizer, 0.3)(ids, lengths, np.arange(30), 0))
     assert len({tuple(row) for row in rows}) > 10

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from transformer_ext.data.tokenizer import Tokenizer, train_tokenizer
+from transformer_ext.data.tokenizer import SentencePieceTokenizer, train_tokenizer
 from transformer_ext.files import FileError, save_model_dir
 from transformer_ext.inference.classifier import TextClassifier
 from transformer_ext.inference.sentence_encoder import SentenceEncoder
@@ -31,10 +31,10 @@ PAIRS = ["be", None, "to be", "", None, "or"]
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> SentencePieceTokenizer:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     path.write_bytes(train_tokenizer(["to be or not to be"] * 9, vocab_size=280)[0])
-    return Tokenizer(path)
+    return SentencePieceTokenizer(path)
 
 
 def save(folder, tokenizer, **changes) -> TextEncoder:

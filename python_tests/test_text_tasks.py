@@ -29,7 +29,7 @@ from transformer_ext.data.text import (
     read_texts,
 )
 from transformer_ext.data.text_preparation import TextFiles, prepare_texts
-from transformer_ext.data.tokenizer import Tokenizer, train_tokenizer
+from transformer_ext.data.tokenizer import SentencePieceTokenizer, Tokenizer, train_tokenizer
 from transformer_ext.files import load_model_dir
 from transformer_ext.inference.classifier import TextClassifier
 from transformer_ext.inference.continuation import TextGenerator, continuations
@@ -89,7 +89,7 @@ def command(folder: Path, task: str, *options: str) -> list[str]:
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     path.write_bytes(train_tokenizer(["to be or not to be"] * 9, vocab_size=290)[0])
-    return Tokenizer(path)
+    return SentencePieceTokenizer(path)
 
 
 TEXTS = ["to be", "or", "not to be or not", "be", "not to"]

@@ -10,7 +10,7 @@ import torch
 from training_helpers import write_text
 
 from transformer_ext import visualize
-from transformer_ext.data.tokenizer import Tokenizer, train_tokenizer
+from transformer_ext.data.tokenizer import SentencePieceTokenizer, train_tokenizer
 from transformer_ext.files import save_model_dir
 from transformer_ext.model import Transformer, TransformerConfig
 from transformer_ext.training.optimizer import parameters_by_name
@@ -23,7 +23,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     lines = [line for path in write_text(folder, 50) for line in path.read_text().splitlines()]
     (folder / "t.model").write_bytes(train_tokenizer(lines, vocab_size=300)[0])
-    tokenizer = Tokenizer(folder / "t.model")
+    tokenizer = SentencePieceTokenizer(folder / "t.model")
     torch.manual_seed(0)
     model = Transformer(
         TransformerConfig(

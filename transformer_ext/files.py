@@ -1,7 +1,8 @@
 """Files that are either whole or not there, and the model directory. No pickles, no torch.
 
 A model directory holds ``config.json``, ``model.safetensors`` and the tokenizer: ``tokenizer.model``
-for both languages, or ``source.model`` and ``target.model``. ``config.json`` is
+for both languages, or ``source.model`` and ``target.model`` (``.json`` where they are of the
+``tokenizers`` library, as those of BERT and GPT-2 are). ``config.json`` is
 
     {"format_version": 1,
      "model": {...},                                      the fields of TransformerConfig
@@ -15,9 +16,13 @@ for an encoder-decoder, and for every other kind of model
 with the fields of LanguageModelConfig or TextEncoderConfig under ``model``, and the rest as above; the
 one tokenizer is then source and target.
 
-A tokenizer with a vocabulary (``Tokenizer`` in ``transformer_ext/data/tokenizer.py`` tells what that
-is) has it in ``vocabulary.json``, or in ``source.vocabulary.json`` and ``target.vocabulary.json``;
+A SentencePiece tokenizer with a vocabulary (``SentencePieceTokenizer`` in
+``transformer_ext/data/tokenizer.py`` tells what that is) has it in ``vocabulary.json``, or in ``source.vocabulary.json`` and ``target.vocabulary.json``;
 ``tokenizer`` then has the keys ``source_vocabulary`` and ``target_vocabulary`` too.
+
+A tokenizer of the ``tokenizers`` library is one that has the keys ``source_special_tokens`` and
+``target_special_tokens``: its special tokens by role, ``{"bos": "[CLS]", "eos": "[SEP]", "pad":
+"[PAD]", "unk": "[UNK]", "mask": "[MASK]"}``, the last of which may be missing.
 
 Where texts may begin with tags, ``tokenizer`` has the lists ``source_tags`` (what a source text may
 begin with) and ``target_prefixes`` (the same of a target text); each is a piece.
@@ -54,7 +59,7 @@ from typing import (
     overload,
 )
 
-from transformer_ext.data.tokenizer import Tokenizer, TokenizerError
+from transformer_ext.data.tokenizer import SentencePieceTokenizer, Tokenizer, TokenizerError
 from transformer_ext.model.config import (
     KINDS,
     LanguageModelConfig,
@@ -750,10 +755,13 @@ def _write_tokenizers(folder: Path, source: Tokenizer, target: Tokenizer) -> dic
     tokenizers = {"source": source, "target": target}
     shared = source.sha256 == target.sha256
     entry: dict[str, Any] = {
-        side: "tokenizer.model" if shared else f"{side}.model" for side in tokenizers
+        side: f"{'tokenizer' if shared else side}{tokenizer.suffix}"
+        for side, tokenizer in tokenizers.items()
     }
     for side, tokenizer in tokenizers.items():
-        atomic_write(folder / entry[side], tokenizer.path.read_bytes())
+        atomic_write(folder / entry[side], tokenizer.content())
+        if tokenizer.special_tokens is not None:
+            entry[f"{side}_special_tokens"] = dict(tokenizer.special_tokens)
     vocabularies = {
         side: tokenizer.vocabulary.read_bytes()
         for side, tokenizer in tokenizers.items()
@@ -915,6 +923,7 @@ def _is_file_name(name: Any) -> TypeGuard[str]:
 
 def _load_tokenizers(path: Path, entry: Mapping[str, Any]) -> tuple[Tokenizer, Tokenizer]:
     files: list[tuple[Path, Path | None]] = []
+    special: list[dict[str, str] | None] = []
     for side in ("source", "target"):
         names = [side] + [key for key in (f"{side}_vocabulary",) if key in entry]
         for key in names:
@@ -930,6 +939,7 @@ def _load_tokenizers(path: Path, entry: Mapping[str, Any]) -> tuple[Tokenizer, T
                 )
         found = [path / entry[key] for key in names]
         files.append((found[0], found[1] if len(found) == 2 else None))
+        special.append(_special_tokens(path, entry, f"{side}_special_tokens"))
     tags = []
     for key in ("source_tags", "target_prefixes"):
         value = entry.get(key, [])
@@ -940,10 +950,11 @@ def _load_tokenizers(path: Path, entry: Mapping[str, Any]) -> tuple[Tokenizer, T
             )
         tags.append(value)
     try:
-        if files[0] == files[1]:
-            source = target = Tokenizer(*files[0], *tags)
+        if (files[0], special[0]) == (files[1], special[1]):
+            source = target = _load_tokenizer(*files[0], special[0], *tags)
         else:
-            source, target = Tokenizer(*files[0], tags[0]), Tokenizer(*files[1], (), tags[1])
+            source = _load_tokenizer(*files[0], special[0], tags[0], [])
+            target = _load_tokenizer(*files[1], special[1], [], tags[1])
     except TokenizerError as error:
         raise FileError(str(error)) from None
     if entry.get("sha256") != _tokenizer_hash(source, target):
@@ -953,6 +964,32 @@ def _load_tokenizers(path: Path, entry: Mapping[str, Any]) -> tuple[Tokenizer, T
             "(its SHA-256 differs from the one in config.json)"
         )
     return source, target
+
+
+def _special_tokens(path: Path, entry: Mapping[str, Any], key: str) -> dict[str, str] | None:
+    """The special tokens by role; None where the tokenizer is one of SentencePiece."""
+    value = entry.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, dict) or not all(isinstance(token, str) for token in value.values()):
+        raise FileError(
+            f"{path / CONFIG_FILE}: tokenizer.{key}: got {reprlib.repr(value)}, expected tokens by role"
+        )
+    return value
+
+
+def _load_tokenizer(
+    model: Path,
+    vocabulary: Path | None,
+    special: Mapping[str, str] | None,
+    source_tags: list[str],
+    target_prefixes: list[str],
+) -> Tokenizer:
+    if special is None:
+        return SentencePieceTokenizer(model, vocabulary, source_tags, target_prefixes)
+    from transformer_ext.data.json_tokenizer import JsonTokenizer
+
+    return JsonTokenizer(model, special, source_tags, target_prefixes)
 
 
 def _check_vocabulary(

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from transformer_ext.data.tokenizer import Tokenizer, TokenizerError
+from transformer_ext.data.tokenizer import SentencePieceTokenizer, Tokenizer, TokenizerError
 from transformer_ext.files import (
     FileError,
     ModelDir,
@@ -516,7 +516,7 @@ def _import_tokenizers(
         file = scratch / name
         write_json(file, {"pieces": pieces, **special, "bos": start or special["pad"]})
         try:
-            tokenizers.append(Tokenizer(path / model, file))
+            tokenizers.append(SentencePieceTokenizer(path / model, file))
         except TokenizerError as error:
             # The file that a person has, not the one made of it.
             raise FileError(str(error).replace(str(file), str(path / name))) from None
@@ -863,6 +863,11 @@ def _generation(model: ModelDir[TransformerConfig], order: _Order) -> dict[str, 
 
 def _export_tokenizers(model: ModelDir[TransformerConfig], order: _Order, folder: Path) -> None:
     source, target = model.source_tokenizer, model.target_tokenizer
+    for tokenizer in (source, target):
+        if not isinstance(tokenizer, SentencePieceTokenizer):
+            raise MarianError(
+                f"{tokenizer.path}: not a SentencePiece model, which is what a MarianMT has"
+            )
     vocabularies = {"vocab.json": _pieces(source, order.source, order.start)}
     if not order.shared:
         vocabularies["target_vocab.json"] = _pieces(target, order.target, order.start)

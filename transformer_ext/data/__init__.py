@@ -20,16 +20,24 @@ if TYPE_CHECKING:
         shipped_corpus,
     )
     from transformer_ext.data.dataset import ParallelDataset, build_dataset
-    from transformer_ext.data.tokenizer import Tokenizer, TokenizerError, train_tokenizer
+    from transformer_ext.data.json_tokenizer import JsonTokenizer
+    from transformer_ext.data.tokenizer import (
+        SentencePieceTokenizer,
+        Tokenizer,
+        TokenizerError,
+        train_tokenizer,
+    )
 
 _MODULES = {
     "Batch": "batches",
     "BatchSampler": "batches",
     "Corpus": "corpus",
     "CorpusError": "corpus",
+    "JsonTokenizer": "json_tokenizer",
     "ParallelDataset": "dataset",
     "ParallelText": "corpus",
     "SkippedPairs": "corpus",
+    "SentencePieceTokenizer": "tokenizer",
     "Tokenizer": "tokenizer",
     "TokenizerError": "tokenizer",
     "build_dataset": "dataset",
@@ -44,9 +52,11 @@ __all__ = [
     "BatchSampler",
     "Corpus",
     "CorpusError",
+    "JsonTokenizer",
     "ParallelDataset",
     "ParallelText",
     "SkippedPairs",
+    "SentencePieceTokenizer",
     "Tokenizer",
     "TokenizerError",
     "build_dataset",

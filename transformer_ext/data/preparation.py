@@ -54,7 +54,12 @@ from transformer_ext.data.dataset import (
 )
 from transformer_ext.data.doubts import look_misaligned, look_swapped
 from transformer_ext.data.progress import Progress
-from transformer_ext.data.tokenizer import Tokenizer, train_tokenizer, usable_cpus
+from transformer_ext.data.tokenizer import (
+    SentencePieceTokenizer,
+    Tokenizer,
+    train_tokenizer,
+    usable_cpus,
+)
 from transformer_ext.data.workers import Workers
 from transformer_ext.files import FileError, atomic_directory, atomic_write
 
@@ -546,17 +551,19 @@ class _Preparation:
                 source, target = source.with_tags(source_tags), target.with_tags((), prefixes)
             return source, target
         if config.tokenizer is not None:
-            tokenizer = Tokenizer(config.tokenizer, None, source_tags, prefixes)
+            tokenizer = SentencePieceTokenizer(config.tokenizer, None, source_tags, prefixes)
             self.messages.append(f"tokenizer: {config.tokenizer}, {tokenizer.vocab_size:,} pieces")
             return tokenizer, tokenizer
         if config.src_tokenizer is not None and config.tgt_tokenizer is not None:
-            source = Tokenizer(config.src_tokenizer)
-            target = Tokenizer(config.tgt_tokenizer)
+            source = SentencePieceTokenizer(config.src_tokenizer)
+            target = SentencePieceTokenizer(config.tgt_tokenizer)
             if source.sha256 == target.sha256:
-                source = target = Tokenizer(config.src_tokenizer, None, source_tags, prefixes)
+                source = target = SentencePieceTokenizer(
+                    config.src_tokenizer, None, source_tags, prefixes
+                )
             else:
-                source = Tokenizer(config.src_tokenizer, None, source_tags)
-                target = Tokenizer(config.tgt_tokenizer, None, (), prefixes)
+                source = SentencePieceTokenizer(config.src_tokenizer, None, source_tags)
+                target = SentencePieceTokenizer(config.tgt_tokenizer, None, (), prefixes)
             self.messages.append(
                 f"tokenizers: {config.src_tokenizer}, {source.vocab_size:,} pieces; "
                 f"{config.tgt_tokenizer}, {target.vocab_size:,} pieces"
@@ -593,10 +600,12 @@ class _Preparation:
 
         folder = cached(self.cache, "tokenizer", key, build)
         if config.joint_vocab:
-            source = target = Tokenizer(folder / "tokenizer.model", None, source_tags, prefixes)
+            source = target = SentencePieceTokenizer(
+                folder / "tokenizer.model", None, source_tags, prefixes
+            )
         else:
-            source = Tokenizer(folder / "source.model", None, source_tags)
-            target = Tokenizer(folder / "target.model", None, (), prefixes)
+            source = SentencePieceTokenizer(folder / "source.model", None, source_tags)
+            target = SentencePieceTokenizer(folder / "target.model", None, (), prefixes)
         sizes = sorted({source.vocab_size, target.vocab_size})
         kind = {"bpe": "BPE", "unigram": "unigram"}[config.tokenizer_type]
         what = "one for both languages" if config.joint_vocab else "one for each language"

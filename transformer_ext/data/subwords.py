@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from transformer_ext.data.batches import GOLDEN, Batch, mix, random_state
-from transformer_ext.data.tokenizer import Tokenizer, TokenizerError
+from transformer_ext.data.tokenizer import SentencePieceTokenizer, Tokenizer, TokenizerError
 
 _SPACE = "\u2581"
 _NORMAL = 1
@@ -52,6 +52,10 @@ class SubwordSampler:
     ) -> None:
         if not 0 < p <= 1:
             raise ValueError(f"subword_dropout: got {p}, expected a number above 0, up to 1")
+        if not isinstance(tokenizer, SentencePieceTokenizer):
+            raise TokenizerError(
+                f"subword_dropout: {tokenizer.path} is no SentencePiece model, expected one"
+            )
         kind, pieces = _read_model(tokenizer)
         if kind == "bpe":
             self._model: _Merges | _Lattice = _Merges(pieces, p)
@@ -190,7 +194,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
         at += length
 
 
-def _read_model(tokenizer: Tokenizer) -> tuple[str, list[_Piece]]:
+def _read_model(tokenizer: SentencePieceTokenizer) -> tuple[str, list[_Piece]]:
     """Kind of the SentencePiece model, and the pieces by the ids of the tokenizer.
 
     The file is read here because SentencePiece itself does not tell the types of pieces.

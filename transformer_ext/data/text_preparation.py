@@ -29,7 +29,7 @@ from transformer_ext.data.preparation import (
     default_vocab_size,
 )
 from transformer_ext.data.text import Labels, TextCounts
-from transformer_ext.data.tokenizer import Tokenizer, train_tokenizer
+from transformer_ext.data.tokenizer import SentencePieceTokenizer, Tokenizer, train_tokenizer
 
 #: Reads files as (text, label) and counts what it leaves out.
 Reader = Callable[[Sequence[str], TextCounts], Iterator[tuple[str, str]]]
@@ -235,7 +235,7 @@ def _tokenizer(
     messages: list[str],
 ) -> Tokenizer:
     if config.tokenizer is not None:
-        tokenizer = Tokenizer(config.tokenizer)
+        tokenizer = SentencePieceTokenizer(config.tokenizer)
         messages.append(f"tokenizer: {config.tokenizer}, {tokenizer.vocab_size:,} pieces")
         return tokenizer
     wanted = config.vocab_size or default_vocab_size(count)
@@ -259,7 +259,7 @@ def _tokenizer(
         )
         (folder / "tokenizer.model").write_bytes(model)
 
-    tokenizer = Tokenizer(cached(cache, "tokenizer", key, build) / "tokenizer.model")
+    tokenizer = SentencePieceTokenizer(cached(cache, "tokenizer", key, build) / "tokenizer.model")
     kind = {"bpe": "BPE", "unigram": "unigram"}[config.tokenizer_type]
     message = f"tokenizer: {kind}, {tokenizer.vocab_size:,} pieces"
     if tokenizer.vocab_size < wanted:

@@ -1,4 +1,7 @@
-"""Text to token ids and back, by SentencePiece (Kudo and Richardson, 2018)."""
+"""Text to token ids and back: what every tokenizer has, and SentencePiece (Kudo and Richardson, 2018).
+
+The tokenizers of BERT and GPT-2 are in :mod:`transformer_ext.data.json_tokenizer`.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,11 @@ import json
 import os
 import re
 import reprlib
-from collections.abc import Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import sentencepiece
 
@@ -30,7 +34,158 @@ def usable_cpus() -> int:
     return os.cpu_count() or 1
 
 
-class Tokenizer:
+TokenizerT = TypeVar("TokenizerT", bound="Tokenizer")
+
+
+class Tokenizer(ABC):
+    """What the rest of the package asks of a tokenizer.
+
+    A text that begins with a tag has the tag's piece as its first token, whatever the model would
+    make of it; elsewhere in a text a tag is text like any other.
+
+    Attributes:
+        path: the file of the model.
+        vocabulary: a second file that gives the pieces other ids, or None.
+        source_tags: tags of source texts, in order; those that follow from a vocabulary are among
+            them.
+        target_prefixes: tags of target texts, in order.
+        sha256: of all that ids depend on, in hexadecimal.
+        vocab_size: number of ids; rows of an embedding for it.
+        pad_id, unk_id, bos_id, eos_id: special ids; they may be the same.
+        mask_id: id of the token that stands for one to be guessed, or None.
+    """
+
+    #: How a model directory names the file: ``tokenizer.model``.
+    suffix: ClassVar[str]
+
+    path: Path
+    vocabulary: Path | None
+    source_tags: tuple[str, ...]
+    target_prefixes: tuple[str, ...]
+    sha256: str
+    vocab_size: int
+    pad_id: int
+    unk_id: int
+    bos_id: int
+    eos_id: int
+    mask_id: int | None = None
+
+    #: Tags that follow from the vocabulary.
+    _known_tags: tuple[str, ...] = ()
+
+    @abstractmethod
+    def content(self) -> bytes:
+        """What a model directory holds as the file of this tokenizer."""
+
+    @property
+    def special_tokens(self) -> Mapping[str, str] | None:
+        """Which tokens are special, by role, where the file does not tell; else None."""
+        return None
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Ids of a sentence, without start and end."""
+
+    @abstractmethod
+    def encode_untagged(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
+        """:meth:`encode_batch` of texts in which a tag at the beginning is text like any other."""
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids; special ids, and a tag at the beginning, are left out."""
+
+    @abstractmethod
+    def piece(self, id: int) -> str:
+        """The piece of an id.
+
+        Raises:
+            IndexError: no such id.
+        """
+
+    @abstractmethod
+    def _find(self, piece: str) -> int | None:
+        """The id of a piece, or None."""
+
+    @abstractmethod
+    def _with(
+        self: TokenizerT, source_tags: Sequence[str], target_prefixes: Sequence[str]
+    ) -> TokenizerT:
+        """The same tokenizer with these tags."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """:meth:`encode` of each, faster."""
+        # The threads are started anew in each call: for a few sentences they cost more than they
+        # save.
+        threads = min(8, usable_cpus()) if len(texts) >= 256 else 1
+        if not self._tags:
+            return self.encode_untagged(texts, threads)
+        split = [self.split_tag(text) for text in texts]
+        rows = self.encode_untagged([rest for _, rest in split], threads)
+        return [first + row if first else row for (first, _), row in zip(split, rows, strict=True)]
+
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        """:meth:`piece` of each id, for pictures of attention."""
+        return [self.piece(id) for id in ids]
+
+    def _set_tags(self, source_tags: Sequence[str], target_prefixes: Sequence[str]) -> None:
+        known = self._known_tags
+        self.source_tags = tuple(dict.fromkeys((*known, *source_tags)))
+        self.target_prefixes = tuple(dict.fromkeys(target_prefixes))
+        # The longest first: one may be the beginning of another.
+        tags = sorted({*self.source_tags, *self.target_prefixes}, key=lambda tag: (-len(tag), tag))
+        self._tags: dict[str, int] = {tag: self._tag_id(tag) for tag in tags}
+        self._tag_texts = tuple(tags)
+        self._tag_ids = frozenset(self._tags.values())
+        shown = set(known) - {*source_tags, *target_prefixes}
+        self._hidden = frozenset(id for tag, id in self._tags.items() if tag not in shown)
+
+    def _tag_id(self, tag: str) -> int:
+        found = self._find(tag)
+        if found is None or found in (self.pad_id, self.bos_id, self.eos_id, self.unk_id):
+            raise TokenizerError(
+                f"{self.vocabulary or self.path}: the tag {tag!r} is not a piece of this tokenizer "
+                "(a tokenizer of your own must have been trained with it as a symbol)"
+            )
+        return found
+
+    @property
+    def given_source_tags(self) -> tuple[str, ...]:
+        """``source_tags`` without those that follow from the vocabulary."""
+        return tuple(tag for tag in self.source_tags if tag not in self._known_tags)
+
+    @property
+    def tag_ids(self) -> frozenset[int]:
+        """Ids of all tags."""
+        return self._tag_ids
+
+    def split_tag(self, text: str) -> tuple[list[int], str]:
+        """The id of the tag that a text begins with, or none, and the text after it."""
+        if self._tag_texts and text.startswith(self._tag_texts):
+            tag = next(tag for tag in self._tag_texts if text.startswith(tag))
+            return [self._tags[tag]], text[len(tag) :].removeprefix(" ")
+        return [], text
+
+    def with_tags(
+        self: TokenizerT, source_tags: Sequence[str] = (), target_prefixes: Sequence[str] = ()
+    ) -> TokenizerT:
+        """This tokenizer, or one that knows these tags too.
+
+        Raises:
+            TokenizerError: a tag is not a piece.
+        """
+        sources = tuple(dict.fromkeys((*self.source_tags, *source_tags)))
+        targets = tuple(dict.fromkeys((*self.target_prefixes, *target_prefixes)))
+        if (sources, targets) == (self.source_tags, self.target_prefixes):
+            return self
+        given = tuple(tag for tag in sources if tag in (*self.given_source_tags, *source_tags))
+        return self._with(given, targets)
+
+    @cached_property
+    def _special(self) -> frozenset[int]:
+        return frozenset((self.pad_id, self.bos_id, self.eos_id))
+
+
+class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model, alone or with a vocabulary that gives its pieces other ids.
 
     Where a model brought along has no padding, start or end piece, ids after its last piece stand
@@ -45,9 +200,7 @@ class Tokenizer:
 
     A piece of the SentencePiece model that is not among them is unknown.
 
-    A text that begins with a tag has the tag's piece as its first token, whatever SentencePiece
-    would make of it; elsewhere in a text a tag is text like any other. Tags are those given, and
-    the pieces ``>>...<<`` (target languages) of a vocabulary.
+    Tags are those given, and the pieces ``>>...<<`` (target languages) of a vocabulary.
 
     Args:
         path: the SentencePiece model.
@@ -55,19 +208,12 @@ class Tokenizer:
         source_tags: tags of source texts; each is a piece.
         target_prefixes: tags of target texts; each is a piece.
 
-    Attributes:
-        path: the SentencePiece model.
-        vocabulary: the JSON file, or None.
-        source_tags: tags of source texts, in order; those of a vocabulary are among them.
-        target_prefixes: tags of target texts, in order.
-        sha256: of the bytes of the model (and, where there is a vocabulary, of that), in hexadecimal.
-        vocab_size: number of ids; rows of an embedding for it.
-        pad_id, unk_id, bos_id, eos_id: special ids.
-
     Raises:
         TokenizerError: no such file, not a SentencePiece model, not a vocabulary, the vocabulary
             of another SentencePiece model, or a tag that is not a piece.
     """
+
+    suffix = ".model"
 
     def __init__(
         self,
@@ -115,16 +261,9 @@ class Tokenizer:
             self.pad_id, self.bos_id, self.eos_id = special
             self.unk_id = processor.unk_id()
         self.vocab_size: int = size
-        known = () if self._vocabulary is None else self._vocabulary.languages
-        self.source_tags: tuple[str, ...] = tuple(dict.fromkeys((*known, *source_tags)))
-        self.target_prefixes: tuple[str, ...] = tuple(dict.fromkeys(target_prefixes))
-        # The longest first: one may be the beginning of another.
-        tags = sorted({*self.source_tags, *self.target_prefixes}, key=lambda tag: (-len(tag), tag))
-        self._tags: dict[str, int] = {tag: self._tag_id(tag) for tag in tags}
-        self._tag_texts = tuple(tags)
-        self._tag_ids = frozenset(self._tags.values())
-        shown = set(known) - {*source_tags, *target_prefixes}
-        self._hidden = frozenset(id for tag, id in self._tags.items() if tag not in shown)
+        if self._vocabulary is not None:
+            self._known_tags = self._vocabulary.languages
+        self._set_tags(source_tags, target_prefixes)
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -137,56 +276,21 @@ class Tokenizer:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
-    def _tag_id(self, tag: str) -> int:
+    def content(self) -> bytes:
+        """The bytes of the SentencePiece model."""
+        return self.path.read_bytes()
+
+    def _find(self, piece: str) -> int | None:
         if self._vocabulary is not None:
-            found = self._vocabulary.find(tag)
-        else:
-            # What is no piece has the id of the unknown one.
-            id = self._processor.piece_to_id(tag)
-            found = id if self._processor.id_to_piece(id) == tag else None
-        if found is None or found in (self.pad_id, self.bos_id, self.eos_id, self.unk_id):
-            raise TokenizerError(
-                f"{self.vocabulary or self.path}: the tag {tag!r} is not a piece of this tokenizer "
-                "(a tokenizer of your own must have been trained with it as a symbol)"
-            )
-        return found
+            return self._vocabulary.find(piece)
+        # What is no piece has the id of the unknown one.
+        id: int = self._processor.piece_to_id(piece)
+        return id if self._processor.id_to_piece(id) == piece else None
 
-    @property
-    def given_source_tags(self) -> tuple[str, ...]:
-        """``source_tags`` without those that follow from the vocabulary."""
-        known = () if self._vocabulary is None else self._vocabulary.languages
-        return tuple(tag for tag in self.source_tags if tag not in known)
-
-    @property
-    def tag_ids(self) -> frozenset[int]:
-        """Ids of all tags."""
-        return self._tag_ids
-
-    def split_tag(self, text: str) -> tuple[list[int], str]:
-        """The id of the tag that a text begins with, or none, and the text after it."""
-        if self._tag_texts and text.startswith(self._tag_texts):
-            tag = next(tag for tag in self._tag_texts if text.startswith(tag))
-            return [self._tags[tag]], text[len(tag) :].removeprefix(" ")
-        return [], text
-
-    def with_tags(
-        self, source_tags: Sequence[str] = (), target_prefixes: Sequence[str] = ()
-    ) -> Tokenizer:
-        """This tokenizer, or one that knows these tags too.
-
-        Raises:
-            TokenizerError: a tag is not a piece.
-        """
-        sources = tuple(dict.fromkeys((*self.source_tags, *source_tags)))
-        targets = tuple(dict.fromkeys((*self.target_prefixes, *target_prefixes)))
-        if (sources, targets) == (self.source_tags, self.target_prefixes):
-            return self
-        given = tuple(tag for tag in sources if tag in (*self.given_source_tags, *source_tags))
-        return Tokenizer(self.path, self.vocabulary, given, targets)
-
-    @cached_property
-    def _special(self) -> frozenset[int]:
-        return frozenset((self.pad_id, self.bos_id, self.eos_id))
+    def _with(
+        self, source_tags: Sequence[str], target_prefixes: Sequence[str]
+    ) -> SentencePieceTokenizer:
+        return SentencePieceTokenizer(self.path, self.vocabulary, source_tags, target_prefixes)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a sentence, without start and end."""
@@ -196,17 +300,6 @@ class Tokenizer:
         # Not as a list of one: for a list SentencePiece starts a thread, ten times as long as this.
         ids: list[int] = self._processor.encode(rest)
         return first + ids
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """:meth:`encode` of each, faster."""
-        # The threads are started anew in each call: for a few sentences they cost more than they
-        # save.
-        threads = min(8, usable_cpus()) if len(texts) >= 256 else 1
-        if not self._tags:
-            return self.encode_untagged(texts, threads)
-        split = [self.split_tag(text) for text in texts]
-        rows = self.encode_untagged([rest for _, rest in split], threads)
-        return [first + row if first else row for (first, _), row in zip(split, rows, strict=True)]
 
     def encode_untagged(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
         """:meth:`encode_batch` of texts in which a tag at the beginning is text like any other."""
@@ -250,13 +343,9 @@ class Tokenizer:
         names = {self.pad_id: "<pad>", self.bos_id: "<s>", self.eos_id: "</s>"}
         return names[id]
 
-    def pieces(self, ids: Iterable[int]) -> list[str]:
-        """:meth:`piece` of each id, for pictures of attention."""
-        return [self.piece(id) for id in ids]
-
 
 class _Vocabulary:
-    """Other ids for the pieces of a SentencePiece model; see :class:`Tokenizer` for the file."""
+    """Other ids for the pieces of a SentencePiece model; see :class:`SentencePieceTokenizer`."""
 
     def __init__(self, path: Path, content: bytes, processor: Any, pieces: list[str]) -> None:
         try:

@@ -18,7 +18,12 @@ from typing import Any
 import numpy as np
 
 from transformer_ext.config import ConfigError, SyntheticConfig, TrainConfig
-from transformer_ext.data import ParallelDataset, Tokenizer, build_dataset, train_tokenizer
+from transformer_ext.data import (
+    ParallelDataset,
+    SentencePieceTokenizer,
+    build_dataset,
+    train_tokenizer,
+)
 from transformer_ext.data.dataset import DATASET_VERSION
 from transformer_ext.data.preparation import PreparedData, cache_folder, cached
 from transformer_ext.files import atomic_write
@@ -102,7 +107,7 @@ def _tokenizer_of(symbols: int, path: Path) -> None:
     # All merges that the words have are made: fewer than one for each of their characters.
     size = 300 + sum(len(word) + 1 for word in words)
     path.write_bytes(train_tokenizer([" ".join(words)] * 4, vocab_size=size)[0])
-    tokenizer = Tokenizer(path)
+    tokenizer = SentencePieceTokenizer(path)
     assert all(len(tokenizer.encode(word)) == 1 for word in words)
 
 
@@ -114,7 +119,7 @@ def prepare(config: TrainConfig, say: Callable[[str], None]) -> tuple[PreparedDa
     folder = cached(
         cache, "symbols", {"symbols": symbols}, lambda f: _tokenizer_of(symbols, f / "t.model")
     )
-    tokenizer = Tokenizer(folder / "t.model")
+    tokenizer = SentencePieceTokenizer(folder / "t.model")
 
     def as_set(name: str, pairs: Pairs) -> ParallelDataset:
         key = {
