@@ -584,6 +584,11 @@ def _read_object(path: Path, content: bytes) -> dict[str, Any]:
     # A number of thousands of digits is a ValueError, too.
     except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path}: broken, not JSON: {error}") from None
+    if re.search(r"\\u[dD][89a-fA-F]", text):
+        try:
+            json.dumps(values, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise TokenizerError(f"{path}: broken: half a character (\\ud800 to \\udfff)") from None
     if not isinstance(values, dict):
         raise TokenizerError(f"{path}: got {type(values).__name__}, expected an object with keys")
     return values
@@ -604,7 +609,10 @@ def _vocab(path: Path, vocab: Any) -> dict[str, int]:
 
 def _vocab_size(path: Path, tokenizer: tokenizers.Tokenizer) -> int:
     """Number of ids; there may be gaps."""
-    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+    ids = tokenizer.get_vocab(with_added_tokens=True).values()
+    largest = max(ids, default=0)
+    if len(set(ids)) != len(ids):
+        raise TokenizerError(f"{path}: vocab: two pieces have the same id")
     if largest >= _LARGEST_ID:
         raise TokenizerError(
             f"{path}: vocab: got the id {largest}, expected less than {_LARGEST_ID}"
@@ -617,13 +625,13 @@ def _merges(path: Path, merges: Any) -> list[tuple[str, str]]:
         raise TokenizerError(
             f"{path}: merges: got {reprlib.repr(merges)}, expected a list of pairs"
         )
-    pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge or ()) for merge in merges]
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
     for number, pair in enumerate(pairs):
-        if len(pair) != 2 or not (isinstance(pair[0], str) and isinstance(pair[1], str)):
+        if not isinstance(pair, list) or list(map(type, pair)) != [str, str]:
             raise TokenizerError(
                 f"{path}: merge {number}: got {reprlib.repr(merges[number])}, expected two pieces"
             )
-    return pairs
+    return list(map(tuple, pairs))
 
 
 def _check_model(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
