@@ -190,6 +190,22 @@ py::object matrix(const std::vector<float>& values, size_t rows) {
   return py::array_t<float>(shape, values.data());
 }
 
+Texts texts(std::vector<std::vector<int32_t>> ids, std::vector<std::vector<int32_t>> token_types) {
+  return {std::move(ids), std::move(token_types)};
+}
+
+// Results of a call that is made without the interpreter's lock: arrays, and where their values go.
+struct Arrays {
+  py::list arrays;
+  std::vector<float*> places;
+
+  void add(size_t rows, int64_t columns) {
+    py::array_t<float> array({static_cast<py::ssize_t>(rows), static_cast<py::ssize_t>(columns)});
+    places.push_back(array.mutable_data());
+    arrays.append(std::move(array));
+  }
+};
+
 }  // namespace
 
 void bind_engine(py::module_& m) {
@@ -245,7 +261,9 @@ void bind_engine(py::module_& m) {
         return matrix(scores.attention, scores.log_probs.size());
       });
 
-  py::class_<Engine>(m, "Engine", "A Transformer of any kind with its weights, for inference.")
+  py::class_<Engine> engine(m, "Engine",
+                            "A Transformer of any kind with its weights, for inference.");
+  engine
       .def(py::init(&make_engine), py::arg("config"), py::arg("weights"), py::arg("threads"),
            py::arg("compute_type"),
            "From the kind and the fields of a ModelConfig and a function that gives the float32 "
@@ -284,6 +302,72 @@ void bind_engine(py::module_& m) {
           py::kw_only(), py::arg("sources"), py::arg("targets"), py::arg("start_id"),
           py::arg("others"), py::arg("attention_layers"),
           "Log-probabilities of the tokens of each target; see csrc/engine/search.h.");
+
+  engine.def(
+      "states",
+      [](Engine& engine, std::vector<std::vector<int32_t>> ids,
+         std::vector<std::vector<int32_t>> token_types) {
+        const Texts asked = texts(std::move(ids), std::move(token_types));
+        Arrays results;
+        for (const auto& text : asked.ids) results.add(text.size(), engine.config().width);
+        {
+          const py::gil_scoped_release release;
+          engine.states(asked, results.places, signals());
+        }
+        return results.arrays;
+      },
+      py::kw_only(), py::arg("ids"), py::arg("token_types"),
+      "The states of the tokens of each text; see csrc/engine/text_encoder.h.");
+  engine.def(
+      "pooled",
+      [](Engine& engine, std::vector<std::vector<int32_t>> ids,
+         std::vector<std::vector<int32_t>> token_types) {
+        const Texts asked = texts(std::move(ids), std::move(token_types));
+        Arrays results;
+        results.add(asked.ids.size(), engine.config().width);
+        {
+          const py::gil_scoped_release release;
+          engine.pooled(asked, results.places[0], signals());
+        }
+        return py::object(results.arrays[0]);
+      },
+      py::kw_only(), py::arg("ids"), py::arg("token_types"),
+      "A vector for each text; see csrc/engine/text_encoder.h.");
+  engine.def(
+      "label_scores",
+      [](Engine& engine, std::vector<std::vector<int32_t>> ids,
+         std::vector<std::vector<int32_t>> token_types) {
+        const Texts asked = texts(std::move(ids), std::move(token_types));
+        Arrays results;
+        results.add(asked.ids.size(), engine.config().labels);
+        {
+          const py::gil_scoped_release release;
+          engine.label_scores(asked, results.places[0], signals());
+        }
+        return py::object(results.arrays[0]);
+      },
+      py::kw_only(), py::arg("ids"), py::arg("token_types"),
+      "Scores of the labels for each text; see csrc/engine/text_encoder.h.");
+  engine.def(
+      "token_scores",
+      [](Engine& engine, std::vector<std::vector<int32_t>> ids,
+         std::vector<std::vector<int32_t>> token_types,
+         const std::vector<std::vector<int32_t>>& positions) {
+        const Texts asked = texts(std::move(ids), std::move(token_types));
+        Arrays results;
+        if (engine.config().masked_lm_head) {
+          for (const auto& rows : positions) {
+            results.add(rows.size(), engine.config().source_vocabulary);
+          }
+        }
+        {
+          const py::gil_scoped_release release;
+          engine.token_scores(asked, positions, results.places, signals());
+        }
+        return results.arrays;
+      },
+      py::kw_only(), py::arg("ids"), py::arg("token_types"), py::arg("positions"),
+      "Scores of the vocabulary at some tokens of each text; see csrc/engine/text_encoder.h.");
 
   m.def(
       "release_memory",

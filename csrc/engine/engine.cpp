@@ -217,4 +217,35 @@ std::vector<TargetScores> Engine::score(const std::vector<std::vector<int32_t>>&
   return engine::score(leases.members(), sources, targets, start_id, pool_, ensemble.before_step);
 }
 
+void Engine::states(const Texts& texts, const std::vector<float*>& out,
+                    const BeforeStep& before_layer) {
+  require_kind(Kind::encoder_only, "states");
+  Lease lease(*this);
+  Workspace& workspace = lease.workspace();
+  workspace.texts.states(model_, texts, out, workspace.positions, pool_, before_layer);
+}
+
+void Engine::pooled(const Texts& texts, float* out, const BeforeStep& before_layer) {
+  require_kind(Kind::encoder_only, "pooled");
+  Lease lease(*this);
+  Workspace& workspace = lease.workspace();
+  workspace.texts.pooled(model_, texts, out, workspace.positions, pool_, before_layer);
+}
+
+void Engine::label_scores(const Texts& texts, float* out, const BeforeStep& before_layer) {
+  require_kind(Kind::encoder_only, "label_scores");
+  Lease lease(*this);
+  Workspace& workspace = lease.workspace();
+  workspace.texts.label_scores(model_, texts, out, workspace.positions, pool_, before_layer);
+}
+
+void Engine::token_scores(const Texts& texts, const std::vector<std::vector<int32_t>>& positions,
+                          const std::vector<float*>& out, const BeforeStep& before_layer) {
+  require_kind(Kind::encoder_only, "token_scores");
+  Lease lease(*this);
+  Workspace& workspace = lease.workspace();
+  workspace.texts.token_scores(model_, texts, positions, out, workspace.positions, pool_,
+                               before_layer);
+}
+
 }  // namespace transformer_ext::engine

@@ -49,6 +49,21 @@ class Engine {
                                   const std::vector<std::vector<int32_t>>& targets,
                                   int32_t start_id, const Ensemble& ensemble = {});
 
+  // Texts of token ids through a model without a decoder (std::invalid_argument for another kind),
+  // none of them empty. `before_layer` is called before each layer on the thread that called; what
+  // it throws ends the call. See EncodedTexts for the results and the errors.
+  //
+  // out[i][tokens of text i, width].
+  void states(const Texts& texts, const std::vector<float*>& out,
+              const BeforeStep& before_layer = nullptr);
+  // out[texts, width].
+  void pooled(const Texts& texts, float* out, const BeforeStep& before_layer = nullptr);
+  // out[texts, labels].
+  void label_scores(const Texts& texts, float* out, const BeforeStep& before_layer = nullptr);
+  // out[i][positions[i], vocabulary].
+  void token_scores(const Texts& texts, const std::vector<std::vector<int32_t>>& positions,
+                    const std::vector<float*>& out, const BeforeStep& before_layer = nullptr);
+
  private:
   // Throws unless the model is of the kind that `what` takes.
   void require_kind(Kind kind, const char* what) const;

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <map>
 #include <string>
 #include <thread>
 #include <utility>
@@ -15,31 +14,7 @@
 namespace transformer_ext::engine {
 namespace {
 
-// A small model with random weights, kept alive beside the views of them.
-struct TestModel {
-  ModelConfig config;
-  std::vector<std::vector<float>> memory;
-  std::map<std::string, Array> arrays;
-
-  Array operator()(const std::string& name) const {
-    const auto found = arrays.find(name);
-    return found == arrays.end() ? Array() : found->second;
-  }
-  void add(const std::string& name, const std::vector<int64_t>& shape, float scale) {
-    size_t size = 1;
-    for (const int64_t n : shape) size *= static_cast<size_t>(n);
-    memory.push_back(random(size, static_cast<uint32_t>(memory.size()), scale));
-    arrays[name] = {memory.back().data(), shape};
-  }
-  void linear(const std::string& name, int64_t rows, int64_t columns) {
-    add(name + ".weight", {rows, columns}, 1.0f / std::sqrt(static_cast<float>(columns)));
-    add(name + ".bias", {rows}, 0.1f);
-  }
-  void norm(const std::string& name) {
-    add(name + ".weight", {config.width}, 1.0f);
-    add(name + ".bias", {config.width}, 0.1f);
-  }
-
+struct TestModel : TestWeights {
   TestModel() {
     config.source_vocabulary = 50;
     config.target_vocabulary = 600;
@@ -51,22 +26,16 @@ struct TestModel {
     config.decoder_layers = 2;
     config.inner = 40;
     config.tie = Tying::target;
-    const int64_t kv = config.kv_width();
     add("source_embedding.weight", {50, 32}, 1.0f);
     add("target_embedding.weight", {600, 32}, 1.0f);
     for (const char* name : {"encoder.layers.0", "decoder.layers.0", "decoder.layers.1"}) {
-      const std::string layer = name;
-      linear(layer + ".self_attention.in_projection", 32 + 2 * kv, 32);
-      linear(layer + ".self_attention.out_projection", 32, 32);
-      norm(layer + ".self_attention_norm");
-      linear(layer + ".feed_forward.in_projection", 40, 32);
-      linear(layer + ".feed_forward.out_projection", 32, 40);
-      norm(layer + ".feed_forward_norm");
-      if (layer[0] == 'e') continue;
-      linear(layer + ".cross_attention.query_projection", 32, 32);
-      linear(layer + ".cross_attention.key_value_projection", 2 * kv, 32);
-      linear(layer + ".cross_attention.out_projection", 32, 32);
-      norm(layer + ".cross_attention_norm");
+      layer(name);
+      const std::string cross = std::string(name) + ".cross_attention";
+      if (name[0] == 'e') continue;
+      linear(cross + ".query_projection", 32, 32);
+      linear(cross + ".key_value_projection", 2 * config.kv_width(), 32);
+      linear(cross + ".out_projection", 32, 32);
+      norm(cross + "_norm");
     }
   }
 };

@@ -14,6 +14,7 @@
 #include "engine/encoder.h"
 #include "engine/model.h"
 #include "engine/next_tokens.h"
+#include "engine/text_encoder.h"
 #include "engine/token_rules.h"
 
 namespace transformer_ext::engine {
@@ -71,9 +72,12 @@ struct Workspace {
   EncodedSources sources;
   Decoder decoder;
   NextTokens next;
-  NextTokens mean;  // of an ensemble, in the workspace of its first member
+  NextTokens mean;     // of an ensemble, in the workspace of its first member
+  EncodedTexts texts;  // of a model without a decoder
 
-  int64_t bytes() const { return sources.bytes() + decoder.bytes() + next.bytes() + mean.bytes(); }
+  int64_t bytes() const {
+    return sources.bytes() + decoder.bytes() + next.bytes() + mean.bytes() + texts.bytes();
+  }
 };
 
 // One model of an ensemble, or the only one. All of an ensemble have the same vocabularies; the

@@ -14,6 +14,15 @@ namespace {
 // Rows that one task rotates.
 constexpr int64_t kRowsPerTask = 64;
 
+// Moves the given rows, ascending, to the front.
+void keep_rows(const std::vector<int32_t>& rows, int64_t width, float* x) {
+  int64_t to = 0;
+  for (const int32_t row : rows) {
+    if (row != to) std::copy_n(x + row * width, width, x + to * width);
+    ++to;
+  }
+}
+
 }  // namespace
 
 void PackedTokens::assign(const std::vector<std::vector<int32_t>>& sequences, int64_t vocabulary,
@@ -40,7 +49,7 @@ void PackedTokens::assign(const std::vector<std::vector<int32_t>>& sequences, in
 float* StackRun::run(const Model& model, const Stack& stack, const PackedTokens& packed,
                      PositionTables& positions, Parallel& parallel, const Options& options) {
   const ModelConfig& config = model.config();
-  const int64_t tokens = packed.tokens();
+  int64_t tokens = packed.tokens();
   const int64_t longest = packed.longest();
   const int64_t width = config.width;
   const int64_t query_width = config.query_width();
@@ -89,12 +98,22 @@ float* StackRun::run(const Model& model, const Stack& stack, const PackedTokens&
     }
     if (options.on_projected) options.on_projected(static_cast<int64_t>(i), projected);
     attention_kernels().forward(attention, parallel);
+    if (options.wanted != nullptr && i + 1 == stack.layers.size()) {
+      // From here on a token is for itself: three quarters of a usual layer's products are saved.
+      keep_rows(*options.wanted, query_width, attended);
+      keep_rows(*options.wanted, width, x);
+      tokens = static_cast<int64_t>(options.wanted->size());
+    }
     layer.self_out.apply(attended, tokens, x, onto_residual, parallel);
     if (!config.norm_first) layer.self_norm.apply(x, tokens, x, parallel);
 
     if (config.norm_first) layer.feed_forward_norm.apply(x, tokens, normed, parallel);
     model.add_feed_forward(layer.feed_forward, normed, tokens, x, inner_, parallel);
     if (!config.norm_first) layer.feed_forward_norm.apply(x, tokens, x, parallel);
+  }
+  if (options.wanted != nullptr && stack.layers.empty()) {
+    keep_rows(*options.wanted, width, x);
+    tokens = static_cast<int64_t>(options.wanted->size());
   }
   if (config.final_norm) stack.norm.apply(x, tokens, x, parallel);
   return x;

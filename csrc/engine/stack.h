@@ -40,6 +40,8 @@ class StackRun {
   struct Options {
     bool causal = false;
     const int32_t* token_types = nullptr;  // of each token; null: all 0
+    // Tokens, ascending, whose states alone are wanted; null: all.
+    const std::vector<int32_t>* wanted = nullptr;
     // Called with a layer's number and its [tokens, query_width + 2 * kv_width] of queries, keys
     // and values, rotated where the model does so.
     std::function<void(int64_t layer, const float* projected)> on_projected = nullptr;
@@ -47,8 +49,8 @@ class StackRun {
     std::function<void()> before_layer = nullptr;
   };
 
-  // The states [tokens, width], the caller's to change; valid until the next run. Throws
-  // std::invalid_argument where learned positions end before the longest sequence.
+  // The states [tokens (or those wanted), width], the caller's to change; valid until the next run.
+  // Throws std::invalid_argument where learned positions end before the longest sequence.
   float* run(const Model& model, const Stack& stack, const PackedTokens& tokens,
              PositionTables& positions, Parallel& parallel, const Options& options);
   float* run(const Model& model, const Stack& stack, const PackedTokens& tokens,

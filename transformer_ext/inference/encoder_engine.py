@@ -1,0 +1,209 @@
+"""The compiled encoder, on token ids: states, vectors of texts, scores of labels and of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from transformer_ext.inference.compiled import CompiledModel, batches_by_length
+from transformer_ext.model.config import TextEncoderConfig
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["EncoderEngine"]
+
+#: Most texts, and most tokens (counted as the longest of them times their number), that are computed
+#: together where a call does not say otherwise. The second bounds memory.
+BATCH_SIZE = 64
+BATCH_TOKENS = 4096
+
+
+class EncoderEngine(CompiledModel[TextEncoderConfig]):
+    """A text encoder ready to compute on the CPU, without torch.
+
+    A text's result is the same, bit for bit, in any batch and for any number of threads.
+    :class:`transformer_ext.model.TextEncoder` is the same in torch.
+
+    The methods take texts as token ids with their special tokens (BERT's [CLS] and [SEP]), none of
+    them empty, and, for a model that has them, the token types of each; without, all are 0. Results
+    are float32 arrays in the order of the texts.
+
+    :class:`CompiledModel` has the arguments, and what all engines have in common.
+
+    All methods raise:
+        ValueError: a text without a token, an id that is not in the vocabulary, a token type that
+            the model does not have, a text longer than the model's positions.
+    """
+
+    _KIND = TextEncoderConfig
+
+    def __init__(
+        self,
+        config: TextEncoderConfig,
+        weights: Mapping[str, np.ndarray],
+        *,
+        threads: int | None = None,
+        compute_type: str = "float32",
+    ) -> None:
+        super().__init__(config, weights, threads=threads, compute_type=compute_type)
+
+    def states(
+        self,
+        texts: Sequence[Sequence[int]],
+        token_types: Sequence[Sequence[int]] | None = None,
+        *,
+        batch_size: int = BATCH_SIZE,
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> list[NDArray[np.float32]]:
+        """A state for each token.
+
+        Args:
+            texts: token ids of each.
+            token_types: of each token, for a model that has them; None: all 0.
+            batch_size: most texts computed together, those of similar length.
+            batch_tokens: most tokens computed together; a longer text is alone.
+
+        Returns:
+            for each text ``[tokens, d_model]``.
+        """
+        results: list[Any] = [None] * len(texts)
+        for batch, asked in self._batches(texts, token_types, batch_size, batch_tokens):
+            for i, array in zip(batch, self._open().states(**asked), strict=True):
+                results[i] = array
+        return results
+
+    def pooled(
+        self,
+        texts: Sequence[Sequence[int]],
+        token_types: Sequence[Sequence[int]] | None = None,
+        *,
+        batch_size: int = BATCH_SIZE,
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> NDArray[np.float32]:
+        """A vector for each text: the state of its first token or the mean of all, pooler and
+        division by its length included where the model has them.
+
+        Args:
+            texts: see :meth:`states`.
+            token_types: see there.
+            batch_size: see there.
+            batch_tokens: see there.
+
+        Returns:
+            ``[texts, d_model]``.
+        """
+        import numpy as np
+
+        results = np.empty((len(texts), self.config.d_model), np.float32)
+        for batch, asked in self._batches(texts, token_types, batch_size, batch_tokens):
+            results[batch] = self._open().pooled(**asked)
+        return results
+
+    def label_scores(
+        self,
+        texts: Sequence[Sequence[int]],
+        token_types: Sequence[Sequence[int]] | None = None,
+        *,
+        batch_size: int = BATCH_SIZE,
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> NDArray[np.float32]:
+        """Scores of the labels, before any softmax.
+
+        Args:
+            texts: see :meth:`states`.
+            token_types: see there.
+            batch_size: see there.
+            batch_tokens: see there.
+
+        Returns:
+            ``[texts, labels]``.
+
+        Raises:
+            ValueError: see the class; or the model has no labels.
+        """
+        import numpy as np
+
+        if not self.config.labels:
+            raise ValueError("label_scores: the model has no labels, so no classifier")
+        results = np.empty((len(texts), len(self.config.labels)), np.float32)
+        for batch, asked in self._batches(texts, token_types, batch_size, batch_tokens):
+            results[batch] = self._open().label_scores(**asked)
+        return results
+
+    def token_scores(
+        self,
+        texts: Sequence[Sequence[int]],
+        positions: Sequence[Sequence[int]],
+        token_types: Sequence[Sequence[int]] | None = None,
+        *,
+        batch_size: int = BATCH_SIZE,
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> list[NDArray[np.float32]]:
+        """What the masked language model says at some tokens, before any softmax.
+
+        Args:
+            texts: see :meth:`states`.
+            positions: for each text, which of its tokens, from 0; none, any order, any number of
+                times.
+            token_types: see there.
+            batch_size: see there.
+            batch_tokens: see there.
+
+        Returns:
+            for each text ``[positions, vocab_size]``.
+
+        Raises:
+            ValueError: see the class; a position outside of its text; or the model has no
+                masked_lm_head.
+        """
+        if not self.config.masked_lm_head:
+            raise ValueError("token_scores: the model has no masked_lm_head")
+        _check_count("positions", positions, texts)
+        results: list[Any] = [None] * len(texts)
+        for batch, asked in self._batches(texts, token_types, batch_size, batch_tokens):
+            rows = [_integers("positions", positions[i]) for i in batch]
+            found = self._open().token_scores(**asked, positions=rows)
+            for i, array in zip(batch, found, strict=True):
+                results[i] = array
+        return results
+
+    def _batches(
+        self,
+        texts: Sequence[Sequence[int]],
+        token_types: Sequence[Sequence[int]] | None,
+        batch_size: int,
+        batch_tokens: int,
+    ) -> Iterator[tuple[list[int], dict[str, Any]]]:
+        """Numbers of the texts of each batch, and what the compiled engine is told of them."""
+        self._open()
+        if token_types is not None:
+            _check_count("token_types", token_types, texts)
+        for number, text in enumerate(texts):
+            if not len(text):
+                raise ValueError(f"texts: number {number} (from 0) has no token")
+        for batch in batches_by_length(texts, batch_size, batch_tokens):
+            ids = [_integers("texts", texts[i]) for i in batch]
+            types = (
+                []
+                if token_types is None
+                else [_integers("token_types", token_types[i]) for i in batch]
+            )
+            yield batch, {"ids": ids, "token_types": types}
+
+
+def _check_count(name: str, values: Sequence[Any], texts: Sequence[Any]) -> None:
+    if len(values) != len(texts):
+        raise ValueError(
+            f"{name}: got {len(values)}, expected one for each of the {len(texts)} texts"
+        )
+
+
+def _integers(name: str, values: Sequence[int]) -> list[int]:
+    """As the compiled engine takes them."""
+    row = values.tolist() if hasattr(values, "tolist") else list(values)
+    for value in row:
+        if not isinstance(value, int) or not 0 <= value < 2**31:
+            raise ValueError(f"{name}: got {value!r}, expected integers from 0 on")
+    return row
