@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 
 import numpy as np
@@ -308,6 +309,10 @@ def test_what_does_not_fit_is_named():
     for name in ("pooler.bias", "encoder.token_types.weight", "masked_lm_head.norm.weight"):
         with pytest.raises(ValueError, match=f"weight {name} is missing"):
             EncoderEngine(model.config, {n: a for n, a in weights.items() if n != name})
+    # Heads need not be used.
+    config = dataclasses.replace(model.config, pooler=False, labels=[], masked_lm_head=False)
+    trunk = EncoderEngine(config, weights)
+    np.testing.assert_array_equal(trunk.pooled([[5, 6]])[0], engine.states([[5, 6]])[0][0])
     engine.close()
     for call in (lambda: engine.states([]), lambda: engine.pooled([[5]])):
         with pytest.raises(ValueError, match="closed"):

@@ -38,7 +38,7 @@ class TextClassifier(TextModel):
     Args:
         folder: model directory of ``python -m transformer_ext.train --task classify``, or one of
             Hugging Face's.
-        compute_type, device: see :class:`TextModel`.
+        threads, compute_type, device: see :class:`TextModel`.
 
     Raises:
         FileError, ValueError: see :class:`TextModel`.

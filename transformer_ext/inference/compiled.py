@@ -82,6 +82,8 @@ class CompiledModel(Generic[ConfigT]):
 
     #: Class of the configurations that the engine takes.
     _KIND: type[ConfigT]
+    #: Beginnings of names of weights that may be there without being a part of the configuration.
+    _IGNORED: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -100,7 +102,9 @@ class CompiledModel(Generic[ConfigT]):
         compiled = native()
         self.compute_type = resolve_compute_type(compute_type)
         expected = parameter_shapes(config)
-        unknown = [name for name in weights if name not in expected]
+        unknown = [
+            name for name in weights if name not in expected and not name.startswith(self._IGNORED)
+        ]
         if unknown:
             raise UnsupportedModelError(
                 f"the model has a part that the engine does not know: {unknown[0]!r}"

@@ -38,6 +38,8 @@ class EncoderEngine(CompiledModel[TextEncoderConfig]):
     """
 
     _KIND = TextEncoderConfig
+    # Heads that the configuration does not ask for are not read.
+    _IGNORED = ("pooler.", "generator.", "masked_lm_head.")
 
     def __init__(
         self,

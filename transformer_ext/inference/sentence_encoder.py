@@ -27,7 +27,7 @@ class SentenceEncoder(TextModel):
         print(vectors @ vectors[0])  # cosines, where the model normalises
 
     Args:
-        folder, compute_type, device: see :class:`TextModel`.
+        folder, threads, compute_type, device: see :class:`TextModel`.
         pooling: how the states of the tokens become one vector, without BERT's pooler: ``mean`` is
             their mean, ``first`` that of the start token; None: as the model says.
         normalize: whether a vector gets length 1; None: as the model says.
@@ -40,6 +40,7 @@ class SentenceEncoder(TextModel):
         self,
         folder: str | Path,
         *,
+        threads: int | None = None,
         compute_type: str = "float32",
         device: str = "cpu",
         pooling: str | None = None,
@@ -47,7 +48,7 @@ class SentenceEncoder(TextModel):
     ) -> None:
         self._pooling = pooling
         self._normalize = normalize
-        super().__init__(folder, compute_type=compute_type, device=device)
+        super().__init__(folder, threads=threads, compute_type=compute_type, device=device)
 
     def _configure(self, saved: ModelDir[TextEncoderConfig]) -> TextEncoderConfig:
         config = saved.config

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from transformer_ext.data.tokenizer import Tokenizer
     from transformer_ext.files import ModelDir
+    from transformer_ext.inference.encoder_engine import EncoderEngine
     from transformer_ext.inference.torch_encoder import TorchEncoder
     from transformer_ext.model.text_encoder import TextEncoder
 
@@ -31,8 +32,11 @@ class TextModel:
 
     Args:
         folder: model directory, or one of Hugging Face's.
-        compute_type: ``float32`` or ``bfloat16``.
-        device: a device of PyTorch's.
+        threads: on the CPU; None: as many as there are physical cores that this process may use.
+        compute_type: on the CPU, where the compiled engine computes, one of
+            :data:`transformer_ext.inference.options.COMPUTE_TYPES`; elsewhere ``float32`` or
+            ``bfloat16``.
+        device: ``cpu``, or a device of PyTorch's.
 
     Attributes:
         config: the architecture.
@@ -40,13 +44,15 @@ class TextModel:
 
     Raises:
         FileError: no such model, one of another kind, or one without the head that is needed.
-        ValueError: a compute type that the device does not have.
+        ValueError: a compute type that the device does not have, or ``threads`` on another device
+            than the CPU.
     """
 
     def __init__(
         self,
         folder: str | Path,
         *,
+        threads: int | None = None,
         compute_type: str = "float32",
         device: str = "cpu",
     ) -> None:
@@ -54,7 +60,9 @@ class TextModel:
         saved = dataclasses.replace(saved, config=self._configure(saved))
         self.config: TextEncoderConfig = saved.config
         self.tokenizer: Tokenizer = saved.source_tokenizer
-        self.encoder: TorchEncoder = open_encoder(saved, compute_type, device)
+        self.encoder: EncoderEngine | TorchEncoder = open_encoder(
+            saved, threads, compute_type, device
+        )
 
     @classmethod
     def from_model(cls: type[_Self], model: TextEncoder, tokenizer: Tokenizer) -> _Self:
@@ -135,9 +143,17 @@ class TextModel:
 
 
 def open_encoder(
-    saved: ModelDir[TextEncoderConfig], compute_type: str, device: str
-) -> TorchEncoder:
-    """The model of a directory in PyTorch."""
+    saved: ModelDir[TextEncoderConfig], threads: int | None, compute_type: str, device: str
+) -> EncoderEngine | TorchEncoder:
+    """The model of a directory: on the CPU compiled, elsewhere in PyTorch."""
+    if device == "cpu":
+        from transformer_ext.inference.encoder_engine import EncoderEngine
+
+        return EncoderEngine(
+            saved.config, saved.weights, threads=threads, compute_type=compute_type
+        )
+    if threads is not None:
+        raise ValueError(f"threads: got {threads}, expected none on {device}")
     from transformer_ext.inference.torch_encoder import TorchEncoder
     from transformer_ext.model.text_encoder import TextEncoder
 
