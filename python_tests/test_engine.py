@@ -606,7 +606,11 @@ def test_a_model_of_another_kind_is_refused(kind):
         Engine(config, weights)
     # What lies under it knows the kind, and that it does not search like this.
     compiled = native().Engine({"kind": kind, **config.to_dict()}, weights.get, 1, "float32")
-    with pytest.raises(ValueError, match=f"score: the model is {kind}, expected encoder-decoder"):
+    message = {
+        "decoder-only": "sources: got 1, but the model has no encoder",
+        "encoder-only": "score: the model is encoder-only, expected encoder-decoder",
+    }
+    with pytest.raises(ValueError, match=message[kind]):
         compiled.score(sources=[[3]], targets=[[3]], start_id=2, others=[], attention_layers=[])
     del weights["embedding.weight"]
     with pytest.raises(ValueError, match="weight embedding.weight is missing"):

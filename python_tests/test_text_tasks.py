@@ -492,10 +492,10 @@ def test_continuations_follow_the_model() -> None:
     beginnings = [[5, 6], [], [7]]
     found = continuations(model, beginnings, SearchOptions(beam_size=1, max_length=6))
     for beginning, result in zip(beginnings, found, strict=True):
-        tokens = list(beginning)
+        tokens: list[int] = []
         for _ in range(6):
             with torch.no_grad():
-                scores = model.next_log_probs(torch.tensor([[2, *tokens]]))[0]
+                scores = model.next_log_probs(torch.tensor([[2, *beginning, *tokens]]))[0]
             # Padding and the start are never proposed.
             scores[[0, 2]] = -math.inf
             following = int(scores.argmax())
@@ -508,7 +508,7 @@ def test_continuations_follow_the_model() -> None:
     assert first == again
     alone = continuations(model, [[7]], sampled, numbers=[2])[0]
     assert [h.tokens for h in alone.hypotheses] == [h.tokens for h in first[2].hypotheses]
-    with pytest.raises(ValueError, match="beginnings: got 20, expected 0 to 19"):
+    with pytest.raises(ValueError, match="prompt ids: got 20, expected 0 to 19"):
         continuations(model, [[20]])
     with pytest.raises(ValueError, match="there is no source"):
         continuations(model, [[4]], SearchOptions(return_alignment=True))

@@ -5,20 +5,33 @@ Every input line, an empty one too, gives one output line, in order: the line an
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from transformer_ext._command import command
 from transformer_ext.config import ArgumentParser, ConfigError, add_arguments, given
-from transformer_ext.inference.options import SearchOptions
+from transformer_ext.inference.options import (
+    PRESETS,
+    SearchOptions,
+    add_batch_arguments,
+    add_engine_arguments,
+)
+
+if TYPE_CHECKING:
+    from transformer_ext.inference.continuation import GeneratedText
+
+FORMATS = ("text", "jsonl")
 
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="python -m transformer_ext.generate",
         usage="%(prog)s MODEL_DIR [FILE ...] [options]",
-        description="Continue texts, one a line, by a language model, in plain Python. Without "
-        "options it is greedy (--beam-size 1) and writes at most 50 tokens (--max-length).",
+        description="Continue texts, one a line, by a language model. Without options it is greedy "
+        "(--beam-size 1) and writes at most 50 tokens (--max-length).",
     )
     parser.add_argument("model", metavar="MODEL_DIR", help="folder of the model")
     parser.add_argument(
@@ -27,8 +40,54 @@ def _parser() -> ArgumentParser:
         nargs="*",
         help="UTF-8 text, plain, gzip or xz, one beginning a line; none or - reads standard input",
     )
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="text",
+        help="text: the line and its best continuation, whose line ends become spaces; jsonl: a "
+        "JSON object a line with all hypotheses, as they are (default: %(default)s)",
+    )
+    add_engine_arguments(parser, ensemble=False)
+    add_batch_arguments(
+        parser,
+        "texts continued",
+        "; up to four times as many lines are read ahead where they are there to be read",
+        tokens="tokens held for texts, and for what may follow them, once for each hypothesis,",
+        batch_tokens=8192,
+    )
+    parser.add_argument(
+        "--search-preset",
+        choices=tuple(PRESETS),
+        default="paper",
+        help="search as the named program does, where the options below do not say otherwise "
+        "(default: %(default)s)",
+    )
     add_arguments(parser, SearchOptions)
     return parser
+
+
+def line_of(texts: Sequence[GeneratedText], format: str) -> str:
+    """The output for one input line.
+
+    Args:
+        texts: its continuations.
+        format: one of :data:`FORMATS`.
+    """
+    if format == "text":
+        return re.sub(r"\r\n|\r|\n", " ", texts[0].text)
+    values = [
+        {
+            "text": text.text,
+            "continuation": text.continuation,
+            "tokens": text.hypothesis.tokens,
+            "score": text.hypothesis.score,
+            "log_prob": text.hypothesis.log_prob,
+            "token_scores": text.hypothesis.token_scores,
+            "stop": text.hypothesis.stop,
+        }
+        for text in texts
+    ]
+    return json.dumps({"text": texts[0].text, "hypotheses": values}, ensure_ascii=False)
 
 
 @command
@@ -40,22 +99,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not chosen.get("sampling"):
         chosen.setdefault("beam_size", 1)
     try:
-        options = SearchOptions(**chosen)
+        options = SearchOptions.preset(arguments.search_preset, **chosen)
     except ConfigError as error:
         parser.error(str(error))
-    if options.num_hypotheses > 1:
-        parser.error("--num-hypotheses: one line is written for each line, expected 1")
+    if options.num_hypotheses > 1 and arguments.format == "text":
+        parser.error(
+            f"--num-hypotheses: got {options.num_hypotheses}, expected --format jsonl with more "
+            "than 1"
+        )
     from transformer_ext.inference.continuation import TextGenerator
     from transformer_ext.inference.lines import TextLines, input_blocks
 
-    generator = TextGenerator(arguments.model)
+    generator = TextGenerator(
+        arguments.model, threads=arguments.threads, compute_type=arguments.compute_type
+    )
     number = 0
-    for lines in input_blocks(TextLines(), arguments.files, 64):
-        for line in lines:
-            # One after the other: what is sampled for a line does not depend on the others.
-            (written,) = generator([line], options, numbers=[number])
-            print(written, flush=True)
-            number += 1
+    text = TextLines()
+    try:
+        for lines in input_blocks(text, arguments.files, 4 * arguments.batch_size):
+            written = generator.generate(
+                lines,
+                options,
+                numbers=range(number, number + len(lines)),
+                batch_size=arguments.batch_size,
+                batch_tokens=arguments.batch_tokens,
+            )
+            for texts in written:
+                sys.stdout.buffer.write(line_of(texts, arguments.format).encode() + b"\n")
+            sys.stdout.buffer.flush()
+            number += len(lines)
+    finally:
+        if text.undecodable:
+            print(
+                "warning: lines with bytes that are not UTF-8, replaced by U+FFFD: "
+                f"{text.undecodable}",
+                file=sys.stderr,
+            )
     return 0
 
 

@@ -159,6 +159,7 @@ SearchOptions search_options(const py::dict& fields) {
   options.tokens.suppressed = fields["suppressed"].cast<std::vector<int32_t>>();
   options.tokens.no_repeat_ngram_size = integer("no_repeat_ngram_size");
   options.tokens.repetition_penalty = number("repetition_penalty");
+  options.tokens.penalty_on_logits = flag("penalty_on_logits");
   options.tokens.eos_id = fields["eos_id"].cast<int32_t>();
   options.tokens.top_k = integer("top_k");
   options.tokens.top_p = number("top_p");
@@ -267,8 +268,7 @@ void bind_engine(py::module_& m) {
       .def(py::init(&make_engine), py::arg("config"), py::arg("weights"), py::arg("threads"),
            py::arg("compute_type"),
            "From the kind and the fields of a ModelConfig and a function that gives the float32 "
-           "array "
-           "of a parameter's name, or None; it is copied before the next is asked for.")
+           "array of a parameter's name, or None; it is copied before the next is asked for.")
       .def_property_readonly("threads", &Engine::threads)
       .def(
           "search",
@@ -276,12 +276,13 @@ void bind_engine(py::module_& m) {
              std::vector<std::vector<int32_t>> prefixes, const std::vector<int64_t>& limits,
              const std::vector<int64_t>& minima, const std::vector<uint64_t>& numbers,
              const py::dict& options, std::vector<Engine*> others,
-             std::vector<int64_t> attention_layers) {
+             std::vector<int64_t> attention_layers, std::vector<std::vector<int32_t>> prompts) {
             const SearchOptions parsed = search_options(options);
             std::vector<Request> requests;
             for (size_t i = 0; i < limits.size(); ++i) {
               requests.push_back(
                   {std::move(prefixes.at(i)), limits[i], minima.at(i), numbers.at(i)});
+              if (!prompts.empty()) requests.back().prompt = std::move(prompts.at(i));
             }
             const py::gil_scoped_release release;
             return engine.search(sources, requests, parsed,
@@ -289,7 +290,8 @@ void bind_engine(py::module_& m) {
           },
           py::kw_only(), py::arg("sources"), py::arg("prefixes"), py::arg("limits"),
           py::arg("minima"), py::arg("numbers"), py::arg("options"), py::arg("others"),
-          py::arg("attention_layers"), "Beam search or sampling; see csrc/engine/search.h.")
+          py::arg("attention_layers"), py::arg("prompts") = std::vector<std::vector<int32_t>>(),
+          "Beam search or sampling; see csrc/engine/search.h.")
       .def(
           "score",
           [](Engine& engine, const std::vector<std::vector<int32_t>>& sources,

@@ -25,6 +25,9 @@ struct CachedAttention {
   int64_t path_stride;
   int64_t shared;  // in so many positions, from the first on, all rows have the same pointers
   int64_t length;  // at least 1
+  // The rows are the last positions themselves, one after the other: each attends to those before
+  // it and to itself, and not to those behind it. All have the same pointers.
+  bool causal = false;
   int64_t key_offset;
   int64_t value_offset;
   bool bfloat16;

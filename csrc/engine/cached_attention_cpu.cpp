@@ -269,7 +269,13 @@ void attend_as(const CachedAttention& a) {
   for (int64_t head = a.kv_begin; head < a.kv_end; ++head) {
     score(h);
     for (int64_t n = 0; n < count; ++n) {
-      queries[n].inverse = exponentials(queries[n].scores, a.length, a.scale);
+      const int64_t length = a.causal ? a.length - a.rows + 1 + n / group : a.length;
+      queries[n].inverse = exponentials(queries[n].scores, length, a.scale);
+      // A sum to which nothing times a value is added is the same sum: a row's result has the bits
+      // that it has alone.
+      for (int64_t i = (length + kWidth - 1) / kWidth * kWidth; i < a.length; ++i) {
+        queries[n].scores[i] = 0.0f;
+      }
       if (a.weights == nullptr) continue;
       const float share = queries[n].inverse / static_cast<float>(a.heads);
       float* const weights = a.weights + n / group * a.weights_stride;

@@ -214,5 +214,51 @@ TEST(CachedAttention, ARowIsTheSameAloneAndBesideOthers) {
   }
 }
 
+TEST(CachedAttention, RowsThatFollowOneAnotherAreThoseAlone) {
+  for (const bool bfloat16 : {false, true}) {
+    for (const int64_t kv_heads : {1, 3}) {
+      for (const int64_t head_dim : {33, 64}) {
+        for (const int64_t length : {8, 21, 40}) {
+          for (const int64_t rows : {1, 2, 3, 5, 8}) {
+            const CacheProblem problem(3, kv_heads, head_dim, rows, length, length, bfloat16);
+            const int64_t width = 3 * head_dim;
+            std::vector<float> together(static_cast<size_t>(rows * width), NAN);
+            std::vector<float> alone(static_cast<size_t>(width), NAN);
+            CachedAttention a{};
+            a.query = problem.query.data();
+            a.query_stride = width;
+            a.out = together.data();
+            a.out_stride = width;
+            a.rows = rows;
+            a.paths = problem.paths.data();
+            a.path_stride = 0;
+            a.shared = length;
+            a.length = length;
+            a.causal = true;
+            a.value_offset = kv_heads * head_dim;
+            a.bfloat16 = bfloat16;
+            a.heads = 3;
+            a.kv_heads = kv_heads;
+            a.head_dim = head_dim;
+            a.kv_end = kv_heads;
+            a.scale = 0.3f;
+            cached_attention_kernels().attend(a);
+            a.rows = 1;
+            a.causal = false;
+            a.out = alone.data();
+            for (int64_t row = 0; row < rows; ++row) {
+              a.query = problem.query.data() + row * width;
+              a.length = length - rows + 1 + row;
+              a.shared = a.length;
+              cached_attention_kernels().attend(a);
+              ASSERT_TRUE(std::equal(alone.begin(), alone.end(), together.begin() + row * width));
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace transformer_ext

@@ -84,6 +84,7 @@ class Engine::Leases {
     if (!attention_layers.empty()) {
       layer = attention_layers[members_.size()];
       const int64_t layers = engine.config().decoder_layers;
+      engine.require_kind(Kind::encoder_decoder, "attention to sources");
       if (layer < 0 || layer >= layers) {
         throw std::invalid_argument("attention_layer: got " + std::to_string(layer) +
                                     ", but the decoder has " + std::to_string(layers) + " layers");
@@ -97,10 +98,20 @@ class Engine::Leases {
   std::vector<Member> members_;
 };
 
-namespace {
+void Engine::require_kind(Kind kind, const char* what) const {
+  if (config().kind == kind) return;
+  throw std::invalid_argument(std::string(what) + ": the model is " + kind_name(config().kind) +
+                              ", expected " + kind_name(kind));
+}
 
-void check_sources(const std::vector<std::vector<int32_t>>& sources, size_t others,
-                   const char* name) {
+void Engine::check_sources(const std::vector<std::vector<int32_t>>& sources, size_t others,
+                           const char* what, const char* name) const {
+  if (config().kind == Kind::decoder_only) {
+    if (sources.empty()) return;
+    throw std::invalid_argument("sources: got " + std::to_string(sources.size()) +
+                                ", but the model has no encoder");
+  }
+  require_kind(Kind::encoder_decoder, what);
   if (sources.size() != others) {
     throw std::invalid_argument(std::string(name) + ": got " + std::to_string(others) +
                                 ", expected one for each of the " + std::to_string(sources.size()) +
@@ -111,19 +122,10 @@ void check_sources(const std::vector<std::vector<int32_t>>& sources, size_t othe
   }
 }
 
-}  // namespace
-
-void Engine::require_kind(Kind kind, const char* what) const {
-  if (config().kind == kind) return;
-  throw std::invalid_argument(std::string(what) + ": the model is " + kind_name(config().kind) +
-                              ", expected " + kind_name(kind));
-}
-
 std::vector<SearchResult> Engine::search(const std::vector<std::vector<int32_t>>& sources,
                                          const std::vector<Request>& requests,
                                          const SearchOptions& options, const Ensemble& ensemble) {
-  require_kind(Kind::encoder_decoder, "search");
-  check_sources(sources, requests.size(), "requests");
+  check_sources(sources, requests.size(), "search", "requests");
   if ((options.return_attention || options.coverage_penalty > 0.0) &&
       ensemble.attention_layers.empty()) {
     throw std::invalid_argument("attention_layers: got none, but the options need attention");
@@ -140,8 +142,11 @@ std::vector<SearchResult> Engine::search(const std::vector<std::vector<int32_t>>
           " tokens, expected fewer than the longest output of the sentence (" +
           std::to_string(request.limit) + ", its end of sentence counted)");
     }
+    if (options.start_id < 0 && request.prompt.empty()) {
+      throw std::invalid_argument("prompts: got one without a token, and there is no start_id");
+    }
   }
-  const int count = team_count(sources.size(), options);
+  const int count = team_count(requests.size(), options);
   if (count == 1) {
     const Leases leases(*this, ensemble);
     return engine::search(leases.members(), sources, requests, options, pool_,
@@ -156,8 +161,8 @@ std::vector<SearchResult> Engine::search(const std::vector<std::vector<int32_t>>
   // In turns, because the sources come in the order of their lengths.
   const size_t parts_count = static_cast<size_t>(count);
   std::vector<Part> parts(parts_count);
-  for (size_t i = 0; i < sources.size(); ++i) {
-    parts[i % parts_count].sources.push_back(sources[i]);
+  for (size_t i = 0; i < requests.size(); ++i) {
+    if (!sources.empty()) parts[i % parts_count].sources.push_back(sources[i]);
     parts[i % parts_count].requests.push_back(requests[i]);
   }
   Teams& pools = teams(count);
@@ -184,8 +189,8 @@ std::vector<SearchResult> Engine::search(const std::vector<std::vector<int32_t>>
     if (part.error) std::rethrow_exception(part.error);
   }
   std::vector<SearchResult> results;
-  results.reserve(sources.size());
-  for (size_t i = 0; i < sources.size(); ++i) {
+  results.reserve(requests.size());
+  for (size_t i = 0; i < requests.size(); ++i) {
     results.push_back(std::move(parts[i % parts_count].results[i / parts_count]));
   }
   return results;
@@ -211,8 +216,7 @@ Engine::Teams& Engine::teams(int count) {
 std::vector<TargetScores> Engine::score(const std::vector<std::vector<int32_t>>& sources,
                                         const std::vector<std::vector<int32_t>>& targets,
                                         int32_t start_id, const Ensemble& ensemble) {
-  require_kind(Kind::encoder_decoder, "score");
-  check_sources(sources, targets.size(), "targets");
+  check_sources(sources, targets.size(), "score", "targets");
   const Leases leases(*this, ensemble);
   return engine::score(leases.members(), sources, targets, start_id, pool_, ensemble.before_step);
 }

@@ -37,8 +37,7 @@ class Engine {
   const ModelConfig& config() const { return model_.config(); }
   int threads() const { return pool_.threads(); }
 
-  // See search() and score() in search.h. std::invalid_argument for a model of another kind than
-  // encoder-decoder.
+  // See search() and score() in search.h. std::invalid_argument for an encoder alone.
   std::vector<SearchResult> search(const std::vector<std::vector<int32_t>>& sources,
                                    const std::vector<Request>& requests,
                                    const SearchOptions& options, const Ensemble& ensemble = {});
@@ -67,6 +66,10 @@ class Engine {
  private:
   // Throws unless the model is of the kind that `what` takes.
   void require_kind(Kind kind, const char* what) const;
+  // Throws unless the model has a decoder, and as many sources as there are `others`, or none where
+  // it has no encoder.
+  void check_sources(const std::vector<std::vector<int32_t>>& sources, size_t others,
+                     const char* what, const char* name) const;
 
   class Lease;
   class Leases;

@@ -40,6 +40,17 @@ struct TestModel : TestWeights {
   }
 };
 
+// Its decoder alone, without attention to sources.
+struct TestLanguageModel : TestModel {
+  TestLanguageModel() {
+    config.kind = Kind::decoder_only;
+    config.source_vocabulary = 0;
+    config.encoder_layers = 0;
+    config.positions = Positions::rope;
+    arrays["embedding.weight"] = arrays["target_embedding.weight"];
+  }
+};
+
 SearchOptions options(int64_t limit) {
   SearchOptions options;
   options.num_hypotheses = 3;
@@ -268,6 +279,136 @@ TEST(Engine, ServesSeveralThreads) {
     });
   }
   for (std::thread& thread : threads) thread.join();
+}
+
+// Without a start token; the longest is taken in several calls.
+std::vector<Request> prompts() {
+  std::vector<Request> all;
+  for (const size_t length : {3, 1, 700, 9, 40, 512}) {
+    Request request{{}, 12, 2, all.size()};
+    for (size_t i = 0; i < length; ++i) {
+      request.prompt.push_back(static_cast<int32_t>(4 + (i * i + 7 * all.size()) % 590));
+    }
+    all.push_back(std::move(request));
+  }
+  return all;
+}
+
+TEST(Engine, ContinuesEachPromptTheSameInAnyBatchForAnyThreads) {
+  SearchOptions plain = options(16);
+  plain.start_id = -1;
+  SearchOptions rules = plain;
+  rules.tokens.no_repeat_ngram_size = 1;
+  rules.tokens.repetition_penalty = 1.3;
+  SearchOptions sampling = plain;
+  sampling.sampling = true;
+  sampling.seed = 3;
+  sampling.tokens.penalty_on_logits = true;
+  sampling.tokens.repetition_penalty = 1.3;
+  for (const GemmType type : {GemmType::float32, GemmType::bfloat16, GemmType::int8}) {
+    if (!gemm_has(type)) continue;
+    TestLanguageModel model;
+    model.config.compute = type;
+    Engine one(model.config, model, 1);
+    Engine four(model.config, model, 4);
+    for (const SearchOptions& each : {plain, rules, sampling}) {
+      const std::vector<Request> all = prompts();
+      const auto together = four.search({}, all, each);
+      for (size_t i = 0; i < all.size(); ++i) {
+        expect_equal(one.search({}, {all[i]}, each)[0], together[i]);
+        ASSERT_EQ(together[i].hypotheses.size(), 3u);
+        for (const Hypothesis& hypothesis : together[i].hypotheses) {
+          EXPECT_LE(hypothesis.tokens.size(), 12u);
+          EXPECT_GE(hypothesis.tokens.size(), 2u);
+          if (each.tokens.no_repeat_ngram_size == 0) continue;
+          for (const int32_t token : hypothesis.tokens) {
+            EXPECT_EQ(std::count(all[i].prompt.begin(), all[i].prompt.end(), token), 0);
+          }
+        }
+      }
+    }
+  }
+}
+
+// One token after the other, as a prefix of the output is taken, or all at once.
+TEST(Engine, GivenTokensHaveTheSameBitsStepByStep) {
+  for (const GemmType type : {GemmType::float32, GemmType::bfloat16, GemmType::int8}) {
+    if (!gemm_has(type)) continue;
+    TestLanguageModel model;
+    model.config.compute = type;
+    Engine engine(model.config, model, 2);
+    SearchOptions plain = options(90);
+    plain.start_id = -1;
+    for (const size_t length : {2, 9, 60}) {
+      Request whole{{}, 12, 0, 0};
+      for (size_t i = 0; i < length; ++i) {
+        whole.prompt.push_back(static_cast<int32_t>(4 + i * i % 590));
+      }
+      Request stepwise{{whole.prompt.begin() + 1, whole.prompt.end()},
+                       12 + static_cast<int64_t>(length) - 1,
+                       0,
+                       0,
+                       {whole.prompt[0]}};
+      SearchOptions greedy = plain;
+      greedy.beam_size = 1;
+      greedy.num_hypotheses = 1;
+      const Hypothesis expected = engine.search({}, {stepwise}, greedy)[0].hypotheses[0];
+      const Hypothesis found = engine.search({}, {whole}, greedy)[0].hypotheses[0];
+      const auto added = static_cast<std::ptrdiff_t>(length - 1);
+      EXPECT_EQ(found.tokens,
+                std::vector<int32_t>(expected.tokens.begin() + added, expected.tokens.end()));
+      EXPECT_EQ(found.token_scores, std::vector<double>(expected.token_scores.begin() + added,
+                                                        expected.token_scores.end()));
+      // And so do scores of given texts, whose first token has none.
+      std::vector<int32_t> text = whole.prompt;
+      text.insert(text.end(), found.tokens.begin(), found.tokens.end());
+      if (found.end == End::eos) text.push_back(3);
+      const auto scores = engine.score({}, {{9}, text}, -1);
+      EXPECT_TRUE(scores[0].log_probs.empty());
+      EXPECT_EQ(scores[1].log_probs, expected.token_scores);
+    }
+  }
+}
+
+TEST(Engine, TeamsContinuePromptsAsOneThreadDoes) {
+  const TestLanguageModel model;
+  std::vector<Request> asked;
+  for (size_t i = 0; i < 110; ++i) {
+    asked.push_back({{}, 3 + static_cast<int64_t>(i % 4), 0, i, {static_cast<int32_t>(5 + i)}});
+    if (i % 3 == 0) asked.back().prompt.push_back(77);
+  }
+  SearchOptions beam = options(16);
+  beam.start_id = -1;
+  Engine one(model.config, model, 1);
+  Engine several(model.config, model, 3);
+  ASSERT_EQ(several.team_count(asked.size(), beam), 3);
+  const auto expected = one.search({}, asked, beam);
+  const auto found = several.search({}, asked, beam);
+  for (size_t i = 0; i < found.size(); ++i) expect_equal(found[i], expected[i]);
+}
+
+TEST(Engine, RefusesPromptsThatDoNotFit) {
+  TestLanguageModel model;
+  model.config.positions = Positions::learned;
+  model.config.max_positions = 8;
+  model.add("decoder.positions.weight", {8, 32}, 1.0f);
+  Engine engine(model.config, model, 1);
+  SearchOptions plain = options(16);
+  plain.start_id = -1;
+  const auto asked = [](std::vector<int32_t> prompt, int64_t limit) {
+    return std::vector<Request>{{{}, limit, 0, 0, std::move(prompt)}};
+  };
+  EXPECT_THROW(engine.search({{5}}, asked({4}, 5), plain), std::invalid_argument);
+  EXPECT_THROW(engine.search({}, asked({}, 5), plain), std::invalid_argument);
+  EXPECT_THROW(engine.search({}, asked({600}, 5), plain), std::invalid_argument);
+  EXPECT_THROW(engine.search({}, asked({-1}, 5), plain), std::invalid_argument);
+  EXPECT_THROW(engine.search({}, asked({4, 5, 6, 7, 8, 9, 10, 11, 12}, 1), plain),
+               std::invalid_argument);
+  EXPECT_EQ(engine.search({}, asked({4, 5, 6, 7, 8, 9, 10, 11}, 1), plain)[0].steps, 1);
+  SearchOptions attending = plain;
+  attending.return_attention = true;
+  EXPECT_THROW(engine.search({}, asked({4}, 5), attending, {{}, {0}}), std::invalid_argument);
+  EXPECT_TRUE(engine.search({}, {}, plain).empty());
 }
 
 TEST(Engine, RefusesWhatDoesNotFit) {

@@ -42,6 +42,8 @@ class NextTokens {
     return log_prob_of(row, scores_.data()[row * vocabulary_ + token]);
   }
   int64_t vocabulary() const { return vocabulary_; }
+  // What a row's scores have above its log-probabilities; 0 of a mean.
+  double log_sum(int64_t row) const { return mean_ ? 0.0 : log_sums_.data()[row]; }
   int64_t bytes() const;
 
  private:

@@ -19,6 +19,12 @@ constexpr int64_t kLongestList = 256;
 // not make a score infinite.
 constexpr double kLeastCoverage = 1e-10;
 
+// Given tokens that the decoder takes at once: more make its products no faster, and it needs
+// memory for the activations of all. Fewer where an ensemble keeps the scores of the vocabulary for
+// each.
+constexpr int64_t kGivenTokens = 512;
+constexpr int64_t kGivenTokensOfEnsemble = 64;
+
 // A token of a hypothesis, and the one before it in the same pool (-1: none).
 struct Node {
   int32_t token;
@@ -29,26 +35,35 @@ struct Node {
 
 struct Live {
   int32_t node = -1;
-  int32_t row = 0;               // in the decoder's last step
+  int32_t row = 0;               // in the decoder's last step, see Row::parent
   int32_t sample = 0;            // sampling: which of the sentence's
   double log_prob = 0.0;         // the model's
   double total = 0.0;            // what the search adds up
   std::vector<double> coverage;  // attention so far to each source token, if needed
 };
 
+// Tokens that are given, by sentence.
+struct Given {
+  std::vector<int32_t> fed;
+  std::vector<int32_t> wanted;  // after each of them, if that is asked for
+};
+
 // The members of an ensemble (or the only model), step by step.
 class Step {
  public:
   Step(const std::vector<Member>& members, const std::vector<std::vector<int32_t>>& sources,
-       Parallel& parallel, const BeforeStep& before_step)
+       size_t sentences, Parallel& parallel, const BeforeStep& before_step)
       : members_(members), parallel_(parallel), before_step_(before_step) {
     for (const std::vector<int32_t>& source : sources) {
       longest_source_ = std::max(longest_source_, static_cast<int64_t>(source.size()));
     }
     for (const Member& member : members) {
       Workspace& workspace = member.workspace;
-      workspace.sources.encode(member.model, sources, workspace.positions, parallel);
-      workspace.decoder.start(member.model, workspace.sources, member.attention_layer);
+      if (!sources.empty()) {
+        workspace.sources.encode(member.model, sources, workspace.positions, parallel);
+      }
+      workspace.decoder.start(member.model, sources.empty() ? nullptr : &workspace.sources,
+                              static_cast<int64_t>(sentences), member.attention_layer);
     }
   }
 
@@ -56,21 +71,58 @@ class Step {
   const NextTokens& find(const std::vector<Row>& rows, int64_t count, const int32_t* tokens,
                          bool keep) {
     if (before_step_) before_step_();
-    const int64_t n = static_cast<int64_t>(rows.size());
-    const bool alone = members_.size() == 1;
-    std::vector<const NextTokens*> found;
+    sentences_.clear();
+    for (const Row& row : rows) sentences_.push_back(row.sentence);
     for (const Member& member : members_) {
       Workspace& workspace = member.workspace;
-      const float* const states = workspace.decoder.step(rows, workspace.positions, parallel_);
-      workspace.next.find(member.model, states, n, alone ? count : 1, alone ? tokens : nullptr,
-                          !alone || keep, parallel_);
-      found.push_back(&workspace.next);
+      find(member, workspace.decoder.step(rows, workspace.positions, parallel_), count, tokens,
+           keep);
     }
-    if (alone) return *found[0];
-    average_attention(rows, n);
-    NextTokens& mean = members_[0].workspace.mean;
-    mean.find_mean(found, count, tokens, keep, parallel_);
-    return mean;
+    return found(count, tokens, keep);
+  }
+
+  // Given tokens of all sentences, before the first step, some at a time. `found` is called with
+  // the sentence of each row, and the scores of the tokens that are wanted after it; null where
+  // these are not asked for.
+  void feed(const std::vector<Given>& given,
+            const std::function<void(const std::vector<int32_t>&, const NextTokens&)>& found) {
+    const int64_t most =
+        members_.size() > 1 && found != nullptr ? kGivenTokensOfEnsemble : kGivenTokens;
+    std::vector<Span> spans;
+    std::vector<int32_t> wanted;
+    int64_t count = 0;
+    const auto flush = [&] {
+      if (spans.empty()) return;
+      if (before_step_) before_step_();
+      for (const Member& member : members_) {
+        Workspace& workspace = member.workspace;
+        const float* const states = workspace.decoder.extend(spans, workspace.positions, parallel_);
+        if (found) find(member, states, 1, wanted.data(), false);
+      }
+      if (found) found(sentences_, this->found(1, wanted.data(), false));
+      spans.clear();
+      wanted.clear();
+      sentences_.clear();
+      count = 0;
+    };
+    sentences_.clear();
+    for (size_t sentence = 0; sentence < given.size(); ++sentence) {
+      const Given& tokens = given[sentence];
+      for (size_t begin = 0; begin < tokens.fed.size();) {
+        const size_t size = std::min(tokens.fed.size() - begin, static_cast<size_t>(most - count));
+        spans.push_back({static_cast<int32_t>(sentence), tokens.fed.data() + begin,
+                         static_cast<int64_t>(size)});
+        sentences_.insert(sentences_.end(), size, static_cast<int32_t>(sentence));
+        if (found) {
+          const auto first = tokens.wanted.begin() + static_cast<std::ptrdiff_t>(begin);
+          wanted.insert(wanted.end(), first, first + static_cast<std::ptrdiff_t>(size));
+        }
+        begin += size;
+        count += static_cast<int64_t>(size);
+        if (count == most) flush();
+      }
+    }
+    flush();
   }
 
   // What a row attended to, over its source's tokens.
@@ -80,13 +132,34 @@ class Step {
   }
 
  private:
-  void average_attention(const std::vector<Row>& rows, int64_t n) {
+  // What a member makes of its states of the rows of sentences_.
+  void find(const Member& member, const float* states, int64_t count, const int32_t* tokens,
+            bool keep) {
+    const bool alone = members_.size() == 1;
+    member.workspace.next.find(member.model, states, static_cast<int64_t>(sentences_.size()),
+                               alone ? count : 1, alone ? tokens : nullptr, !alone || keep,
+                               parallel_);
+  }
+
+  // What all make of them.
+  const NextTokens& found(int64_t count, const int32_t* tokens, bool keep) {
+    if (members_.size() == 1) return members_[0].workspace.next;
+    average_attention();
+    std::vector<const NextTokens*> all;
+    for (const Member& member : members_) all.push_back(&member.workspace.next);
+    NextTokens& mean = members_[0].workspace.mean;
+    mean.find_mean(all, count, tokens, keep, parallel_);
+    return mean;
+  }
+
+  void average_attention() {
     if (members_[0].attention_layer < 0) return;
-    attention_.assign(static_cast<size_t>(n * longest_source_), 0.0f);
-    for (int64_t r = 0; r < n; ++r) {
+    const int64_t rows = static_cast<int64_t>(sentences_.size());
+    attention_.assign(static_cast<size_t>(rows * longest_source_), 0.0f);
+    for (int64_t r = 0; r < rows; ++r) {
       float* const sum = attention_.data() + r * longest_source_;
       const int64_t length =
-          members_[0].workspace.sources.length(rows[static_cast<size_t>(r)].sentence);
+          members_[0].workspace.sources.length(sentences_[static_cast<size_t>(r)]);
       for (const Member& member : members_) {
         const float* const row = member.workspace.decoder.attention(r);
         for (int64_t i = 0; i < length; ++i) sum[i] += row[i];
@@ -99,14 +172,17 @@ class Step {
   Parallel& parallel_;
   const BeforeStep& before_step_;
   int64_t longest_source_ = 0;
-  std::vector<float> attention_;  // of an ensemble, [rows][longest_source_]
+  std::vector<int32_t> sentences_;  // of the rows at hand
+  std::vector<float> attention_;    // of an ensemble, [rows][longest_source_]
 };
 
 class SentenceSearch {
  public:
-  SentenceSearch(const Request& request, const SearchOptions& options, int64_t source_length)
+  SentenceSearch(int32_t number, const Request& request, const SearchOptions& options,
+                 int64_t source_length)
       : request_(request), options_(options), source_length_(source_length) {
     Live first;
+    first.row = number;
     if (options.coverage_penalty > 0.0) first.coverage.resize(static_cast<size_t>(source_length));
     live_.assign(static_cast<size_t>(options.sampling ? options.num_hypotheses : 1), first);
     for (size_t i = 0; i < live_.size(); ++i) live_[i].sample = static_cast<int32_t>(i);
@@ -118,7 +194,8 @@ class SentenceSearch {
   // What may follow each live hypothesis.
   const std::vector<TokenRules>& rules() const { return rules_; }
   int32_t newest(const Live& live) const {
-    return live.node < 0 ? options_.start_id : nodes_[static_cast<size_t>(live.node)].token;
+    if (live.node >= 0) return nodes_[static_cast<size_t>(live.node)].token;
+    return request_.prompt.empty() ? options_.start_id : request_.prompt.back();
   }
 
   // Of the next token of a live hypothesis.
@@ -199,6 +276,7 @@ class SentenceSearch {
           tokens_.push_back(nodes_[static_cast<size_t>(node)].token);
           node = nodes_[static_cast<size_t>(node)].parent;
         }
+        tokens_.insert(tokens_.end(), request_.prompt.rbegin(), request_.prompt.rend());
         std::reverse(tokens_.begin(), tokens_.end());
         rules.find(options_.tokens, tokens_);
       } else {
@@ -405,13 +483,24 @@ std::vector<SearchResult> search(const std::vector<Member>& members,
                                  Parallel& parallel, const BeforeStep& before_step) {
   const int64_t vocabulary = members[0].model.config().target_vocabulary;
   check_ids("suppressed_tokens", options.tokens.suppressed, vocabulary);
-  for (const Request& request : requests) check_ids("prefix ids", request.prefix, vocabulary);
-  Step step(members, sources, parallel, before_step);
-  std::vector<SentenceSearch> searches;
-  searches.reserve(sources.size());
-  for (size_t i = 0; i < sources.size(); ++i) {
-    searches.emplace_back(requests[i], options, static_cast<int64_t>(sources[i].size()));
+  for (const Request& request : requests) {
+    check_ids("prompt ids", request.prompt, vocabulary);
+    check_ids("prefix ids", request.prefix, vocabulary);
   }
+  Step step(members, sources, requests.size(), parallel, before_step);
+  std::vector<SentenceSearch> searches;
+  searches.reserve(requests.size());
+  // What is fed before the token whose successor is the first of the output.
+  std::vector<Given> given(requests.size());
+  for (size_t i = 0; i < requests.size(); ++i) {
+    const int64_t source_length = sources.empty() ? 0 : static_cast<int64_t>(sources[i].size());
+    searches.emplace_back(static_cast<int32_t>(i), requests[i], options, source_length);
+    std::vector<int32_t>& fed = given[i].fed;
+    if (options.start_id >= 0) fed.push_back(options.start_id);
+    fed.insert(fed.end(), requests[i].prompt.begin(), requests[i].prompt.end());
+    fed.pop_back();
+  }
+  step.feed(given, nullptr);
 
   const TokenOptions& token_options = options.tokens;
   // Of a row, in a beam: whatever the other rows have, no more than so many can survive or end.
@@ -487,35 +576,30 @@ std::vector<TargetScores> score(const std::vector<Member>& members,
   for (const std::vector<int32_t>& target : targets) {
     check_ids("target ids", target, members[0].model.config().target_vocabulary);
   }
-  Step step(members, sources, parallel, before_step);
+  Step step(members, sources, targets.size(), parallel, before_step);
+  std::vector<Given> given(targets.size());
+  for (size_t i = 0; i < targets.size(); ++i) {
+    const std::vector<int32_t>& target = targets[i];
+    if (target.empty()) continue;
+    std::vector<int32_t>& fed = given[i].fed;
+    if (start_id >= 0) fed.push_back(start_id);
+    fed.insert(fed.end(), target.begin(), target.end() - 1);
+    given[i].wanted.assign(start_id >= 0 ? target.begin() : target.begin() + 1, target.end());
+  }
   std::vector<TargetScores> scores(targets.size());
-  std::vector<int32_t> row_of(targets.size(), 0);
-  std::vector<Row> rows;
-  std::vector<int32_t> wanted;
-  for (size_t position = 0;; ++position) {
-    rows.clear();
-    wanted.clear();
-    for (size_t i = 0; i < targets.size(); ++i) {
-      if (position >= targets[i].size()) continue;
-      const int32_t fed = position == 0 ? start_id : targets[i][position - 1];
-      const int32_t parent = row_of[i];
-      row_of[i] = static_cast<int32_t>(rows.size());
-      rows.push_back({static_cast<int32_t>(i), parent, fed});
-      wanted.push_back(targets[i][position]);
-    }
-    if (rows.empty()) return scores;
-    const int64_t count = static_cast<int64_t>(rows.size());
-    const NextTokens& next = step.find(rows, 1, wanted.data(), false);
-    for (int64_t r = 0; r < count; ++r) {
-      const size_t sentence = static_cast<size_t>(rows[static_cast<size_t>(r)].sentence);
-      scores[sentence].log_probs.push_back(next.wanted_log_prob(r));
+  step.feed(given, [&](const std::vector<int32_t>& sentences, const NextTokens& next) {
+    for (size_t r = 0; r < sentences.size(); ++r) {
+      const size_t sentence = static_cast<size_t>(sentences[r]);
+      const int64_t row = static_cast<int64_t>(r);
+      scores[sentence].log_probs.push_back(next.wanted_log_prob(row));
       if (members[0].attention_layer >= 0) {
-        const float* const row = step.attention(r);
-        scores[sentence].attention.insert(scores[sentence].attention.end(), row,
-                                          row + sources[sentence].size());
+        const float* const attention = step.attention(row);
+        scores[sentence].attention.insert(scores[sentence].attention.end(), attention,
+                                          attention + sources[sentence].size());
       }
     }
-  }
+  });
+  return scores;
 }
 
 }  // namespace transformer_ext::engine

@@ -1,8 +1,8 @@
-// Beam search and sampling for a batch of sentences. The rules are those of SearchOptions
-// (transformer_ext/inference/options.py), and transformer_ext/inference/search.py says the same in
-// plain Python. Nothing here computes with weights: which tokens may follow a hypothesis and what
-// their scores are made into is said in token_rules.h, the numeric part is decoder.h and
-// next_tokens.h.
+// Beam search and sampling for a batch of sentences, or for continuations of given texts. The rules
+// are those of SearchOptions (transformer_ext/inference/options.py), and
+// transformer_ext/inference/search.py says the same in plain Python. Nothing here computes with
+// weights: which tokens may follow a hypothesis and what their scores are made into is said in
+// token_rules.h, the numeric part is decoder.h and next_tokens.h.
 #pragma once
 
 #include <cstdint>
@@ -32,7 +32,7 @@ struct SearchOptions {
   bool sampling = false;
   uint64_t seed = 0;
   TokenOptions tokens;
-  int32_t start_id = 0;
+  int32_t start_id = 0;  // fed before all else; -1: nothing is
   // What a score is divided by for n tokens without the end of sentence, where that follows and
   // where it does not; for every n that the limits allow.
   std::vector<double> ended_penalty;
@@ -45,6 +45,9 @@ struct Request {
   int64_t limit = 0;            // most tokens, end of sentence included; more than the prefix
   int64_t minimum = 0;          // fewest tokens before the end of sentence
   uint64_t number = 0;          // of the sentence, for the random numbers of sampling
+  // Fed before the output. It is no part of hypotheses, scores and lengths, but its tokens are
+  // among those that the repetition rules look at. Not empty where there is no start_id.
+  std::vector<int32_t> prompt = {};
 };
 
 // Why the search for a sentence stopped, and why a hypothesis did.
@@ -91,9 +94,9 @@ struct Member {
 // Called before each step on the thread that searches; what it throws ends the search. Null: none.
 using BeforeStep = std::function<void()>;
 
-// A result for each source (at least one token each). Limits are at least 1 and within the
-// penalties. Throws std::invalid_argument for ids out of range and sequences longer than the
-// model's positions.
+// A result for each request. There is a source for each, of at least one token, or none at all
+// where the model has no encoder. Limits are at least 1 and within the penalties. Throws
+// std::invalid_argument for ids out of range and sequences longer than the model's positions.
 std::vector<SearchResult> search(const std::vector<Member>& members,
                                  const std::vector<std::vector<int32_t>>& sources,
                                  const std::vector<Request>& requests, const SearchOptions& options,
@@ -106,7 +109,8 @@ struct TargetScores {
 };
 
 // targets[i] is what the model is to say, its end of sentence included if that is to count, and is
-// fed after start_id.
+// fed after start_id; without one (-1) after its own first token, which gets no score. Sources as
+// for search().
 std::vector<TargetScores> score(const std::vector<Member>& members,
                                 const std::vector<std::vector<int32_t>>& sources,
                                 const std::vector<std::vector<int32_t>>& targets, int32_t start_id,

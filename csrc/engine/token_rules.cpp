@@ -67,9 +67,17 @@ void find_candidates(const NextTokens& next, int64_t row, const TokenRules& rule
   const auto consider = [&](int32_t token, double log_prob) {
     if (token == options.eos_id && !rules.may_end) return;
     if (contains(options.suppressed, token) || contains(rules.banned, token)) return;
-    const bool repeated = contains(rules.repeated, token);
-    candidates->push_back(
-        {token, log_prob, repeated ? log_prob * options.repetition_penalty : log_prob});
+    double adjusted = log_prob;
+    if (contains(rules.repeated, token)) {
+      // The softmax of scores of which some have changed is not taken again: it would be the same
+      // shift for every token of the row.
+      const double log_sum = options.penalty_on_logits ? next.log_sum(row) : 0.0;
+      const double score = log_prob + log_sum;
+      adjusted =
+          (score > 0.0 ? score / options.repetition_penalty : score * options.repetition_penalty) -
+          log_sum;
+    }
+    candidates->push_back({token, log_prob, adjusted});
   };
   if (!next.kept()) {
     for (int64_t rank = 0; rank < next.count(); ++rank) {

@@ -14,6 +14,10 @@ struct TokenOptions {
   std::vector<int32_t> suppressed;  // ascending ids, never proposed
   int64_t no_repeat_ngram_size = 0;
   double repetition_penalty = 1.0;  // at least 1
+  // The penalty is on the model's scores before their softmax: a negative one is multiplied by it,
+  // another divided. Where there are several models (the mean of their probabilities has no such
+  // scores), on log-probabilities all the same.
+  bool penalty_on_logits = false;
   int32_t eos_id = 0;
   // Of sampling; 0 tokens and probability 1 are no limit.
   int64_t top_k = 0;
@@ -26,7 +30,7 @@ struct TokenRules {
   int32_t forced = -1;            // the only one that may follow, whatever else is said; -1: none
   bool may_end = true;            // whether the end of sentence may follow
   std::vector<int32_t> banned;    // beside the suppressed, ascending
-  std::vector<int32_t> repeated;  // ascending: their log-probability times the repetition penalty
+  std::vector<int32_t> repeated;  // ascending: the repetition penalty is on them
 
   // For a hypothesis of these tokens.
   void find(const TokenOptions& options, const std::vector<int32_t>& tokens);

@@ -3,93 +3,196 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from transformer_ext.files import load_model_dir
-from transformer_ext.inference.options import SearchOptions, SearchResult
-from transformer_ext.inference.search import check_ids, search
+from transformer_ext.inference.language_engine import (
+    BATCH_SIZE,
+    BATCH_TOKENS,
+    LanguageModelEngine,
+)
+from transformer_ext.inference.options import Hypothesis, SearchOptions, SearchResult
+from transformer_ext.inference.shared import continuation_limits, fed_tokens, never_proposed
 from transformer_ext.model.config import LanguageModelConfig
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from transformer_ext.model.language_model import LanguageModel
 
-__all__ = ["TextGenerator", "continuations"]
+__all__ = ["GeneratedText", "TextGenerator", "continuations"]
 
 
 def continuations(
     model: LanguageModel,
-    beginnings: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int]],
     options: SearchOptions | None = None,
     *,
     numbers: Sequence[int] | None = None,
 ) -> list[SearchResult]:
-    """Search or sample what follows token ids, by :func:`transformer_ext.inference.search.search`.
+    """What :meth:`LanguageModelEngine.search` finds, with a torch model, in plain Python.
+
+    No cache is kept: time grows with the square of the length.
 
     Args:
-        model: the language model; put it in evaluation mode before.
-        beginnings: token ids of each, without the start token; possibly none.
-        options: how to search; the defaults if None. ``max_length`` counts what follows (50
-            tokens by default); options that concern a source have no meaning here.
-        numbers: of the beginnings, for the random numbers of sampling; 0, 1, ... if None.
+        model: the language model, on any device; put it in evaluation mode before.
+        prompts: see there, as for the other arguments.
+        options: see there.
+        numbers: see there.
 
     Returns:
-        a result for each; its tokens begin with the beginning.
+        a result for each prompt, with the new tokens only.
 
     Raises:
-        ValueError: ids out of the vocabulary, options that need a source, or a beginning longer
-            than the learned positions.
+        ValueError: see there.
     """
     import torch
 
+    from transformer_ext.inference.search import check_ids, search
+
     options = options or SearchOptions()
-    if options.needs_attention:
-        raise ValueError("options: attention to a source is asked for, but there is no source")
     config = model.config
-    for beginning in beginnings:
-        check_ids("beginnings", beginning, config.vocab_size)
+    for prompt in prompts:
+        check_ids("prompt ids", prompt, config.vocab_size)
     check_ids("suppressed_tokens", options.suppressed_tokens, config.vocab_size)
     device = next(model.parameters()).device
-    limits = [len(beginning) + options.length_limit(0) for beginning in beginnings]
-    if config.positions == "learned":
-        limits = [min(limit, config.max_positions) for limit in limits]
+    fed = [fed_tokens(config, prompt) for prompt in prompts]
 
     def step(rows: list[int], prefixes: NDArray[np.int64]) -> Any:
-        return model.next_log_probs(torch.from_numpy(prefixes).to(device)).cpu().numpy()
+        ids = torch.from_numpy(prefixes).to(device)
+        return model.next_log_probs(ids, normalize=not options.penalty_on_logits).cpu().numpy()
 
     with torch.inference_mode():
         return search(
             step,
-            limits,
+            continuation_limits(config, options, fed, numbers),
             options,
-            start_id=config.bos_id,
+            start_id=None,
             eos_id=config.eos_id,
-            suppressed=frozenset({config.pad_id, config.bos_id} - {config.eos_id}),
-            prefixes=beginnings,
+            suppressed=never_proposed(config),
+            prompts=fed,
             numbers=numbers,
         )
+
+
+@dataclass(frozen=True)
+class GeneratedText:
+    """One continuation of a text.
+
+    Attributes:
+        text: the whole, beginning included.
+        continuation: what was added: ``text`` without the beginning, as the tokenizer writes that.
+        hypothesis: new tokens, score, and why they end.
+    """
+
+    text: str
+    continuation: str
+    hypothesis: Hypothesis
 
 
 class TextGenerator:
     """A language model from its directory, on text.
 
+    Any number of threads may call one generator at once.
+
     Args:
-        folder: model directory of ``python -m transformer_ext.train --task language-model``.
-        device: where to compute.
+        folder: model directory of ``python -m transformer_ext.train --task language-model``, or any
+            other that holds a language model.
+        threads: see :class:`LanguageModelEngine`; of the CPU.
+        compute_type: see there; of the CPU.
+        device: another torch device than ``cpu`` computes in plain Python, with torch.
+
+    Attributes:
+        config: of the model.
+        tokenizer: its tokenizer.
 
     Raises:
         FileError: no such model, or one of another kind.
+        ValueError: see :class:`LanguageModelEngine`.
     """
 
-    def __init__(self, folder: str | Path, *, device: str = "cpu") -> None:
-        from transformer_ext.model.language_model import LanguageModel
-
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        threads: int | None = None,
+        compute_type: str = "float32",
+        device: str = "cpu",
+    ) -> None:
         saved = load_model_dir(folder, LanguageModelConfig)
+        self.config = saved.config
         self.tokenizer = saved.source_tokenizer
-        self.model = LanguageModel(saved.config).load_weights(saved.weights).to(device).eval()
+        self._engine: LanguageModelEngine | None = None
+        if device == "cpu":
+            self._engine = LanguageModelEngine(
+                saved.config, saved.weights, threads=threads, compute_type=compute_type
+            )
+        else:
+            from transformer_ext.model.language_model import LanguageModel
+
+            model = LanguageModel(saved.config).load_weights(saved.weights)
+            self._model = model.to(device).eval()
+
+    def search(
+        self,
+        prompts: Sequence[Sequence[int]],
+        options: SearchOptions | None = None,
+        *,
+        numbers: Sequence[int] | None = None,
+        batch_size: int = BATCH_SIZE,
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> list[SearchResult]:
+        """On token ids: see :meth:`LanguageModelEngine.search`."""
+        if self._engine is None:
+            return continuations(self._model, prompts, options, numbers=numbers)
+        return self._engine.search(
+            prompts, options, numbers=numbers, batch_size=batch_size, batch_tokens=batch_tokens
+        )
+
+    def generate(
+        self,
+        beginnings: Sequence[str],
+        options: SearchOptions | None = None,
+        *,
+        numbers: Sequence[int] | None = None,
+        batch_size: int = BATCH_SIZE,
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> list[list[GeneratedText]]:
+        """Continuations of each text, best first.
+
+        Args:
+            beginnings: texts, possibly empty.
+            options: see :meth:`LanguageModelEngine.search`; greedy if None.
+            numbers: see there.
+            batch_size: see there.
+            batch_tokens: see there.
+
+        Raises:
+            ValueError: see there.
+        """
+        ids = self.tokenizer.encode_batch(list(beginnings))
+        found = self.search(
+            ids,
+            options or SearchOptions(beam_size=1),
+            numbers=numbers,
+            batch_size=batch_size,
+            batch_tokens=batch_tokens,
+        )
+        texts = []
+        for prompt, result in zip(ids, found, strict=True):
+            # As a whole: pieces of a tokenizer do not always say alone what they say behind others.
+            start = self.tokenizer.decode(prompt)
+            whole = [self.tokenizer.decode([*prompt, *h.tokens]) for h in result.hypotheses]
+            texts.append(
+                [
+                    GeneratedText(text, text[len(start) :], hypothesis)
+                    for text, hypothesis in zip(whole, result.hypotheses, strict=True)
+                ]
+            )
+        return texts
 
     def __call__(
         self,
@@ -98,15 +201,10 @@ class TextGenerator:
         *,
         numbers: Sequence[int] | None = None,
     ) -> list[str]:
-        """The best continuation of each text, the beginning included.
+        """The best continuation of each text, the beginning included; see :meth:`generate`."""
+        return [texts[0].text for texts in self.generate(beginnings, options, numbers=numbers)]
 
-        Args:
-            beginnings: texts, possibly empty.
-            options: see :func:`continuations`; greedy if None.
-            numbers: see :func:`continuations`.
-        """
-        ids = [self.tokenizer.encode(text) for text in beginnings]
-        found = continuations(
-            self.model, ids, options or SearchOptions(beam_size=1), numbers=numbers
-        )
-        return [self.tokenizer.decode(result.hypotheses[0].tokens) for result in found]
+    def close(self) -> None:
+        """Give the memory back; the generator cannot be used afterwards."""
+        if self._engine is not None:
+            self._engine.close()

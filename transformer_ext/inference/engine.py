@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from transformer_ext.inference.compiled import (
     CompiledModel,
@@ -12,12 +11,12 @@ from transformer_ext.inference.compiled import (
     batches_by_length,
     resolve_compute_type,
 )
+from transformer_ext.inference.native_search import native_options, read_result
 from transformer_ext.inference.options import SearchOptions, SearchResult
 from transformer_ext.inference.shared import (
     attention_layer,
     check_source_lengths,
     empty_result,
-    make_hypothesis,
     never_proposed,
 )
 from transformer_ext.model.config import TransformerConfig
@@ -159,49 +158,24 @@ class Engine(CompiledModel[TransformerConfig]):
                 limits=limits,
                 minima=[options.length_minimum(length) for length in lengths],
                 numbers=[i if numbers is None else numbers[i] for i in batch],
-                options=self._native_options(options, max(limits)),
+                options=native_options(
+                    options,
+                    max(limits),
+                    never=never_proposed(self.config),
+                    eos_id=self.config.eos_id,
+                    start_id=self.config.decoder_start_id,
+                ),
                 others=[other._open() for other in self._others],
                 attention_layers=layers,
             )
             for i, result in zip(batch, found, strict=True):
-                hypotheses = [
-                    make_hypothesis(
-                        options, h.tokens, h.score, h.log_prob, h.token_scores, h.end, h.attention
-                    )
-                    for h in result.hypotheses
-                ]
-                results[i] = SearchResult(hypotheses, result.stop, result.steps)
+                results[i] = read_result(options, result)
         return results
 
     def _attention_layers(self, options: SearchOptions) -> list[int]:
         """Of each model; empty where the options need no attention."""
         layers = [attention_layer(options, config) for config in self._configs]
         return [layer for layer in layers if layer is not None]
-
-    def _native_options(self, options: SearchOptions, limit: int) -> dict[str, Any]:
-        """The fields of SearchOptions in csrc/engine/search.h."""
-        ended, cut = _penalties(options, limit)
-        return {
-            "beam_size": options.beam_size,
-            "num_hypotheses": options.num_hypotheses,
-            "early_stopping": options.early_stopping,
-            "beam_patience": options.beam_patience,
-            "rank_unfinished": options.rank_unfinished,
-            "coverage_penalty": options.coverage_penalty,
-            "return_attention": options.return_attention or options.return_alignment,
-            "sampling": options.sampling,
-            "seed": options.seed,
-            "suppressed": sorted({*never_proposed(self.config), *options.suppressed_tokens}),
-            "no_repeat_ngram_size": options.no_repeat_ngram_size,
-            "repetition_penalty": options.repetition_penalty,
-            "eos_id": self.config.eos_id,
-            "top_k": options.top_k or 0,
-            "top_p": options.top_p,
-            "temperature": options.temperature,
-            "start_id": self.config.decoder_start_id,
-            "ended_penalty": ended,
-            "cut_penalty": cut,
-        }
 
     def score(
         self,
@@ -290,13 +264,3 @@ class Engine(CompiledModel[TransformerConfig]):
             for i, row in zip(batch, found, strict=True):
                 scores[i] = row.log_probs, row.attention
         return scores
-
-
-@lru_cache(maxsize=64)
-def _penalties(options: SearchOptions, limit: int) -> tuple[list[float], list[float]]:
-    """What log-probabilities of 0 .. ``limit`` tokens are divided by: ended, and cut off."""
-    lengths = range(limit + 1)
-    return (
-        [options.penalty(length, ended=True) for length in lengths],
-        [options.penalty(length, ended=False) for length in lengths],
-    )

@@ -53,6 +53,9 @@ class SearchOptions:
     log min(1, a_i), where a_i is the attention that the whole hypothesis paid to i. A
     log-probability is adjusted by ``repetition_penalty`` alone.
 
+    What a language model continues is no part of its output: it has no share in scores and lengths,
+    but its tokens count for ``no_repeat_ngram_size`` and ``repetition_penalty``.
+
     At each step of a beam search the ``2 * beam_size`` best continuations of all live hypotheses
     are looked at, best first. One that ends the sentence is finished if it is among the first
     ``beam_size``; the first ``beam_size`` others live on. Equal ones are ordered by hypothesis, then
@@ -170,6 +173,13 @@ class SearchOptions:
         "(Keskar et al. 2019, section 4.1); 1 is none",
         minimum=1.0,
         maximum=LARGEST_FACTOR,
+    )
+    repetition_penalty_on: Literal["log_probs", "logits"] = option(
+        "log_probs",
+        help="what repetition_penalty is a factor on; logits are the model's scores before their "
+        "softmax, of which a positive one is divided by it, as generate() of transformers does "
+        "where it is greedy or samples: a beam of several, and an ensemble, take "
+        "log-probabilities even so",
     )
     suppressed_tokens: tuple[int, ...] = option(
         (),
@@ -319,6 +329,15 @@ class SearchOptions:
         return 1.0
 
     @property
+    def penalty_on_logits(self) -> bool:
+        """Whether the model's scores before their softmax are asked for."""
+        return (
+            self.repetition_penalty_on == "logits"
+            and self.repetition_penalty != 1.0
+            and (self.sampling or self.beam_size == 1)
+        )
+
+    @property
     def needs_attention(self) -> bool:
         """Whether the model has to say what it attends to."""
         return self.return_attention or self.return_alignment or self.coverage_penalty > 0.0
@@ -333,6 +352,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "length_penalty_kind": "divide",
         "early_stopping": "heuristic",
         "rank_unfinished": True,
+        "repetition_penalty_on": "logits",
     },
     # Translator of CTranslate2 4.8, which shares the probability of what may not be said among the
     # rest (here it is lost): of padding, of the start token, and of the end below min_length.
@@ -437,13 +457,22 @@ def _at_once(name: str) -> Callable[[str], int]:
     return parse
 
 
-def add_batch_arguments(parser: argparse.ArgumentParser, what: str, more: str = "") -> None:
+def add_batch_arguments(
+    parser: argparse.ArgumentParser,
+    what: str,
+    more: str = "",
+    *,
+    tokens: str | None = None,
+    batch_tokens: int = 4096,
+) -> None:
     """``batch_size`` and ``batch_tokens`` of a command.
 
     Args:
         parser: of the command.
         what: is done with how many together, "sentences decoded".
         more: to say of the first.
+        tokens: what the second counts; None: source tokens of them.
+        batch_tokens: its default.
     """
     parser.add_argument(
         "--batch-size",
@@ -455,14 +484,14 @@ def add_batch_arguments(parser: argparse.ArgumentParser, what: str, more: str = 
     parser.add_argument(
         "--batch-tokens",
         type=_at_once("batch_tokens"),
-        default=4096,
+        default=batch_tokens,
         metavar="N",
-        help=f"most source tokens {what.split()[-1]} together, which bounds memory "
+        help=f"most {tokens or 'source tokens ' + what.split()[-1]} together, which bounds memory "
         "(default: %(default)s)",
     )
 
 
-def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+def add_engine_arguments(parser: argparse.ArgumentParser, *, ensemble: bool = True) -> None:
     """What every command that decodes says of its engine: ``threads``, ``compute_type``, ``ensemble``."""
     parser.add_argument(
         "--threads",
@@ -477,6 +506,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the matrix products: float32, bfloat16 (takes AVX512_BF16), int8 (fastest), or auto: "
         "the fastest that this machine has instructions for (default: %(default)s)",
     )
+    if not ensemble:
+        return
     parser.add_argument(
         "--ensemble",
         metavar="MODEL_DIR",

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 #: ``step(sentences, prefixes)``: log-probabilities ``[rows, vocabulary]`` of the token after each
 #: prefix, where ``sentences`` is the number of each row's sentence (ascending) and ``prefixes`` is
 #: int64 ``[rows, length]``, each beginning with the start token. Where the options need attention,
-#: a pair of these and of what each row's last token attends to, ``[rows, longest source]``.
+#: a pair of these and of what each row's last token attends to, ``[rows, longest source]``. Where
+#: they say ``penalty_on_logits``, scores before their softmax in place of log-probabilities.
 Step = Callable[[list[int], NDArray[np.int64]], Any]
 
 
@@ -115,6 +116,8 @@ class SentenceSearch:
         options: see there for the rules.
         suppressed: ids never proposed, beside those of the options.
         minimum: tokens before the end of sentence at least.
+        prompt: tokens that come before the output and are no part of it, but of what is not to be
+            repeated.
         prefix: tokens that the output begins with.
         number: of the sentence, for the random numbers of sampling.
 
@@ -130,6 +133,7 @@ class SentenceSearch:
         suppressed: Collection[int] = (),
         *,
         minimum: int = 0,
+        prompt: Sequence[int] = (),
         prefix: Sequence[int] = (),
         number: int = 0,
     ) -> None:
@@ -143,6 +147,7 @@ class SentenceSearch:
         self.options = options
         self.suppressed = sorted({*suppressed, *options.suppressed_tokens})
         self.minimum = minimum
+        self.prompt = tuple(prompt)
         self.prefix = tuple(prefix)
         self.number = number
         samples = options.num_hypotheses if options.sampling else 1
@@ -155,7 +160,8 @@ class SentenceSearch:
         """One step.
 
         Args:
-            log_probs: ``[live hypotheses, vocabulary]``.
+            log_probs: ``[live hypotheses, vocabulary]``; scores before their softmax, where the
+                options say ``penalty_on_logits``.
             attention: ``[live hypotheses, source tokens]``, where the options need it.
 
         Raises:
@@ -164,8 +170,15 @@ class SentenceSearch:
         scores = np.array(log_probs, dtype=np.float64)
         if np.isnan(scores).any():
             raise ValueError(f"log-probabilities of step {self.steps + 1}: NaN among them")
+        zeros = np.zeros((len(scores), 1))
+        if self.options.penalty_on_logits:
+            zeros = np.logaddexp.reduce(scores, axis=1, keepdims=True)
+            scores -= zeros
         adjusted = np.stack(
-            [self._adjusted(live, row) for live, row in zip(self.live, scores, strict=True)]
+            [
+                self._adjusted(live, row, float(zero))
+                for live, row, zero in zip(self.live, scores, zeros[:, 0], strict=True)
+            ]
         )
         self._attention = attention
         if self.options.sampling:
@@ -179,17 +192,28 @@ class SentenceSearch:
         self.steps += 1
         self.stop = self._reason_to_stop()
 
-    def _adjusted(self, live: _Live, log_probs: NDArray[np.float64]) -> NDArray[np.float64]:
-        """What the search adds up for each token, -inf for those that may not follow."""
+    def _adjusted(
+        self, live: _Live, log_probs: NDArray[np.float64], zero: float
+    ) -> NDArray[np.float64]:
+        """What the search adds up for each token, -inf for those that may not follow.
+
+        ``zero`` above a log-probability is the score that ``repetition_penalty`` is on.
+        """
         adjusted = log_probs.copy()
         if self.steps < len(self.prefix):
             forced = self.prefix[self.steps]
             adjusted[:] = -np.inf
             adjusted[forced] = log_probs[forced]
             return adjusted
-        adjusted[sorted(set(live.tokens))] *= self.options.repetition_penalty
+        said = (*self.prompt, *live.tokens)
+        penalty = self.options.repetition_penalty
+        repeated = sorted(set(said))
+        penalised = adjusted[repeated] + zero
+        adjusted[repeated] = (
+            np.where(penalised > 0.0, penalised / penalty, penalised * penalty) - zero
+        )
         adjusted[self.suppressed] = -np.inf
-        adjusted[sorted(repeating_tokens(live.tokens, self.options.no_repeat_ngram_size))] = -np.inf
+        adjusted[sorted(repeating_tokens(said, self.options.no_repeat_ngram_size))] = -np.inf
         if self.steps < self.minimum:
             adjusted[self.eos_id] = -np.inf
         return adjusted
@@ -319,10 +343,11 @@ def search(
     limits: Sequence[int],
     options: SearchOptions,
     *,
-    start_id: int,
+    start_id: int | None,
     eos_id: int,
     suppressed: Collection[int] = (),
     source_lengths: Sequence[int] | None = None,
+    prompts: Sequence[Sequence[int]] | None = None,
     prefixes: Sequence[Sequence[int]] | None = None,
     numbers: Sequence[int] | None = None,
 ) -> list[SearchResult]:
@@ -332,11 +357,13 @@ def search(
         step: the model, see :data:`Step`.
         limits: for each sentence, most tokens of output (:meth:`SearchOptions.length_limit`).
         options: how to search.
-        start_id: first token of each prefix.
+        start_id: first token of each prefix; None where it is that of the prompt.
         eos_id: token that ends a sentence.
         suppressed: ids never proposed.
         source_lengths: tokens of each sentence's source, for ``min_length_a`` and for cutting the
             attention; none needed where neither is used.
+        prompts: for each sentence, tokens before its output, see :class:`SentenceSearch`. ``step``
+            is then called once for each length.
         prefixes: for each sentence, tokens that its output begins with.
         numbers: of the sentences, for the random numbers of sampling; 0, 1, ... if None.
 
@@ -358,28 +385,37 @@ def search(
             options,
             suppressed,
             minimum=options.length_minimum(lengths[i] or 0),
+            prompt=prompts[i] if prompts is not None else (),
             prefix=prefixes[i] if prefixes is not None else (),
             number=numbers[i] if numbers is not None else i,
         )
         for i in range(count)
     ]
+    start = () if start_id is None else (start_id,)
     while active := [index for index, search in enumerate(searches) if search.stop is None]:
-        rows = [index for index in active for _ in searches[index].live]
-        prefix_rows = [
-            [start_id, *live.tokens] for index in active for live in searches[index].live
-        ]
-        found = step(rows, np.array(prefix_rows, dtype=np.int64))
-        log_probs, attention = found if isinstance(found, tuple) else (found, None)
-        if options.needs_attention and attention is None:
-            raise ValueError("step: got log-probabilities alone, expected attention beside them")
-        first = 0
-        for index in active:
-            end = first + len(searches[index].live)
-            searches[index].advance(
-                log_probs[first:end],
-                attention[first:end, : lengths[index]] if options.needs_attention else None,
-            )
-            first = end
+        # All outputs have one length, and prefixes of one length fit into an array.
+        for length in sorted({len(searches[index].prompt) for index in active}):
+            equal = [index for index in active if len(searches[index].prompt) == length]
+            rows = [index for index in equal for _ in searches[index].live]
+            prefix_rows = [
+                [*start, *searches[index].prompt, *live.tokens]
+                for index in equal
+                for live in searches[index].live
+            ]
+            found = step(rows, np.array(prefix_rows, dtype=np.int64))
+            log_probs, attention = found if isinstance(found, tuple) else (found, None)
+            if options.needs_attention and attention is None:
+                raise ValueError(
+                    "step: got log-probabilities alone, expected attention beside them"
+                )
+            first = 0
+            for index in equal:
+                end = first + len(searches[index].live)
+                searches[index].advance(
+                    log_probs[first:end],
+                    attention[first:end, : lengths[index]] if options.needs_attention else None,
+                )
+                first = end
     return [search.result() for search in searches]
 
 
@@ -441,6 +477,8 @@ def beam_search(
     for prefix in prefixes or []:
         check_ids("prefix ids", prefix, config.tgt_vocab_size)
     device = next(models[0].parameters()).device
+    # The mean of an ensemble has no scores before a softmax.
+    normalize = len(models) > 1 or not options.penalty_on_logits
     source_lengths = [len(sources[index]) for index in found_numbers]
     lengths = torch.tensor(source_lengths, device=device)
     padded = torch.full((len(found_numbers), int(lengths.max())), config.pad_id, device=device)
@@ -457,9 +495,13 @@ def beam_search(
             for each, memory, layer in zip(models, memories, layers, strict=True):
                 inputs = ids, memory[chosen], lengths[chosen]
                 if layer is None:
-                    log_probs.append(each.next_log_probs(*inputs).cpu().numpy())
+                    log_probs.append(
+                        each.next_log_probs(*inputs, normalize=normalize).cpu().numpy()
+                    )
                 else:
-                    row, attention = each.next_log_probs(*inputs, attention_layer=layer)
+                    row, attention = each.next_log_probs(
+                        *inputs, attention_layer=layer, normalize=normalize
+                    )
                     log_probs.append(row.cpu().numpy())
                     attentions.append(attention.cpu().numpy())
             mean = mean_log_probs(log_probs)

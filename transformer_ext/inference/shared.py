@@ -14,17 +14,56 @@ from transformer_ext.inference.options import (
     SearchOptions,
     SearchResult,
 )
+from transformer_ext.model.config import LanguageModelConfig, TransformerConfig
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from transformer_ext.model.config import TransformerConfig
 
-
-def never_proposed(config: TransformerConfig) -> frozenset[int]:
+def never_proposed(config: TransformerConfig | LanguageModelConfig) -> frozenset[int]:
     """Ids that no search proposes: padding, and the tokens that only begin a sentence."""
-    never = {config.pad_id, config.bos_id, config.decoder_start_id}
+    never = {config.pad_id, config.bos_id}
+    if isinstance(config, TransformerConfig):
+        never.add(config.decoder_start_id)
     return frozenset(never - {config.eos_id})
+
+
+def fed_tokens(config: LanguageModelConfig, prompt: Sequence[int]) -> list[int]:
+    """What a language model reads before it goes on: the prompt, with a start token where it needs one."""
+    start = [config.bos_id] if config.prepend_bos or not len(prompt) else []
+    return [*start, *prompt]
+
+
+def continuation_limits(
+    config: LanguageModelConfig,
+    options: SearchOptions,
+    fed: Sequence[Sequence[int]],
+    numbers: Sequence[int] | None = None,
+) -> list[int]:
+    """Most tokens that may follow each of :func:`fed_tokens`.
+
+    Raises:
+        ValueError: options that need a source, numbers of another number, or more tokens than
+            learned positions.
+    """
+    if options.needs_attention:
+        raise ValueError("options: attention to a source is asked for, but there is no source")
+    if numbers is not None and len(numbers) != len(fed):
+        raise ValueError(
+            f"numbers: got {len(numbers)}, expected one for each of the {len(fed)} prompts"
+        )
+    limits = []
+    for number, tokens in zip(range(len(fed)) if numbers is None else numbers, fed, strict=True):
+        # The last token is not fed: there can be one more than positions.
+        room = config.max_positions - len(tokens) + 1 if config.positions == "learned" else None
+        if room is not None and room < 1:
+            raise ValueError(
+                f"prompts: number {number} (from 0) has {len(tokens)} tokens (a start token "
+                f"counted), but the model has learned positions for {config.max_positions} "
+                "(max_positions)"
+            )
+        limits.append(options.length_limit(0, room))
+    return limits
 
 
 def attention_layer(options: SearchOptions, config: TransformerConfig) -> int | None:

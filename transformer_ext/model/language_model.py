@@ -94,11 +94,12 @@ class LanguageModel(Model):
             self.decoder, self.embedding, ids, lengths, self.config.pad_id, causal=True
         )
 
-    def next_log_probs(self, prefix: Tensor) -> Tensor:
+    def next_log_probs(self, prefix: Tensor, *, normalize: bool = True) -> Tensor:
         """Log-probabilities of the token after each prefix, for a search.
 
         Args:
             prefix: ``[batch, length]`` int64, all of one length.
+            normalize: False gives the scores before their softmax.
 
         Returns:
             ``[batch, vocab_size]`` float32.
@@ -108,4 +109,5 @@ class LanguageModel(Model):
         sequences = Packed.from_lengths(lengths, batch * length, max_length=length)
         hidden = self.forward_packed(prefix.flatten(), sequences)
         last = hidden.view(batch, length, -1)[:, -1].contiguous()
-        return torch.log_softmax(self.generator.logits(last).float(), dim=-1)
+        scores = self.generator.logits(last).float()
+        return torch.log_softmax(scores, dim=-1) if normalize else scores

@@ -201,12 +201,24 @@ class Transformer(Model):
 
     @overload
     def next_log_probs(
-        self, tgt_prefix: Tensor, memory: Tensor, src_lengths: Tensor, attention_layer: None = None
+        self,
+        tgt_prefix: Tensor,
+        memory: Tensor,
+        src_lengths: Tensor,
+        attention_layer: None = None,
+        *,
+        normalize: bool = True,
     ) -> Tensor: ...
 
     @overload
     def next_log_probs(
-        self, tgt_prefix: Tensor, memory: Tensor, src_lengths: Tensor, attention_layer: int
+        self,
+        tgt_prefix: Tensor,
+        memory: Tensor,
+        src_lengths: Tensor,
+        attention_layer: int,
+        *,
+        normalize: bool = True,
     ) -> tuple[Tensor, Tensor]: ...
 
     def next_log_probs(
@@ -215,6 +227,8 @@ class Transformer(Model):
         memory: Tensor,
         src_lengths: Tensor,
         attention_layer: int | None = None,
+        *,
+        normalize: bool = True,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Log-probabilities of the token after each prefix.
 
@@ -223,6 +237,7 @@ class Transformer(Model):
             memory: ``[batch, src_length, d_model]`` from :meth:`encode_padded`.
             src_lengths: ``[batch]`` source lengths.
             attention_layer: a decoder layer, from 0, whose attention to the memory is wanted too.
+            normalize: False gives the scores before their softmax.
 
         Returns:
             ``[batch, tgt_vocab_size]`` float32; with ``attention_layer`` a pair of these and of
@@ -238,7 +253,8 @@ class Transformer(Model):
                 DenseAttention(causal=True),
                 DenseAttention(mask, trace=trace),
             )
-            log_probs = torch.log_softmax(self.generator.logits(hidden[:, -1]).float(), dim=-1)
+            scores = self.generator.logits(hidden[:, -1]).float()
+            log_probs = torch.log_softmax(scores, dim=-1) if normalize else scores
             layer = trace.attentions[f"decoder.layers.{attention_layer}.cross_attention"]
             return log_probs, layer.weights[:, :, -1].float().mean(1)
         src = Packed.from_lengths(src_lengths, device=memory.device)
@@ -247,7 +263,8 @@ class Transformer(Model):
         tgt = Packed.from_lengths(lengths, batch * length, max_length=length)
         hidden = self.decode_packed(tgt_prefix.flatten(), tgt, src.pack(memory), src)
         last = hidden.view(batch, length, -1)[:, -1].contiguous()
-        return torch.log_softmax(self.generator.logits(last).float(), dim=-1)
+        scores = self.generator.logits(last).float()
+        return torch.log_softmax(scores, dim=-1) if normalize else scores
 
     # --------------------------------------------------------------------------------------------
 

@@ -216,7 +216,10 @@ class LanguageModelRun(TextRun):
         ]
         self.model.train(training)
         greedy, sampled = (
-            [tokenizer.decode(result.hypotheses[0].tokens) for result in results]
+            [
+                tokenizer.decode([*prompt, *result.hypotheses[0].tokens])
+                for prompt, result in zip(ids, results, strict=True)
+            ]
             for results in found
         )
         return [
