@@ -119,7 +119,7 @@ def prepare(options: argparse.Namespace) -> Subject:
 
     from transformer_ext.data.corpus import read_lines, shipped_corpus
     from transformer_ext.files import load_model_dir
-    from transformer_ext.marian import to_marian
+    from transformer_ext.huggingface import to_huggingface
     from transformer_ext.model.config import preset
 
     if options.model:
@@ -159,7 +159,7 @@ def prepare(options: argparse.Namespace) -> Subject:
                     lambda path, q=quantization: write_for_ctranslate2(model, path, q),
                 )
         if competitor.program == "huggingface" and not model.config.norm_first:
-            made("marian", lambda path: to_marian(folder / "ours", path))
+            made("marian", lambda path: to_huggingface(folder / "ours", path))
 
     if options.model:
         test = shipped_corpus().test

@@ -21,9 +21,9 @@ from decoding_models import marian_ids
 from rescoring import differences, model_in_float64, score_in_float64
 
 from transformer_ext.data.corpus import read_lines, shipped_corpus
+from transformer_ext.huggingface import from_huggingface, to_huggingface
 from transformer_ext.inference.options import SearchOptions
 from transformer_ext.inference.translator import Translator
-from transformer_ext.marian import from_marian, to_marian
 
 GAP = 1e-4
 LONGEST = 200
@@ -58,9 +58,9 @@ def compare(model_dir: Path, lines: Sequence[str], threads: int, scratch: Path) 
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(threads)
     worst = 0.0
-    to_marian(model_dir, scratch / "plain")
-    to_marian(model_dir, scratch / "zero", zero_start=True)
-    back = from_marian(scratch / "plain", scratch / "back")
+    to_huggingface(model_dir, scratch / "plain")
+    to_huggingface(model_dir, scratch / "zero", zero_start=True)
+    back = from_huggingface(scratch / "plain", scratch / "back")
     converter = ctranslate2.converters.TransformersConverter(str(scratch / "zero"))
     converter.convert(str(scratch / "ct2"))
 

@@ -352,7 +352,7 @@ def edit_config(model: Path, /, **changes) -> None:
         ({"format_version": None}, "format_version is None, expected 1 or 2"),
         (
             {"format_version": None, "model_type": "marian"},
-            "MarianMT, which is to be converted first: python -m transformer_ext.convert --from-marian ",
+            "MarianMT, which is to be converted first: python -m transformer_ext.convert --from-huggingface ",
         ),
         ({"format_version": 2}, "kind: got None, expected one of encoder-decoder, decoder-only"),
         (

@@ -19,7 +19,7 @@ from transformer_ext import train
 from transformer_ext.config import ConfigError, TrainConfig, from_dict
 from transformer_ext.data.corpus import file_digest
 from transformer_ext.files import load_model_dir
-from transformer_ext.marian import from_marian, to_marian
+from transformer_ext.huggingface import from_huggingface, to_huggingface
 from transformer_ext.training.parent import Parent
 from transformer_ext.training.sizing import fine_tuning_recipe, recipe_for
 from transformer_ext.training.trainer import Trainer
@@ -130,9 +130,9 @@ def test_a_model_of_marian_keeps_its_vocabulary(
     text: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ours = save_random_model(tmp_path / "ours" / "model", sentences=SENTENCES, tie="all")
-    to_marian(ours, tmp_path / "marian")
+    to_huggingface(ours, tmp_path / "marian")
     parent = tmp_path / "imported"
-    from_marian(tmp_path / "marian", parent)
+    from_huggingface(tmp_path / "marian", parent)
     options = ["--max-steps", "2", "--validate-every", "2", "--output", str(tmp_path / "run")]
     assert train.main([*text, *options, "--init-from", str(parent)]) == 0
     old, new = load_model_dir(parent), load_model_dir(tmp_path / "run" / "model")
@@ -217,7 +217,7 @@ def test_text_that_the_tokenizer_does_not_know(
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     assert transformers
     write_marian_dir(tmp_path / "marian")
-    from_marian(tmp_path / "marian", tmp_path / "imported")
+    from_huggingface(tmp_path / "marian", tmp_path / "imported")
     error = refusal([*command, str(tmp_path / "imported")], capsys)
     assert "does not fit the source text: " in error and "unknown to it" in error
 

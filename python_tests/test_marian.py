@@ -27,9 +27,9 @@ from transformer_ext import Translator, convert, translate
 from transformer_ext.config import given
 from transformer_ext.data.tokenizer import SentencePieceTokenizer, TokenizerError, train_tokenizer
 from transformer_ext.files import FileError, Tensors, load_model_dir, save_model_dir, save_tensors
+from transformer_ext.huggingface import HuggingFaceError, from_huggingface, to_huggingface
 from transformer_ext.inference.engine import Engine
 from transformer_ext.inference.options import SearchOptions
-from transformer_ext.marian import MarianError, from_marian, to_marian
 from transformer_ext.model.transformer import Transformer
 
 rescoring = benchmark("rescoring")
@@ -121,7 +121,7 @@ ARCHITECTURES = {
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_logits_of_an_imported_model_are_those_of_transformers(transformers, name, tmp_path):
     theirs = write_marian_dir(tmp_path / "marian", **ARCHITECTURES[name])
-    done = from_marian(tmp_path / "marian", tmp_path / "model")
+    done = from_huggingface(tmp_path / "marian", tmp_path / "model")
     assert done.path == tmp_path / "model"
     config = load_model_dir(tmp_path / "model").config
     assert config == done.config
@@ -142,7 +142,7 @@ def test_a_checkpoint_whose_tied_weights_differ_is_read_as_transformers_does(
     weights["lm_head.weight"] = weights["model.shared.weight"] * 0.5
     save_tensors(file, weights, {"format": "pt"})
     theirs = transformers.MarianMTModel.from_pretrained(tmp_path / "marian").eval()
-    assert from_marian(tmp_path / "marian", tmp_path / "model").config.tie == "none"
+    assert from_huggingface(tmp_path / "marian", tmp_path / "model").config.tie == "none"
     assert_equal_logits(tmp_path / "model", theirs)
 
 
@@ -155,7 +155,7 @@ def test_positions_that_are_no_sinusoids_are_kept(transformers, tmp_path):
     weights["model.decoder.embed_positions.weight"] = table
     save_tensors(file, weights, {"format": "pt"})
     theirs = transformers.MarianMTModel.from_pretrained(tmp_path / "marian").eval()
-    done = from_marian(tmp_path / "marian", tmp_path / "model")
+    done = from_huggingface(tmp_path / "marian", tmp_path / "model")
     assert (done.config.positions, done.config.max_positions) == ("learned", 16)
     assert any("16 rows" in message for message in done.messages)
     assert_equal_logits(tmp_path / "model", theirs)
@@ -178,10 +178,10 @@ def test_normalised_embeddings(transformers, tmp_path):
             lambda _, arguments, norm=norm: (norm(arguments[0]), *arguments[1:])
         )
     save_tensors(file, weights, {"format": "pt"})
-    with pytest.raises(MarianError, match=r"layernorm_embedding.*\(and 3 more\)"):
-        from_marian(tmp_path / "marian", tmp_path / "model")
+    with pytest.raises(HuggingFaceError, match=r"layernorm_embedding.*\(and 3 more\)"):
+        from_huggingface(tmp_path / "marian", tmp_path / "model")
     change_json(tmp_path / "marian" / "config.json", normalize_embedding=True)
-    assert from_marian(tmp_path / "marian", tmp_path / "model").config.embedding_norm
+    assert from_huggingface(tmp_path / "marian", tmp_path / "model").config.embedding_norm
     assert_equal_logits(tmp_path / "model", theirs)
 
 
@@ -192,11 +192,11 @@ def change_json(file, **changes):
 
 def test_pytorch_model_bin_is_read_without_running_it(transformers, tmp_path):
     theirs = write_marian_dir(tmp_path / "marian")
-    from_marian(tmp_path / "marian", tmp_path / "expected")
+    from_huggingface(tmp_path / "marian", tmp_path / "expected")
     (tmp_path / "marian" / "model.safetensors").unlink()
     file = tmp_path / "marian" / "pytorch_model.bin"
     torch.save(theirs.state_dict(), file)
-    done = from_marian(tmp_path / "marian", tmp_path / "model")
+    done = from_huggingface(tmp_path / "marian", tmp_path / "model")
     assert "pytorch_model.bin" in done.messages[0]
     expected, found = (load_model_dir(tmp_path / name).weights for name in ("expected", "model"))
     assert set(expected) == set(found)
@@ -209,11 +209,11 @@ def test_pytorch_model_bin_is_read_without_running_it(transformers, tmp_path):
 
     torch.save({"model.shared.weight": Evil()}, file)
     with pytest.raises(FileError, match="pytorch_model.bin: broken, or holds more than tensors"):
-        from_marian(tmp_path / "marian", tmp_path / "again")
+        from_huggingface(tmp_path / "marian", tmp_path / "again")
     assert not (tmp_path / "ran").exists() and not (tmp_path / "again").exists()
     torch.save({"model": theirs.state_dict()}, file)
     with pytest.raises(FileError, match="expected tensors by name"):
-        from_marian(tmp_path / "marian", tmp_path / "again")
+        from_huggingface(tmp_path / "marian", tmp_path / "again")
 
 
 def test_half_precision_becomes_float32(transformers, tmp_path):
@@ -221,7 +221,7 @@ def test_half_precision_becomes_float32(transformers, tmp_path):
     (tmp_path / "marian" / "model.safetensors").unlink()
     # Its state has the positions too, rounded.
     torch.save(theirs.state_dict(), tmp_path / "marian" / "pytorch_model.bin")
-    done = from_marian(tmp_path / "marian", tmp_path / "model")
+    done = from_huggingface(tmp_path / "marian", tmp_path / "model")
     assert "float16, converted to float32" in done.messages[0]
     assert any("rounded" in message for message in done.messages)
     assert done.config.positions == "sinusoidal_halves"
@@ -241,8 +241,8 @@ def test_safetensors_of_other_types_become_float32(transformers, tmp_path, name)
             sys.executable,
             "-c",
             "import sys\n"
-            "from transformer_ext.marian import from_marian\n"
-            "print(from_marian(sys.argv[1], sys.argv[2]).messages[0])\n"
+            "from transformer_ext.huggingface import from_huggingface\n"
+            "print(from_huggingface(sys.argv[1], sys.argv[2]).messages[0])\n"
             "print('torch' in sys.modules, 'safetensors' in sys.modules)\n",
             str(tmp_path / "marian"),
             str(tmp_path / "model"),
@@ -284,7 +284,7 @@ TEXTS = [
 def test_token_ids_and_texts_are_those_of_marians_tokenizer(transformers, separate, tmp_path):
     write_marian_dir(tmp_path / "marian", separate=separate)
     theirs = transformers.MarianTokenizer.from_pretrained(tmp_path / "marian")
-    from_marian(tmp_path / "marian", tmp_path / "model")
+    from_huggingface(tmp_path / "marian", tmp_path / "model")
     with Translator(tmp_path / "model", threads=1) as translator:
         source, target = translator.source_tokenizer, translator.target_tokenizer
         texts = [text for text in TEXTS if not (separate and text.startswith(">>"))]
@@ -305,7 +305,7 @@ def test_token_ids_and_texts_are_those_of_marians_tokenizer(transformers, separa
 
 def test_many_texts_are_cut_in_threads(transformers, tmp_path):
     write_marian_dir(tmp_path / "marian")
-    from_marian(tmp_path / "marian", tmp_path / "model")
+    from_huggingface(tmp_path / "marian", tmp_path / "model")
     tokenizer = load_model_dir(tmp_path / "model").source_tokenizer
     texts = TEXTS * 30
     assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
@@ -325,7 +325,7 @@ def test_settings_of_generate_become_search_options(transformers, tmp_path):
         repetition_penalty=1.2,
         min_length=4,
     )
-    done = from_marian(tmp_path / "marian", tmp_path / "model")
+    done = from_huggingface(tmp_path / "marian", tmp_path / "model")
     assert done.search == SearchOptions.preset(
         "huggingface",
         beam_size=6,
@@ -346,8 +346,8 @@ def test_settings_of_generate_become_search_options(transformers, tmp_path):
     assert "not taken over: repetition_penalty 1.2" in messages
     for setting in ({"num_beams": "six"}, {"bad_words_ids": [7]}, {"early_stopping": "soon"}):
         change_json(tmp_path / "marian" / "generation_config.json", **setting)
-        with pytest.raises(MarianError, match="generation_config.json: a setting that cannot"):
-            from_marian(tmp_path / "marian", tmp_path / "other")
+        with pytest.raises(HuggingFaceError, match="generation_config.json: a setting that cannot"):
+            from_huggingface(tmp_path / "marian", tmp_path / "other")
         values = {"num_beams": 6, "bad_words_ids": [[7]], "early_stopping": True}
         change_json(tmp_path / "marian" / "generation_config.json", **values)
 
@@ -366,7 +366,7 @@ def plain_marian(tmp_path_factory):
 @pytest.mark.parametrize(
     ("changes", "message"),
     (
-        ({"model_type": "bart"}, "model_type: got 'bart', expected 'marian'"),
+        ({"model_type": "bart"}, "model_type: got 'bart', expected one of bert, gpt2, marian"),
         ({"normalize_before": True}, "normalize_before: got True"),
         ({"add_final_layer_norm": True}, "add_final_layer_norm: got True"),
         ({"decoder_attention_heads": 2}, "attention_heads: got 4 and 2"),
@@ -374,11 +374,11 @@ def plain_marian(tmp_path_factory):
         ({"activation_function": "mish"}, "activation_function: got 'mish'"),
         ({"encoder_attention_heads": 3, "decoder_attention_heads": 3}, "nhead: 3 does not divide"),
         ({"d_model": "16"}, "d_model: got '16', expected an integer"),
-        ({"d_model": "absent"}, "d_model: got None, expected an integer"),
+        ({"d_model": "absent"}, "d_model is missing, expected an integer"),
         ({"eos_token_id": [0, 1]}, r"eos_token_id: got \[0, 1\], expected an integer"),
         ({"eos_token_id": 2}, "'</s>' has the id 0, but eos_token_id in config.json is 2"),
         ({"pad_token_id": 5}, "'<pad>' has the id .* but pad_token_id in config.json is 5"),
-        ({"pad_token_id": 500}, "pad_token_id: got 500, expected 0 to"),
+        ({"pad_token_id": 500}, "pad_token_id: got 500, expected an integer from 0 to"),
         ({"decoder_layers": 2}, r"model.decoder.layers.1.self_attn.q_proj.weight is missing"),
         ({"encoder_layers": 1}, r"model.encoder.layers.1.\S*: is no part of a model"),
         ({"vocab_size": 500}, r"source_embedding.weight: made of tensors of the shape"),
@@ -390,8 +390,8 @@ def test_what_cannot_be_imported_is_named(plain_marian, changes, message, tmp_pa
     change_json(marian / "config.json", **changes)
     if "eos_token_id" in changes:
         change_json(marian / "generation_config.json", forced_eos_token_id="absent")
-    with pytest.raises((MarianError, FileError), match=message):
-        from_marian(marian, tmp_path / "model")
+    with pytest.raises((HuggingFaceError, FileError), match=message):
+        from_huggingface(marian, tmp_path / "model")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["marian"]
 
 
@@ -409,11 +409,11 @@ def test_a_missing_file_is_named(plain_marian, name, message, tmp_path):
     marian = shutil.copytree(plain_marian, tmp_path / "marian")
     (marian / name).unlink()
     with pytest.raises(FileError, match=message):
-        from_marian(marian, tmp_path / "model")
+        from_huggingface(marian, tmp_path / "model")
     if name == "model.safetensors":
         (marian / "model.safetensors.index.json").write_text("{}")
-        with pytest.raises(FileError, match="weights in several files"):
-            from_marian(marian, tmp_path / "model")
+        with pytest.raises(FileError, match="weight_map: got None"):
+            from_huggingface(marian, tmp_path / "model")
 
 
 def test_broken_files_are_named(plain_marian, tmp_path):
@@ -421,7 +421,7 @@ def test_broken_files_are_named(plain_marian, tmp_path):
     whole = (marian / "model.safetensors").read_bytes()
     (marian / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(FileError, match="model.safetensors: broken or cut off"):
-        from_marian(marian, tmp_path / "model")
+        from_huggingface(marian, tmp_path / "model")
     (marian / "model.safetensors").write_bytes(whole)
     vocabulary = json.loads((marian / "vocab.json").read_text())
     pieces = sorted(vocabulary, key=vocabulary.get)
@@ -435,13 +435,13 @@ def test_broken_files_are_named(plain_marian, tmp_path):
         (marian / "vocab.json").write_text(json.dumps(vocabulary))
         change_json(marian / "vocab.json", **change)
         with pytest.raises(FileError, match=message):
-            from_marian(marian, tmp_path / "model")
+            from_huggingface(marian, tmp_path / "model")
     others = {
         piece if id < 2 or piece == "<pad>" else f"x{id}": id for piece, id in vocabulary.items()
     }
     (marian / "vocab.json").write_text(json.dumps(others))
     with pytest.raises(FileError, match=r"marian/vocab.json: .* vocabulary of another"):
-        from_marian(marian, tmp_path / "model")
+        from_huggingface(marian, tmp_path / "model")
 
 
 # --- the vocabulary beside a SentencePiece model ------------------------------------------------
@@ -510,7 +510,7 @@ def test_a_piece_that_is_no_utf8_is_one_error(vocabulary_model):
 
 
 def test_a_model_directory_is_bound_to_its_vocabulary(plain_marian, tmp_path):
-    folder = from_marian(plain_marian, tmp_path / "model").path
+    folder = from_huggingface(plain_marian, tmp_path / "model").path
     names = {path.name for path in folder.iterdir()}
     assert {"source.model", "target.model", "vocabulary.json"} < names
     model = load_model_dir(folder)
@@ -572,7 +572,7 @@ def order_of(file, tokenizer, pad=2):
 @pytest.mark.parametrize("name", EXPORTS)
 def test_logits_of_an_exported_model_are_ours(transformers, name, zero_start, tmp_path):
     folder = save_random_model(tmp_path / "model", **EXPORTS[name])
-    done = to_marian(folder, tmp_path / "marian", zero_start=zero_start)
+    done = to_huggingface(folder, tmp_path / "marian", zero_start=zero_start)
     model, info = transformers.MarianMTModel.from_pretrained(
         tmp_path / "marian", output_loading_info=True
     )
@@ -590,7 +590,7 @@ def test_logits_of_an_exported_model_are_ours(transformers, name, zero_start, tm
     orders = {"source": ids, "target": ids}
     assert_equal_logits(folder, model.eval(), sources, targets, orders)
     # And back again.
-    from_marian(tmp_path / "marian", tmp_path / "back")
+    from_huggingface(tmp_path / "marian", tmp_path / "back")
     assert_equal_logits(tmp_path / "back", model, [[5, 6, 0]], [[8, 9]])
 
 
@@ -607,7 +607,7 @@ def test_two_tokenizers_are_exported_as_two_vocabularies(transformers, tmp_path)
         made = Transformer(config)
         weights = {k: v.detach() for k, v in made.state_dict().items()}
         save_model_dir(folder, config, weights, *sizes, overwrite=True)
-        to_marian(folder, tmp_path / "marian", overwrite=True)
+        to_huggingface(folder, tmp_path / "marian", overwrite=True)
         model = transformers.MarianMTModel.from_pretrained(tmp_path / "marian").eval()
         tokenizer = transformers.MarianTokenizer.from_pretrained(tmp_path / "marian")
         ids = {
@@ -626,8 +626,8 @@ def test_two_tokenizers_are_exported_as_two_vocabularies(transformers, tmp_path)
 def test_an_imported_model_is_exported_as_it_was(transformers, tmp_path):
     theirs = write_marian_dir(tmp_path / "marian")
     # The vocabulary of the helper ends with padding, as Marian's do.
-    from_marian(tmp_path / "marian", tmp_path / "model")
-    to_marian(tmp_path / "model", tmp_path / "again")
+    from_huggingface(tmp_path / "marian", tmp_path / "model")
+    to_huggingface(tmp_path / "model", tmp_path / "again")
     before, after = (Tensors(tmp_path / f / "model.safetensors") for f in ("marian", "again"))
     assert set(before) == set(after)
     for name in before:
@@ -660,8 +660,8 @@ def test_an_imported_model_is_exported_as_it_was(transformers, tmp_path):
 )
 def test_what_cannot_be_exported_is_named(changes, message, tmp_path):
     folder = save_random_model(tmp_path / "model", **changes)
-    with pytest.raises(MarianError, match=message):
-        to_marian(folder, tmp_path / "marian")
+    with pytest.raises(HuggingFaceError, match=message):
+        to_huggingface(folder, tmp_path / "marian")
     assert not (tmp_path / "marian").exists()
 
 
@@ -706,7 +706,7 @@ LINES = [
 @pytest.mark.parametrize("beam_size", (1, 4))
 @pytest.mark.parametrize("zero_start", (False, True))
 def test_translations_are_those_of_generate(transformers, trained, beam_size, zero_start, tmp_path):
-    to_marian(trained, tmp_path, zero_start=zero_start)
+    to_huggingface(trained, tmp_path, zero_start=zero_start)
     model = transformers.MarianMTModel.from_pretrained(tmp_path).eval()
     tokenizer = transformers.MarianTokenizer.from_pretrained(tmp_path)
     options = SearchOptions.preset("huggingface", beam_size=beam_size, max_length=60)
@@ -754,7 +754,7 @@ def test_a_difference_is_measured_in_float64(trained):
 @pytest.mark.parametrize("beam_size", (1, 4))
 def test_ctranslate2s_converter_reads_an_export(transformers, trained, beam_size, tmp_path):
     ctranslate2 = pytest.importorskip("ctranslate2", reason="ctranslate2 is not installed")
-    to_marian(trained, tmp_path / "marian", zero_start=True)
+    to_huggingface(trained, tmp_path / "marian", zero_start=True)
     converter = ctranslate2.converters.TransformersConverter(str(tmp_path / "marian"))
     converter.convert(str(tmp_path / "ct2"))
     theirs = ctranslate2.Translator(str(tmp_path / "ct2"), compute_type="float32", intra_threads=1)
@@ -785,10 +785,10 @@ def test_ctranslate2s_converter_reads_an_export(transformers, trained, beam_size
 
 def test_the_command_converts_there_and_back(trained, tmp_path, capsys):
     marian, back = str(tmp_path / "marian"), str(tmp_path / "back")
-    assert convert.main(["--to-marian", str(trained), "--output", marian]) == 0
+    assert convert.main(["--to-huggingface", str(trained), "--output", marian]) == 0
     out = capsys.readouterr().out
     assert "post-norm" in out and "3 -> 0" in out and "which is <pad>" in out
-    assert convert.main(["--from-marian", marian, "--output", back]) == 0
+    assert convert.main(["--from-huggingface", marian, "--output", back]) == 0
     out = capsys.readouterr().out
     assert "float32" in out and "end of sentence 0, unknown 1" in out and back in out
     with Translator(trained, threads=1) as ours, Translator(back, threads=1) as again:
@@ -807,7 +807,7 @@ def test_the_command_converts_there_and_back(trained, tmp_path, capsys):
 
 def test_the_command_replaces_only_what_it_may(trained, tmp_path, capsys):
     def run(output, *more):
-        status = convert.main(["--to-marian", str(trained), "--output", str(output), *more])
+        status = convert.main(["--to-huggingface", str(trained), "--output", str(output), *more])
         return status, capsys.readouterr().err
 
     (tmp_path / "empty").mkdir()
@@ -831,17 +831,17 @@ def test_the_command_replaces_only_what_it_may(trained, tmp_path, capsys):
 def test_wrong_command_lines(trained, tmp_path, capsys):
     output = ["--output", str(tmp_path / "x")]
     for words, message in (
-        (output, "one of the arguments --from-marian --to-marian is required"),
-        (["--from-marian", "a", "--to-marian", "b", *output], "not allowed with"),
-        (["--from-marian", "a", "--zero-start", *output], "expected --to-marian with it"),
-        (["--to-marain", "a", *output], "--to-marian"),
+        (output, "one of the arguments --from-huggingface --to-huggingface is required"),
+        (["--from-huggingface", "a", "--to-huggingface", "b", *output], "not allowed with"),
+        (["--from-huggingface", "a", "--zero-start", *output], "expected --to-huggingface with it"),
+        (["--to-hugingface", "a", *output], "--to-huggingface"),
     ):
         with pytest.raises(SystemExit) as stop:
             convert.main(words)
         assert stop.value.code == 2 and message in capsys.readouterr().err
-    assert convert.main(["--from-marian", str(tmp_path / "none"), *output]) == 2
+    assert convert.main(["--from-huggingface", str(tmp_path / "none"), *output]) == 2
     assert capsys.readouterr().err == f"error: {tmp_path / 'none'}: no such folder\n"
-    assert convert.main(["--to-marian", str(tmp_path / "none"), *output]) == 2
+    assert convert.main(["--to-huggingface", str(tmp_path / "none"), *output]) == 2
     assert "no such model directory" in capsys.readouterr().err
 
 

@@ -13,7 +13,7 @@ from kernel_testing import needs_compiled, threads
 from torch import Tensor, nn
 from torch.nn import functional
 
-from transformer_ext import average, convert, ops, score, translate
+from transformer_ext import average, ops, score, translate
 from transformer_ext.data.tokenizer import SentencePieceTokenizer, Tokenizer, train_tokenizer
 from transformer_ext.files import FileError, load_model_dir, parameter_shapes, save_model_dir
 from transformer_ext.model import (
@@ -473,7 +473,6 @@ def test_other_kinds_are_refused_by_name(tmp_path, tokenizer, capsys) -> None:
     for command, arguments in (
         (translate, [model, str(text)]),
         (score, [model, "--src", str(text), "--tgt", str(text)]),
-        (convert, ["--to-marian", model, "--output", str(tmp_path / "marian")]),
     ):
         try:
             status = command.main(arguments)

@@ -334,13 +334,46 @@ _ELEMENTS: dict[str, tuple[int, str | None]] = {
 _LONGEST_HEADER = 100_000_000
 
 
-class Tensors(Mapping[str, "np.ndarray"]):
+class Weights(Mapping[str, "np.ndarray"]):
+    """The weights of a model by name: float32 arrays, each made when asked for.
+
+    Attributes:
+        path: the file that holds them, or the list of the files that do.
+        files: the files that hold them.
+        shapes: shape of each by name, known without reading it.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    shapes: dict[str, tuple[int, ...]]
+
+    def mapped(self, name: str) -> np.ndarray:
+        """A weight, where possible as it lies in a mapped file: read-only and not aligned."""
+        return self[name]
+
+    def floats(self, name: str) -> memoryview[float] | None:
+        """:meth:`mapped` of float32, aligned, as a buffer that need not be made with numpy.
+
+        None where the weight does not lie in a file like that.
+        """
+        return None
+
+    def __contains__(self, name: object) -> bool:
+        # Mapping's own would read the tensor.
+        return name in self.shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+class Tensors(Weights):
     """The tensors of a safetensors file by name, each read from the mapped file when asked for.
 
     Attributes:
-        path: the file.
         metadata: the texts in its header.
-        shapes: shape of each tensor by name, known without reading it.
         types: type of each tensor's elements by name, as the format calls it: ``F32``.
 
     Raises:
@@ -353,6 +386,7 @@ class Tensors(Mapping[str, "np.ndarray"]):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.files = (self.path,)
         if not self.path.is_file():
             raise FileError(f"{path}: no such file")
         try:
@@ -491,16 +525,6 @@ class Tensors(Mapping[str, "np.ndarray"]):
             weakref.finalize(
                 view, self._map.madvise, mmap.MADV_DONTNEED, begin, end - begin
             ).atexit = False
-
-    def __contains__(self, name: object) -> bool:
-        # Mapping's own would read the tensor.
-        return name in self.shapes
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
 
 
 def save_tensors(
@@ -696,7 +720,7 @@ class ModelDir(Generic[AnyConfigT]):
 
     path: Path
     config: AnyConfigT
-    weights: Tensors
+    weights: Weights
     source_tokenizer: Tokenizer
     target_tokenizer: Tokenizer
     training: dict[str, Any] = field(default_factory=dict)
@@ -813,6 +837,9 @@ def load_model_dir(
 ) -> ModelDir[ModelConfig]:
     """Open a model directory; the weights are read as they are asked for.
 
+    A directory of Hugging Face's ``transformers`` with BERT or GPT-2 is taken too; see
+    :mod:`transformer_ext.huggingface`.
+
     Args:
         path: the folder.
         kind: class of the configuration that is expected; ``ModelConfig`` takes every kind.
@@ -827,13 +854,13 @@ def load_model_dir(
     config_path = path / CONFIG_FILE
     if not config_path.is_file() and (path / "model" / CONFIG_FILE).is_file():
         raise FileError(f"{path}: the folder of a training; its model is {path / 'model'}")
+    if not config_path.is_file() and (path / "modules.json").is_file():
+        return _load_huggingface(path, {}, kind)
     values = read_json(config_path)
+    if "model_type" in values and "format_version" not in values:
+        return _load_huggingface(path, values, kind)
     config_class = _config_class(path, values)
-    if not issubclass(config_class, kind):
-        raise FileError(
-            f"{path}: is {_DESCRIPTIONS[config_class.kind]} model, expected "
-            f"{_DESCRIPTIONS[kind.kind]} model"
-        )
+    check_kind(path, config_class, kind)
     for key in ("model", "tokenizer"):
         if not isinstance(values.get(key), dict):
             raise FileError(f"{config_path}: the part {key!r} is missing")
@@ -854,6 +881,23 @@ def load_model_dir(
         if elements != "F32":
             raise FileError(f"{weights.path}: {name}: got {elements}, expected F32")
     return ModelDir(path, config, weights, source, target, _training(values, config_path))
+
+
+def _load_huggingface(
+    path: Path, values: Mapping[str, Any], kind: type[ModelConfig]
+) -> ModelDir[ModelConfig]:
+    from transformer_ext.huggingface.directory import load_huggingface_dir
+
+    return load_huggingface_dir(path, values, kind)
+
+
+def check_kind(path: Path, config_class: type[ModelConfig], kind: type[ModelConfig]) -> None:
+    """Raise a FileError where a model is not of the kind that is expected."""
+    if not issubclass(config_class, kind):
+        raise FileError(
+            f"{path}: is {_DESCRIPTIONS[config_class.kind]} model, expected "
+            f"{_DESCRIPTIONS[kind.kind]} model"
+        )
 
 
 #: The kinds of model, for messages.
@@ -878,13 +922,6 @@ def _config_class(path: Path, values: Mapping[str, Any]) -> type[ModelConfig]:
                 f"{config_path}: kind: got {reprlib.repr(kind)}, expected one of {', '.join(KINDS)}"
             )
         return KINDS[kind]
-    if version is None and values.get("model_type") == "marian":
-        import shlex
-
-        raise FileError(
-            f"{path}: a folder of Hugging Face's MarianMT, which is to be converted first: "
-            f"python -m transformer_ext.convert --from-marian {shlex.quote(str(path))} --output NEW_DIR"
-        )
     advice = "; a newer version of this package wrote it" if _is_newer(version) else ""
     raise FileError(
         f"{config_path}: format_version is {reprlib.repr(version)}, expected "
@@ -911,7 +948,8 @@ def _is_newer(version: Any) -> bool:
     return isinstance(version, int) and version > KINDS_FORMAT_VERSION
 
 
-def _is_file_name(name: Any) -> TypeGuard[str]:
+def is_file_name(name: Any) -> TypeGuard[str]:
+    """Whether this is the name of a file, and no path out of its folder."""
     return (
         isinstance(name, str)
         and name not in ("", "..")
@@ -928,7 +966,7 @@ def _load_tokenizers(path: Path, entry: Mapping[str, Any]) -> tuple[Tokenizer, T
         names = [side] + [key for key in (f"{side}_vocabulary",) if key in entry]
         for key in names:
             name = entry.get(key)
-            if not _is_file_name(name):
+            if not is_file_name(name):
                 raise FileError(
                     f"{path / CONFIG_FILE}: tokenizer.{key}: got {reprlib.repr(name)}, expected a "
                     "file name"

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from transformer_ext._native import native
-from transformer_ext.files import Tensors, parameter_shapes
+from transformer_ext.files import Weights, parameter_shapes
 from transformer_ext.inference.options import COMPUTE_TYPES, MOST_AT_ONCE, check_at_once
 from transformer_ext.model.config import ModelConfig
 
@@ -114,7 +114,7 @@ class CompiledModel(Generic[ConfigT]):
         def find(name: str) -> memoryview[float] | np.ndarray | None:
             if name not in weights:
                 return None
-            if isinstance(weights, Tensors):
+            if isinstance(weights, Weights):
                 # Weights in a file are packed as they lie there, one after the other.
                 view = weights.floats(name)
                 if view is not None:

@@ -13,7 +13,6 @@ everything that is ``d_model`` wide. Neither changes what is computed but for th
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -29,8 +28,6 @@ from transformer_ext.data.tokenizer import SentencePieceTokenizer, Tokenizer, To
 from transformer_ext.files import (
     FileError,
     ModelDir,
-    Tensors,
-    atomic_directory,
     load_model_dir,
     parameter_shapes,
     read_json,
@@ -38,51 +35,22 @@ from transformer_ext.files import (
     write_json,
     write_model_files,
 )
+from transformer_ext.huggingface.checkpoint import Checkpoint
+from transformer_ext.huggingface.conversion import (
+    Conversion,
+    output_folder,
+    parameters,
+    split_heads,
+)
+from transformer_ext.huggingface.fields import THEIR_ACTIVATIONS, Fields, HuggingFaceError
 from transformer_ext.inference.options import SearchOptions
 from transformer_ext.inference.search import never_proposed
 from transformer_ext.model.config import TransformerConfig
 
-__all__ = ["Conversion", "MarianError", "from_marian", "to_marian"]
-
-#: transformers' name of an activation -> ours, and back.
-_ACTIVATIONS = {
-    "relu": "relu",
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "silu": "silu",
-    "swish": "silu",
-}
-_THEIR_ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_new", "silu": "swish"}
-#: What safetensors calls a floating type -> what people call it.
-_FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 #: That of nn.LayerNorm, which MarianMTModel leaves as it is.
 _NORM_EPS = 1e-5
 #: Rows of the position tables, unless longer sentences were trained on.
 _POSITIONS = 1024
-
-
-class MarianError(ValueError):
-    """A model that one side has and the other cannot hold; the message names the field."""
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """What a conversion did.
-
-    Attributes:
-        path: the folder written.
-        config: architecture of our model.
-        messages: what was converted, for a person to read, a line each.
-        search: when importing, the options that find what ``generate`` finds with the model's own
-            ``generation_config.json``, as far as there are such.
-    """
-
-    path: Path
-    config: TransformerConfig
-    messages: list[str]
-    search: SearchOptions | None = None
 
 
 # --- both directions ----------------------------------------------------------------------------
@@ -124,23 +92,7 @@ def _embedding_names(config: TransformerConfig) -> tuple[str, str, str]:
     return source, target, "generator.weight" if config.tie == "none" else target
 
 
-@contextlib.contextmanager
-def _output(path: Path, other: Path, marker: str, overwrite: bool) -> Iterator[Path]:
-    """The folder to write into; see :func:`transformer_ext.files.atomic_directory`."""
-    empty = path.is_dir() and not any(path.iterdir())
-    if path.exists() and not empty:
-        if not overwrite:
-            raise FileError(f"{path}: is there already, and not empty; --overwrite replaces it")
-        if not path.is_dir() or not (path / marker).is_file():
-            raise FileError(f"{path}: holds no {marker}, so no model; nothing was replaced")
-        if path.resolve() == other.resolve():
-            raise FileError(f"{path}: expected another folder than the one to be converted")
-    with atomic_directory(path, overwrite=empty or overwrite) as folder:
-        yield folder
-
-
 def _sizes(config: TransformerConfig) -> list[str]:
-    parameters = sum(math.prod(shape) for shape in parameter_shapes(config).values())
     vocabulary = f"{config.tgt_vocab_size:,} ids"
     if config.src_vocab_size != config.tgt_vocab_size:
         vocabulary = f"{config.src_vocab_size:,} source and {config.tgt_vocab_size:,} target ids"
@@ -152,7 +104,7 @@ def _sizes(config: TransformerConfig) -> list[str]:
     return [
         f"layers: {config.num_encoder_layers} + {config.num_decoder_layers} of width "
         f"{config.d_model} and {config.dim_feedforward}, {config.nhead} heads, "
-        f"{config.activation}, {parameters:,} parameters",
+        f"{config.activation}, {parameters(config):,} parameters",
         f"vocabulary: {vocabulary}; {tied[config.tie]}",
     ]
 
@@ -172,33 +124,36 @@ def from_marian(path: str | Path, output: str | Path, *, overwrite: bool = False
         overwrite: replace a model directory that is there.
 
     Raises:
-        MarianError: the model has something that ours cannot hold.
+        HuggingFaceError: the model has something that ours cannot hold.
         FileError: a file is missing, broken, or does not fit the rest; the output is in the way.
     """
     path, output = Path(path), Path(output)
     if not path.is_dir():
         raise FileError(f"{path}: no such folder")
-    values = read_json(path / "config.json")
+    values = Fields(path / "config.json", read_json(path / "config.json"))
     # config.json is where older versions have its settings.
     generation_file = path / "generation_config.json"
-    generation = read_json(generation_file) if generation_file.is_file() else values
-    found, types = _read_weights(path)
-    config, weights, notes = _imported(path / "config.json", values, generation, found)
+    generation = Fields.read(generation_file) if generation_file.is_file() else values
+    found = Checkpoint(path)
+    types = found.types
+    config, weights, notes = _imported(values, generation, found)
     try:
-        search, more_notes = _search_options(generation, config)
+        search, more_notes = _search_options(generation.values, config)
     except (TypeError, KeyError, IndexError, ValueError) as error:
-        raise MarianError(f"{generation_file}: a setting that cannot be read: {error}") from None
+        raise HuggingFaceError(
+            f"{generation.path}: a setting that cannot be read: {error}"
+        ) from None
     with tempfile.TemporaryDirectory() as scratch:
         source, target = _import_tokenizers(path, Path(scratch), config)
         config = dataclasses.replace(config, unk_id=target.unk_id)
         training: dict[str, Any] = {"converted_from": "MarianMTModel"}
         if config.positions != "learned":
-            training["max_train_length"] = _integer(values, "max_position_embeddings", 1024)
-        with _output(output, path, "config.json", overwrite) as folder:
+            training["max_train_length"] = values.integer("max_position_embeddings", 1024, least=1)
+        with output_folder(output, path, overwrite) as folder:
             write_model_files(folder, config, weights, source, target, training)
     vocabularies = "" if source.vocabulary == target.vocabulary else ", a vocabulary for each side"
     messages = [
-        f"{path}: MarianMTModel, weights of {found.file.name} in {types}"
+        f"{path}: MarianMTModel, weights of {found.path.name} in {types}"
         + ("" if types == "float32" else ", converted to float32"),
         *_sizes(config),
         f"special ids: end of sentence {config.eos_id}, unknown {config.unk_id}, padding "
@@ -211,78 +166,8 @@ def from_marian(path: str | Path, output: str | Path, *, overwrite: bool = False
     return Conversion(output, config, messages, search)
 
 
-def _read_weights(path: Path) -> tuple[_Checkpoint, str]:
-    """float32 arrays by their names, and the types of elements in the file."""
-    file = path / "model.safetensors"
-    if file.is_file():
-        stored = Tensors(file)
-        arrays = {name: stored.as_float32(name) for name in stored}
-        floating = {_FLOATS[kind] for kind in stored.types.values() if kind in _FLOATS}
-    elif (path / "pytorch_model.bin").is_file():
-        import torch
-
-        file = path / "pytorch_model.bin"
-        try:
-            # Without weights_only a file may run any program.
-            found = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch names no exceptions for broken files
-            reason = str(error).strip().split("\n")[0]
-            raise FileError(f"{file}: broken, or holds more than tensors: {reason}") from None
-        if not isinstance(found, dict) or not all(
-            isinstance(name, str) and isinstance(value, torch.Tensor)
-            for name, value in found.items()
-        ):
-            raise FileError(f"{file}: expected tensors by name")
-        arrays = {name: value.float().numpy() for name, value in found.items()}
-        dtypes = {value.dtype for value in found.values() if value.is_floating_point()}
-        floating = {str(dtype).removeprefix("torch.") for dtype in dtypes}
-    else:
-        parts = next(path.glob("*.index.json"), None)
-        more = f" (weights in several files, as {parts.name} lists, are not read)" if parts else ""
-        raise FileError(f"{path}: has neither model.safetensors nor pytorch_model.bin{more}")
-    types = " and ".join(sorted(floating))
-    return _Checkpoint(file, arrays, types != "float32"), types
-
-
-def _integer(values: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = values.get(key)
-    value = default if value is None else value
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise MarianError(f"{key}: got {value!r}, expected an integer")
-    return value
-
-
-class _Checkpoint:
-    """Its tensors, and which of them nobody has asked for yet."""
-
-    def __init__(self, file: Path, tensors: dict[str, np.ndarray], rounded: bool) -> None:
-        self.file = file
-        self.tensors = tensors
-        self.rounded = rounded
-        self.left = set(tensors)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.tensors
-
-    def take(self, name: str) -> np.ndarray:
-        """The tensor.
-
-        Raises:
-            FileError: there is none.
-        """
-        if name not in self.tensors:
-            raise FileError(f"{self.file}: {name} is missing")
-        self.left.discard(name)
-        return self.tensors[name]
-
-
 def _imported(
-    config_file: Path,
-    values: Mapping[str, Any],
-    generation: Mapping[str, Any],
-    found: _Checkpoint,
+    values: Fields, generation: Fields, found: Checkpoint
 ) -> tuple[TransformerConfig, dict[str, np.ndarray], list[str]]:
     """Architecture, weights by our names, and what is worth saying."""
     try:
@@ -292,7 +177,7 @@ def _imported(
     except FileError:
         raise
     except (ValueError, TypeError) as error:
-        raise MarianError(f"{config_file}: {error}") from None
+        raise HuggingFaceError(f"{values.path}: {error}") from None
     for ours, theirs in _layer_names(config):
         for kind in ("weight", "bias"):
             parts = [found.take(f"{name}.{kind}") for name in theirs]
@@ -302,83 +187,61 @@ def _imported(
             for kind in ("weight", "bias"):
                 name = f"model.{stack}.layernorm_embedding.{kind}"
                 weights[f"{stack}.embedding_norm.{kind}"] = found.take(name)
-    if found.left:
-        name, *more = sorted(found.left)
-        others = f" (and {len(more)} more)" if more else ""
-        raise MarianError(
-            f"{found.file}: {name}: is no part of a model as config.json has it{others}"
-        )
+    found.refuse_left()
     for name, shape in parameter_shapes(config).items():
         if weights[name].shape != shape:
             raise FileError(
-                f"{found.file}: {name}: made of tensors of the shape {list(weights[name].shape)}, "
+                f"{found.path}: {name}: made of tensors of the shape {list(weights[name].shape)}, "
                 f"expected {list(shape)} as config.json has it"
             )
     return config, weights, notes
 
 
-def _import_config(values: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[str, Any]:
+def _import_config(values: Fields, generation: Fields) -> dict[str, Any]:
     """The fields of TransformerConfig, as far as their ``config.json`` tells them."""
-    kind = values.get("model_type")
-    if kind != "marian":
-        raise MarianError(f"model_type: got {kind!r}, expected 'marian'")
     # What only some versions of the format name, with the one value that the model class has.
     for key, only in (
+        ("model_type", "marian"),
         ("normalize_before", False),
         ("add_final_layer_norm", False),
         ("is_encoder_decoder", True),
     ):
-        if values.get(key, only) != only:
-            raise MarianError(f"{key}: got {values[key]!r}, but a MarianMTModel has {only!r}")
+        values.only(key, only, "a MarianMTModel has nothing else")
     for key in ("attention_heads", "ffn_dim"):
-        encoder, decoder = (_integer(values, f"{side}_{key}") for side in ("encoder", "decoder"))
+        encoder, decoder = (
+            values.integer(f"{side}_{key}", least=1) for side in ("encoder", "decoder")
+        )
         if encoder != decoder:
-            raise MarianError(
-                f"encoder_{key}, decoder_{key}: got {encoder} and {decoder}, expected one number "
-                "for both"
+            raise HuggingFaceError(
+                f"{values.path}: encoder_{key}, decoder_{key}: got {encoder} and {decoder}, "
+                "expected one number for both"
             )
-    activation = values.get("activation_function", "gelu")
-    if activation not in _ACTIVATIONS:
-        raise MarianError(
-            f"activation_function: got {activation!r}, expected one of {', '.join(_ACTIVATIONS)}"
-        )
-    eos = _integer(values, "eos_token_id", 0)
-    forced = generation.get("forced_eos_token_id")
-    if forced not in (None, eos, [eos]):
-        raise MarianError(
-            f"forced_eos_token_id: got {forced!r}, expected the end of sentence ({eos})"
-        )
-    pad = _integer(values, "pad_token_id")
-    start = _integer(generation, "decoder_start_token_id", -1)
+    vocabulary = target = values.integer("vocab_size", least=1)
+    if not values.boolean("share_encoder_decoder_embeddings", True):
+        target = values.integer("decoder_vocab_size", vocabulary, least=1)
+    eos = values.integer("eos_token_id", 0, most=target - 1)
+    if generation.get("forced_eos_token_id") not in (None, eos, [eos]):
+        generation.fail("forced_eos_token_id", f"the end of sentence ({eos})")
+    pad = values.integer("pad_token_id", most=target - 1)
+    start = generation.integer("decoder_start_token_id", -1, least=-1, most=target - 1)
     if start < 0:
-        start = _integer(values, "decoder_start_token_id", pad)
-    vocabulary = _integer(values, "vocab_size")
-    target = vocabulary
-    if not values.get("share_encoder_decoder_embeddings", True):
-        target = _integer(values, "decoder_vocab_size", vocabulary)
-    for key, id in (
-        ("eos_token_id", eos),
-        ("pad_token_id", pad),
-        ("decoder_start_token_id", start),
-    ):
-        if not 0 <= id < target:
-            raise MarianError(f"{key}: got {id}, expected 0 to {target - 1}")
+        start = values.integer("decoder_start_token_id", pad, most=target - 1)
     return {
         "src_vocab_size": vocabulary,
         "tgt_vocab_size": target,
-        "d_model": _integer(values, "d_model"),
-        "nhead": _integer(values, "encoder_attention_heads"),
-        "num_encoder_layers": _integer(values, "encoder_layers"),
-        "num_decoder_layers": _integer(values, "decoder_layers"),
-        "dim_feedforward": _integer(values, "encoder_ffn_dim"),
-        "dropout": float(values.get("dropout", 0.1)),
-        "attention_dropout": float(values.get("attention_dropout", 0.0)),
-        "activation_dropout": float(values.get("activation_dropout", 0.0)),
-        "activation": _ACTIVATIONS[activation],
+        "d_model": values.integer("d_model", least=1),
+        "nhead": values.integer("encoder_attention_heads", least=1),
+        "num_encoder_layers": values.integer("encoder_layers"),
+        "num_decoder_layers": values.integer("decoder_layers"),
+        "dim_feedforward": values.integer("encoder_ffn_dim", least=1),
+        "dropout": values.probability("dropout", 0.1),
+        "attention_dropout": values.probability("attention_dropout", 0.0),
+        "activation_dropout": values.probability("activation_dropout", 0.0),
+        "activation": values.activation("activation_function", "gelu"),
         "layer_norm_eps": _NORM_EPS,
         "positions": "sinusoidal_halves",
-        "scale_embedding": bool(values.get("scale_embedding", False)),
-        "embedding_norm": bool(values.get("normalize_embedding", False)),
+        "scale_embedding": values.boolean("scale_embedding", False),
+        "embedding_norm": values.boolean("normalize_embedding", False),
         "pad_id": pad,
         "eos_id": eos,
         "bos_id": start,
@@ -387,7 +250,7 @@ def _import_config(values: Mapping[str, Any], generation: Mapping[str, Any]) -> 
 
 
 def _import_tables(
-    values: Mapping[str, Any], fields: Mapping[str, Any], found: _Checkpoint
+    values: Fields, fields: Mapping[str, Any], found: Checkpoint
 ) -> tuple[dict[str, np.ndarray], dict[str, Any], list[str]]:
     """Embeddings, output projection and positions; the fields that follow from them; notes."""
     shared, source, target, output = (
@@ -397,16 +260,17 @@ def _import_tables(
         "lm_head.weight",
     )
     groups = [[source], [target], [output]]
-    if values.get("tie_word_embeddings", True):
+    if values.boolean("tie_word_embeddings", True):
         groups = [[source], [target, output]]
-        if values.get("share_encoder_decoder_embeddings", True):
+        if values.boolean("share_encoder_decoder_embeddings", True):
             groups = [[shared, target, output, source]]
     table: dict[str, np.ndarray] = {}
     for group in groups:
         # Tied ones stand once, under whichever name; all that stand there count for themselves.
-        there = [name for name in group if name in found]
+        there = [name for name in group if name in found] or group[:1]
+        loaded = {name: found.take(name) for name in there}
         for name in group:
-            table[name] = found.take(name if name in found else (there or group)[0])
+            table[name] = loaded.get(name, loaded[there[0]])
     found.left.discard(shared)
     changes: dict[str, Any] = {"tie": "none"}
     weights = {"source_embedding.weight": table[source]}
@@ -430,7 +294,7 @@ def _import_tables(
     return weights, changes, notes
 
 
-def _import_positions(width: int, found: _Checkpoint) -> tuple[dict[str, np.ndarray], list[str]]:
+def _import_positions(width: int, found: Checkpoint) -> tuple[dict[str, np.ndarray], list[str]]:
     """Tables of positions that are not Marian's sinusoids, where the file has such."""
     stacks = [s for s in ("encoder", "decoder") if f"model.{s}.embed_positions.weight" in found]
     tables = {s: found.take(f"model.{s}.embed_positions.weight") for s in stacks}
@@ -439,14 +303,14 @@ def _import_positions(width: int, found: _Checkpoint) -> tuple[dict[str, np.ndar
     for stack, table in tables.items():
         if table.ndim != 2 or table.shape[1] != width:
             raise FileError(
-                f"{found.file}: model.{stack}.embed_positions.weight has the shape "
+                f"{found.path}: model.{stack}.embed_positions.weight has the shape "
                 f"{list(table.shape)}, expected [positions, {width}]"
             )
     rows = max(map(len, tables.values()))
     plain = _sinusoids(rows, width)
     difference = max(float(np.abs(table - plain[: len(table)]).max()) for table in tables.values())
     # Rounded to bfloat16, numbers up to 1 differ by 2^-9; to float16, by less.
-    if difference <= (2.0**-9 if found.rounded else 1e-6):
+    if difference <= (2.0**-9 if found.types != "float32" else 1e-6):
         return {}, ["positions: sinusoids, rounded in the file"] if difference > 1e-6 else []
     for stack in ("encoder", "decoder"):
         tables.setdefault(stack, plain)
@@ -455,15 +319,6 @@ def _import_positions(width: int, found: _Checkpoint) -> tuple[dict[str, np.ndar
         {f"{stack}.positions.weight": table[:rows] for stack, table in tables.items()},
         [f"positions: {rows} rows that the file has, which are not sinusoids"],
     )
-
-
-def _special_token(values: Mapping[str, Any], name: str, default: str) -> str:
-    token = values.get(name, default)
-    if isinstance(token, dict):
-        token = token.get("content")
-    if not isinstance(token, str):
-        raise MarianError(f"tokenizer_config.json: {name}: got {token!r}, expected a text")
-    return token
 
 
 def _read_vocabulary(file: Path) -> list[str]:
@@ -485,13 +340,11 @@ def _import_tokenizers(
     path: Path, scratch: Path, config: TransformerConfig
 ) -> tuple[Tokenizer, Tokenizer]:
     """Their tokenizers as ours; vocabulary files are made in ``scratch``."""
-    settings: dict[str, Any] = {}
-    if (path / "tokenizer_config.json").is_file():
-        settings = read_json(path / "tokenizer_config.json")
+    settings = Fields.read(path / "tokenizer_config.json")
     special = {
-        "eos": _special_token(settings, "eos_token", "</s>"),
-        "unk": _special_token(settings, "unk_token", "<unk>"),
-        "pad": _special_token(settings, "pad_token", "<pad>"),
+        "eos": settings.token("eos_token", "</s>"),
+        "unk": settings.token("unk_token", "<unk>"),
+        "pad": settings.token("pad_token", "<pad>"),
     }
     names = ["vocab.json", "vocab.json"]
     if settings.get("separate_vocabs"):
@@ -603,7 +456,7 @@ def to_marian(
             ``transformers`` drops positions, so this is not for models to be trained further.
 
     Raises:
-        MarianError: the model has something that a MarianMTModel cannot hold; the message names
+        HuggingFaceError: the model has something that a MarianMTModel cannot hold; the message names
             the field and what is expected.
         FileError: the model directory cannot be read; the output is in the way.
     """
@@ -630,7 +483,7 @@ def to_marian(
         tensors.setdefault("lm_head.weight", table)
         tensors["model.decoder.embed_tokens.weight"] = table.copy()
         tensors["model.decoder.embed_tokens.weight"][start] = 0.0
-    with _output(output, path, "config.json", overwrite) as folder:
+    with output_folder(output, path, overwrite) as folder:
         save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
         write_json(folder / "config.json", _export_config(model, order, set(tensors)))
         write_json(folder / "generation_config.json", _generation(model, order))
@@ -667,7 +520,7 @@ def _check_exportable(path: Path, config: TransformerConfig) -> None:
         "norm": (config.norm == "layer", "'layer'"),
         "layer_norm_eps": (config.layer_norm_eps == _NORM_EPS, f"{_NORM_EPS}"),
         "embedding_norm": (not config.embedding_norm, "false"),
-        "activation": (config.activation in _THEIR_ACTIVATIONS, ", ".join(_THEIR_ACTIVATIONS)),
+        "activation": (config.activation in THEIR_ACTIVATIONS, ", ".join(THEIR_ACTIVATIONS)),
         "positions": (
             config.positions in ("sinusoidal", "sinusoidal_halves", "learned"),
             "sinusoidal, sinusoidal_halves or learned",
@@ -680,7 +533,7 @@ def _check_exportable(path: Path, config: TransformerConfig) -> None:
     for name, (holds, what) in expected.items():
         if not holds:
             got = json.dumps(getattr(config, name)) if name != "positions" else config.positions
-            raise MarianError(
+            raise HuggingFaceError(
                 f"{path}: {name}: got {got}, but a MarianMTModel is a post-norm Transformer: "
                 f"expected {what}"
             )
@@ -730,7 +583,7 @@ class _Order:
             start,
         )
         if config.tie == "all" and source != target:
-            raise MarianError(
+            raise HuggingFaceError(
                 f"{model.path}: tie: got 'all' with tokenizers whose special ids differ; expected "
                 "one tokenizer, or 'target' or 'none'"
             )
@@ -742,7 +595,7 @@ def _order(rows: int, eos: int, unk: int, last: int, position: int) -> list[int]
     ids = [eos, unk, *rest]
     ids.insert(position, last)
     if len(set(ids)) != rows:
-        raise MarianError(
+        raise HuggingFaceError(
             f"eos_id, unk_id and decoder_start_id: got {eos}, {unk} and {last}, expected three "
             "different ids"
         )
@@ -788,23 +641,15 @@ def _export_weights(model: ModelDir[TransformerConfig], order: _Order) -> dict[s
         else:
             weight = weight[:, columns]
         if len(theirs) > 1:
-            weights, biases = _split(config, weight, len(theirs)), _split(config, bias, len(theirs))
+            weights, biases = (
+                split_heads(config, weight, len(theirs)),
+                split_heads(config, bias, len(theirs)),
+            )
         else:
             weights, biases = [weight], [bias]
         for name, w, b in zip(theirs, weights, biases, strict=True):
             tensors[f"{name}.weight"], tensors[f"{name}.bias"] = w, b
     return tensors
-
-
-def _split(config: TransformerConfig, rows: np.ndarray, parts: int) -> list[np.ndarray]:
-    """Queries (where there are three parts), keys and values; grouped heads become heads."""
-    group = config.num_kv_heads * config.head_dim
-    found = np.split(rows, [len(rows) - 2 * group, len(rows) - group])
-    repeats = config.nhead // config.num_kv_heads
-    for i in (1, 2):
-        heads = found[i].reshape(config.num_kv_heads, config.head_dim, *rows.shape[1:])
-        found[i] = np.repeat(heads, repeats, axis=0).reshape(-1, *rows.shape[1:])
-    return found[-parts:]
 
 
 def _export_config(
@@ -819,7 +664,7 @@ def _export_config(
         "decoder_vocab_size": config.tgt_vocab_size,
         "d_model": config.d_model,
         "max_position_embeddings": _positions(model),
-        "activation_function": _THEIR_ACTIVATIONS[config.activation],
+        "activation_function": THEIR_ACTIVATIONS[config.activation],
         "dropout": config.dropout,
         "attention_dropout": config.attention_dropout,
         "activation_dropout": config.activation_dropout,
@@ -865,7 +710,7 @@ def _export_tokenizers(model: ModelDir[TransformerConfig], order: _Order, folder
     source, target = model.source_tokenizer, model.target_tokenizer
     for tokenizer in (source, target):
         if not isinstance(tokenizer, SentencePieceTokenizer):
-            raise MarianError(
+            raise HuggingFaceError(
                 f"{tokenizer.path}: not a SentencePiece model, which is what a MarianMT has"
             )
     vocabularies = {"vocab.json": _pieces(source, order.source, order.start)}
@@ -887,7 +732,9 @@ def _export_tokenizers(model: ModelDir[TransformerConfig], order: _Order, folder
     }
     if "target_vocab.json" in vocabularies:
         if vocabularies["target_vocab.json"][:2] != pieces[:2]:
-            raise MarianError(f"{model.path}: the tokenizers name their special pieces differently")
+            raise HuggingFaceError(
+                f"{model.path}: the tokenizers name their special pieces differently"
+            )
         settings["separate_vocabs"] = True
     write_json(folder / "tokenizer_config.json", settings)
 
