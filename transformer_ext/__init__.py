@@ -1,4 +1,4 @@
-"""The encoder-decoder Transformer of "Attention Is All You Need", on compiled C++ and CUDA ops.
+"""The Transformer of "Attention Is All You Need" and its family, on compiled C++ and CUDA ops.
 
 Importing this package imports neither torch nor numpy; each name below is loaded when first used.
 """
@@ -21,6 +21,7 @@ _LAZY: dict[str, str] = {
     "TransformerConfig": "transformer_ext.model.config",
     "Translator": "transformer_ext.inference.translator",
     "make_model": "transformer_ext.model.transformer",
+    "pipeline": "transformer_ext.pipelines",
     "preset": "transformer_ext.model.config",
     "set_backend": "transformer_ext.ops._backend",
 }

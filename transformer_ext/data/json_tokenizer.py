@@ -196,7 +196,7 @@ class JsonTokenizer(Tokenizer):
 
     def _role(self, role: str) -> int:
         token = self._roles[role]
-        id = self._find(token) if isinstance(token, str) else None
+        id = self.find(token) if isinstance(token, str) else None
         if id is None:
             raise TokenizerError(
                 f"{self.path}: the {role} token is {reprlib.repr(token)}, which is not in its "
@@ -213,7 +213,7 @@ class JsonTokenizer(Tokenizer):
         """What ``tokenizer.json`` holds."""
         return self._content
 
-    def _find(self, piece: str) -> int | None:
+    def find(self, piece: str) -> int | None:
         found: int | None = self._tokenizer.token_to_id(piece)
         return found
 
@@ -239,11 +239,15 @@ class JsonTokenizer(Tokenizer):
         found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in found]
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int], *, keep_special: bool = False) -> str:
         """Text of ids; special tokens, and a tag at the beginning, are left out.
 
         As ``transformers`` decodes with ``skip_special_tokens=True``: a text may have several lines.
+        With ``keep_special`` nothing is left out.
         """
+        if keep_special:
+            everything: str = self._tokenizer.decode(list(ids), skip_special_tokens=False)
+            return everything
         known = [int(id) for id in ids if id not in self._special and id < self.vocab_size]
         if known and known[0] in self._hidden:
             del known[0]

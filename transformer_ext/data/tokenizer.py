@@ -103,7 +103,7 @@ class Tokenizer(ABC):
         """
 
     @abstractmethod
-    def _find(self, piece: str) -> int | None:
+    def find(self, piece: str) -> int | None:
         """The id of a piece, or None."""
 
     @abstractmethod
@@ -140,7 +140,7 @@ class Tokenizer(ABC):
         self._hidden = frozenset(id for tag, id in self._tags.items() if tag not in shown)
 
     def _tag_id(self, tag: str) -> int:
-        found = self._find(tag)
+        found = self.find(tag)
         if found is None or found in (self.pad_id, self.bos_id, self.eos_id, self.unk_id):
             raise TokenizerError(
                 f"{self.vocabulary or self.path}: the tag {tag!r} is not a piece of this tokenizer "
@@ -280,7 +280,7 @@ class SentencePieceTokenizer(Tokenizer):
         """The bytes of the SentencePiece model."""
         return self.path.read_bytes()
 
-    def _find(self, piece: str) -> int | None:
+    def find(self, piece: str) -> int | None:
         if self._vocabulary is not None:
             return self._vocabulary.find(piece)
         # What is no piece has the id of the unknown one.

@@ -27,6 +27,20 @@ Sequences = tuple[list[list[int]], list[list[int]] | None]
 _Self = TypeVar("_Self", bound="TextModel")
 
 
+class TextError(ValueError):
+    """A text that a model cannot take.
+
+    Attributes:
+        number: its place among the texts, from 0.
+        reason: what is wrong with it.
+    """
+
+    def __init__(self, number: int, reason: str) -> None:
+        super().__init__(f"texts: number {number} (from 0) {reason}")
+        self.number = number
+        self.reason = reason
+
+
 class TextModel:
     """Base of the encoder-only models on text.
 
@@ -109,8 +123,8 @@ class TextModel:
 
         Raises:
             TypeError: something that is no text.
-            ValueError: a text longer than the model's positions, or a pair for a model without
-                token types.
+            TextError: a text longer than the model's positions.
+            ValueError: a pair for a model without token types.
         """
         check_texts("texts", texts)
         ids = self.tokenizer.encode_batch(list(texts))
@@ -131,9 +145,10 @@ class TextModel:
             length = len(first) + len(second or []) + special
             if longest is not None and length > longest:
                 if not truncation:
-                    raise ValueError(
-                        f"texts: number {number} (from 0) has {length} tokens, start and end "
-                        f"included, but the model has {longest} positions; truncation cuts it"
+                    raise TextError(
+                        number,
+                        f"has {length} tokens, start and end included, but the model has "
+                        f"{longest} positions; truncation cuts it",
                     )
                 first, second = _cut(first, second, longest - special)
             behind = [] if second is None else [*second, end]

@@ -24,7 +24,8 @@ _BATCH_TOKENS = 8192
 class TorchEncoder:
     """A :class:`~transformer_ext.model.text_encoder.TextEncoder` on lists of ids.
 
-    Sequences are ids with start and end token; token types, where given, are as many.
+    Arguments and results are those of
+    :class:`~transformer_ext.inference.encoder_engine.EncoderEngine`.
 
     Args:
         model: the model; put it in evaluation mode before.
@@ -36,45 +37,45 @@ class TorchEncoder:
 
     def states(
         self,
-        sequences: Sequence[Sequence[int]],
+        texts: Sequence[Sequence[int]],
         token_types: Sequence[Sequence[int]] | None = None,
     ) -> list[NDArray[np.float32]]:
-        """The state of each token: for each sequence ``[tokens, d_model]``."""
-        found: list[NDArray[np.float32]] = [np.empty((0, 0), np.float32)] * len(sequences)
-        for rows, ids, packed, types in self._batches(sequences, token_types):
+        """The state of each token: for each text ``[tokens, d_model]``."""
+        found: list[NDArray[np.float32]] = [np.empty((0, 0), np.float32)] * len(texts)
+        for rows, ids, packed, types in self._batches(texts, token_types):
             hidden = _array(self.model.encode_packed(ids, packed, types))
-            ends = np.cumsum([len(sequences[row]) for row in rows])
+            ends = np.cumsum([len(texts[row]) for row in rows])
             for row, states in zip(rows, np.split(hidden, ends[:-1]), strict=True):
                 found[row] = states
         return found
 
     def pooled(
         self,
-        sequences: Sequence[Sequence[int]],
+        texts: Sequence[Sequence[int]],
         token_types: Sequence[Sequence[int]] | None = None,
     ) -> NDArray[np.float32]:
-        """A vector for each sequence, ``[sequences, d_model]``."""
-        return self._vectors(sequences, token_types, self.config.d_model, lambda pooled: pooled)
+        """A vector for each text, ``[texts, d_model]``."""
+        return self._vectors(texts, token_types, self.config.d_model, lambda pooled: pooled)
 
     def label_scores(
         self,
-        sequences: Sequence[Sequence[int]],
+        texts: Sequence[Sequence[int]],
         token_types: Sequence[Sequence[int]] | None = None,
     ) -> NDArray[np.float32]:
-        """Unnormalised scores of the labels, ``[sequences, labels]``."""
+        """Unnormalised scores of the labels, ``[texts, labels]``."""
         generator = self.model.generator
         assert generator is not None
-        return self._vectors(sequences, token_types, len(self.config.labels), generator.logits)
+        return self._vectors(texts, token_types, len(self.config.labels), generator.logits)
 
     def token_scores(
         self,
-        sequences: Sequence[Sequence[int]],
+        texts: Sequence[Sequence[int]],
         positions: Sequence[Sequence[int]],
         token_types: Sequence[Sequence[int]] | None = None,
     ) -> list[NDArray[np.float32]]:
         """Unnormalised scores of all tokens at some positions, ``[positions, vocab_size]`` each."""
-        found: list[NDArray[np.float32]] = [np.empty((0, 0), np.float32)] * len(sequences)
-        for rows, ids, packed, types in self._batches(sequences, token_types):
+        found: list[NDArray[np.float32]] = [np.empty((0, 0), np.float32)] * len(texts)
+        for rows, ids, packed, types in self._batches(texts, token_types):
             hidden = self.model.encode_packed(ids, packed, types)
             starts = packed.cu_seqlens.tolist()
             wanted = [starts[i] + at for i, row in enumerate(rows) for at in positions[row]]
@@ -86,40 +87,40 @@ class TorchEncoder:
 
     def _vectors(
         self,
-        sequences: Sequence[Sequence[int]],
+        texts: Sequence[Sequence[int]],
         token_types: Sequence[Sequence[int]] | None,
         width: int,
         head: Callable[[Tensor], Tensor],
     ) -> NDArray[np.float32]:
-        found = np.empty((len(sequences), width), np.float32)
-        for rows, ids, packed, types in self._batches(sequences, token_types):
+        found = np.empty((len(texts), width), np.float32)
+        for rows, ids, packed, types in self._batches(texts, token_types):
             found[rows] = _array(head(self.model.forward_packed(ids, packed, types)))
         return found
 
     def _batches(
         self,
-        sequences: Sequence[Sequence[int]],
+        texts: Sequence[Sequence[int]],
         token_types: Sequence[Sequence[int]] | None,
     ) -> Iterator[tuple[list[int], Tensor, Packed, Tensor | None]]:
-        """Sequences of like length, as many as the budget of tokens takes, at least one."""
+        """Texts of like length, as many as the budget of tokens takes, at least one."""
         device = next(self.model.parameters()).device
 
         def flat(values: Sequence[Sequence[int]], rows: list[int]) -> Tensor:
             return torch.tensor([value for row in rows for value in values[row]], device=device)
 
-        order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
+        order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
         with torch.inference_mode():
             while order:
                 count, tokens = 0, 0
                 while count < len(order):
-                    tokens += len(sequences[order[count]])
+                    tokens += len(texts[order[count]])
                     if count and tokens > _BATCH_TOKENS:
                         break
                     count += 1
                 rows, order = order[:count], order[count:]
-                packed = Packed.from_lengths([len(sequences[row]) for row in rows], device=device)
+                packed = Packed.from_lengths([len(texts[row]) for row in rows], device=device)
                 types = None if token_types is None else flat(token_types, rows)
-                yield rows, flat(sequences, rows), packed, types
+                yield rows, flat(texts, rows), packed, types
 
 
 def _array(values: Tensor) -> NDArray[np.float32]:
