@@ -544,18 +544,25 @@ def save_tensors(
     """
     import numpy as np
 
-    arrays = {name: _to_numpy(name, tensor) for name, tensor in tensors.items()}
+    arrays: Mapping[str, np.ndarray]
+    if isinstance(tensors, Weights) and not isinstance(tensors, Tensors):
+        # Each is made where it is written, so that they are never in memory together.
+        arrays, shapes = tensors, tensors.shapes
+        kinds = dict.fromkeys(tensors, "F32")
+    else:
+        arrays = {name: _to_numpy(name, tensor) for name, tensor in tensors.items()}
+        shapes = {name: array.shape for name, array in arrays.items()}
+        kinds = {name: _safetensors_type(name, array) for name, array in arrays.items()}
     # The largest elements first, so that all are aligned.
-    names = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))
+    names = sorted(kinds, key=lambda name: (-_ELEMENTS[kinds[name]][0], name))
     # An empty header text without any tensor is a file that safetensors 0.8 does not read back.
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name in names:
-        array = arrays[name]
-        begin, end = end, end + array.nbytes
+        begin, end = end, end + math.prod(shapes[name]) * _ELEMENTS[kinds[name]][0]
         header[name] = {
-            "dtype": _safetensors_type(name, array),
-            "shape": list(array.shape),
+            "dtype": kinds[name],
+            "shape": list(shapes[name]),
             "data_offsets": [begin, end],
         }
     text = json.dumps(header, ensure_ascii=False).encode()
@@ -683,18 +690,21 @@ def _tied(config: ModelConfig) -> list[str]:
 
 def _without_tied(
     config: ModelConfig, weights: Mapping[str, np.ndarray | torch.Tensor]
-) -> dict[str, np.ndarray | torch.Tensor]:
+) -> Mapping[str, np.ndarray | torch.Tensor]:
     """The weights without the second and third name of a shared one, as a state_dict has them."""
     import numpy as np
 
-    result = dict(weights)
     names = _tied(config)
-    for name in names[1:]:
-        if name in result and names[0] in result:
-            first, other = _to_numpy(names[0], result[names[0]]), _to_numpy(name, result[name])
-            if np.array_equal(first, other):
-                del result[name]
-    return result
+    equal = [
+        name
+        for name in names[1:]
+        if name in weights
+        and names[0] in weights
+        and np.array_equal(_to_numpy(names[0], weights[names[0]]), _to_numpy(name, weights[name]))
+    ]
+    if not equal:
+        return weights
+    return {name: weight for name, weight in weights.items() if name not in equal}
 
 
 def _tokenizer_hash(source: Tokenizer, target: Tokenizer) -> str:
@@ -752,7 +762,11 @@ def write_model_files(
     """
     folder = Path(folder)
     weights = _without_tied(config, weights)
-    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    shapes = (
+        weights.shapes
+        if isinstance(weights, Weights)
+        else {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    )
     _check_shapes(str(folder / WEIGHTS_FILE), config, shapes)
     _check_vocabulary(str(folder), config, source_tokenizer, target_tokenizer)
     digest = _tokenizer_hash(source_tokenizer, target_tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import string
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +108,8 @@ def open_huggingface_dir(
     found.refuse_left(imported.foreign)
     training: dict[str, Any] = {"converted_from": imported.source}
     if modules is not None:
-        if modules.lower_case and tokenizer.encode("ABC") != tokenizer.encode("abc"):
+        letters = " ".join(string.ascii_lowercase)
+        if modules.lower_case and tokenizer.encode(letters.upper()) != tokenizer.encode(letters):
             raise HuggingFaceError(
                 f"{folder / 'sentence_bert_config.json'}: do_lower_case: got True, expected False "
                 "with a tokenizer that tells upper from lower case"

@@ -28,6 +28,8 @@ ACTIVATIONS = {
 THEIR_ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_new", "silu": "swish"}
 
 _LARGEST = 2**31 - 1
+_SHOWN = reprlib.Repr()
+_SHOWN.maxstring = _SHOWN.maxother = 80
 
 
 class HuggingFaceError(FileError):
@@ -77,7 +79,7 @@ class Fields:
         if key not in self.values:
             raise HuggingFaceError(f"{self.path}: {key} is missing, expected {expected}")
         raise HuggingFaceError(
-            f"{self.path}: {key}: got {reprlib.repr(self.values[key])}, expected {expected}"
+            f"{self.path}: {key}: got {_SHOWN.repr(self.values[key])}, expected {expected}"
         )
 
     def integer(
