@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from transformer_ext import Transformer, pipeline, preset
+from transformer_ext import (
+    SentenceEncoder,
+    Transformer,
+    __main__,
+    embed,
+    fill_mask,
+    pipeline,
+    preset,
+)
 from transformer_ext.data.corpus import read_pairs, shipped_corpus
 from transformer_ext.data.tokenizer import SentencePieceTokenizer, train_tokenizer
 from transformer_ext.files import FileError, save_model_dir
@@ -455,3 +464,60 @@ foreign = {{"torch", "transformers", "matplotlib"}} & sys.modules.keys()
 assert not foreign, foreign
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- commands ---------------------------------------------------------------------------------------
+
+
+def test_fill_mask_command_gives_what_the_pipeline_gives(
+    bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ["Open the [MASK].", "the [MASK] and [MASK] of a[MASK]"]
+    text = tmp_path / "text"
+    text.write_text("".join(f"{line}\n" for line in lines))
+    options = ["--top-k", "2", "--targets", "the", "file", "##ing"]
+    assert __main__.main(["fill-mask", str(bert), str(text), *options]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    ours = pipeline("fill-mask", bert, top_k=2, targets=["the", "file", "##ing"])
+    assert found == [{"masks": [ours(lines[0])]}, {"masks": ours(lines[1])}]
+
+
+def test_embed_command_writes_a_vector_for_each_line(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [f"line {number}" for number in range(600)] + [""]
+    text, output = tmp_path / "text", tmp_path / "vectors.npy"
+    text.write_text("".join(f"{line}\n" for line in lines))
+    arguments = [str(bert), str(text), "--output", str(output)]
+    assert embed.main([*arguments, "--pooling", "mean", "--normalize"]) == 0
+    vectors = np.load(output)
+    expected = SentenceEncoder(bert, pooling="mean", normalize=True).encode(lines)
+    assert vectors.dtype == np.float32
+    np.testing.assert_array_equal(vectors, expected)
+    assert embed.main(arguments) == 0
+    np.testing.assert_array_equal(np.load(output), SentenceEncoder(bert).encode(lines))
+    text.write_text("")
+    assert embed.main(arguments) == 0 and np.load(output).shape == (0, 24)
+
+
+def test_commands_say_which_line_is_wrong_and_write_nothing(
+    bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, output = tmp_path / "text", tmp_path / "vectors.npy"
+    text.write_text("[MASK]\n" * 700 + "a " * 50 + "\n")
+    assert fill_mask.main([str(bert), str(text)]) == 2
+    assert embed.main([str(bert), str(text), "--output", str(output)]) == 2
+    for error in capsys.readouterr().err.splitlines():
+        assert error == (
+            "error: line 701 has 52 tokens, start and end included, but the model has 40 "
+            "positions; truncation cuts it"
+        )
+    assert not output.exists()
+    options = ["--output", str(output), "--truncation"]
+    assert embed.main([str(bert), str(text), *options]) == 0 and len(np.load(output)) == 701
+    text.write_text("[MASK]\nno mask\n")
+    assert fill_mask.main([str(bert), str(text)]) == 2
+    assert capsys.readouterr().err.endswith("error: line 2 has no [MASK]: 'no mask'\n")
+    assert fill_mask.main([str(bert), str(text), "--top-k", "0"]) == 2
+    expected = "error: top_k: got 0, expected an integer of at least 1\n"
+    assert capsys.readouterr().err == expected

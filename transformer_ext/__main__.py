@@ -12,13 +12,19 @@ COMMANDS = {
     "translate": "translate text, line by line",
     "generate": "continue texts by a language model",
     "classify": "label texts by a classifier",
+    "fill-mask": "guess masked tokens of texts",
+    "embed": "vectors of texts, as a NumPy file",
     "score": "log-probabilities of given translations",
     "evaluate": "BLEU and chrF of a model on a test set",
     "average": "average checkpoints into one model",
-    "convert": "models from and to Hugging Face's MarianMT directories",
+    "convert": "models from and to Hugging Face's directories",
     "visualize": "pictures of attention",
     "info": "what is installed, built and used, for a bug report",
 }
+
+
+def _module(command: str) -> str:
+    return f"transformer_ext.{command.replace('-', '_')}"
 
 
 def available() -> dict[str, str]:
@@ -26,7 +32,7 @@ def available() -> dict[str, str]:
     return {
         name: text
         for name, text in COMMANDS.items()
-        if importlib.util.find_spec(f"transformer_ext.{name}") is not None
+        if importlib.util.find_spec(_module(name)) is not None
     }
 
 
@@ -60,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     if command not in available():
         print(f"transformer-ext: no command {command!r}\n\n{_usage()}", file=sys.stderr)
         return 2
-    return importlib.import_module(f"transformer_ext.{command}").main(rest) or 0
+    return importlib.import_module(_module(command)).main(rest) or 0
 
 
 if __name__ == "__main__":

@@ -11,9 +11,7 @@ from collections.abc import Sequence
 
 from transformer_ext._command import command
 from transformer_ext.config import ArgumentParser
-
-#: Most lines that are labelled together.
-_LINES = 512
+from transformer_ext.inference.text_model import add_text_arguments, results_of_lines
 
 
 def _parser() -> ArgumentParser:
@@ -22,13 +20,7 @@ def _parser() -> ArgumentParser:
         usage="%(prog)s MODEL_DIR [FILE ...] [options]",
         description="Label texts, one a line: N lines in, N lines out, in order.",
     )
-    parser.add_argument("model", metavar="MODEL_DIR", help="folder of the model")
-    parser.add_argument(
-        "files",
-        metavar="FILE",
-        nargs="*",
-        help="UTF-8 text, plain, gzip or xz, one text a line; none or - reads standard input",
-    )
+    add_text_arguments(parser)
     parser.add_argument(
         "--format",
         choices=("text", "jsonl"),
@@ -43,12 +35,17 @@ def _parser() -> ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     arguments = _parser().parse_args(argv)
-    from transformer_ext.inference.classifier import TextClassifier
-    from transformer_ext.inference.lines import TextLines, input_blocks
+    from transformer_ext.inference.classifier import Prediction, TextClassifier
 
-    classifier = TextClassifier(arguments.model)
-    for lines in input_blocks(TextLines(), arguments.files, _LINES):
-        for found in classifier(lines):
+    classifier = TextClassifier(
+        arguments.model, threads=arguments.threads, compute_type=arguments.compute_type
+    )
+
+    def label(lines: list[str]) -> list[Prediction]:
+        return classifier(lines, truncation=arguments.truncation)
+
+    for predictions in results_of_lines(arguments.files, label):
+        for found in predictions:
             if arguments.format == "jsonl":
                 by_label = dict(zip(classifier.labels, found.probabilities, strict=True))
                 values = {"label": found.label, "probabilities": by_label}

@@ -129,12 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.buffer.flush()
             number += len(lines)
     finally:
-        if text.undecodable:
-            print(
-                "warning: lines with bytes that are not UTF-8, replaced by U+FFFD: "
-                f"{text.undecodable}",
-                file=sys.stderr,
-            )
+        text.warn()
     return 0
 
 

@@ -380,13 +380,7 @@ class FillMaskPipeline(Pipeline):
         )
         results: list[Any] = []
         for masks in found:
-            rows = [
-                [
-                    {"score": f.score, "token": f.token, "token_str": f.piece, "sequence": f.text}
-                    for f in fillings
-                ]
-                for fillings in masks
-            ]
+            rows = [[filling.as_dict() for filling in fillings] for fillings in masks]
             results.append(rows[0] if len(rows) == 1 else rows)
         return results
 

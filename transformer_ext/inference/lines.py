@@ -29,6 +29,15 @@ class TextLines:
             self.undecodable += 1
             return line.decode("utf-8", errors="replace")
 
+    def warn(self) -> None:
+        """Say on stderr how many lines were not UTF-8, if there were any."""
+        if self.undecodable:
+            print(
+                "warning: lines with bytes that are not UTF-8, replaced by U+FFFD: "
+                f"{self.undecodable}",
+                file=sys.stderr,
+            )
+
     def read(self, path: str) -> list[str]:
         """All lines of a file: plain, gzip or xz.
 

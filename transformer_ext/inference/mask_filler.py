@@ -38,6 +38,15 @@ class Filling:
     piece: str
     text: str
 
+    def as_dict(self) -> dict[str, float | int | str]:
+        """By the names that transformers has for them."""
+        return {
+            "score": self.score,
+            "token": self.token,
+            "token_str": self.piece,
+            "sequence": self.text,
+        }
+
 
 class MaskFiller(TextModel):
     """Guesses the masked tokens of texts.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from transformer_ext.files import load_model_dir
+from transformer_ext.inference.lines import TextLines, input_blocks
+from transformer_ext.inference.options import add_engine_arguments
 from transformer_ext.model.config import TextEncoderConfig
 
 if TYPE_CHECKING:
@@ -24,7 +27,11 @@ if TYPE_CHECKING:
 Sequences = tuple[list[list[int]], list[list[int]] | None]
 
 
+#: Most lines that a command works on together.
+_LINES = 512
+
 _Self = TypeVar("_Self", bound="TextModel")
+_Result = TypeVar("_Result")
 
 
 class TextError(ValueError):
@@ -212,3 +219,47 @@ def _cut(
     longer = min(longer, room - keep)
     kept = (keep, longer) if len(first) <= len(second) else (longer, keep)
     return first[: kept[0]], second[: kept[1]]
+
+
+def add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every command says that runs a :class:`TextModel` on lines."""
+    parser.add_argument("model", metavar="MODEL_DIR", help="folder of the model")
+    parser.add_argument(
+        "files",
+        metavar="FILE",
+        nargs="*",
+        help="UTF-8 text, plain, gzip or xz, one text a line; none or - reads standard input",
+    )
+    parser.add_argument(
+        "--truncation",
+        action="store_true",
+        help="cut texts longer than the model's positions, which are an error otherwise",
+    )
+    add_engine_arguments(parser, ensemble=False)
+
+
+def results_of_lines(
+    files: Sequence[str], work: Callable[[list[str]], _Result]
+) -> Iterator[_Result]:
+    """What a command makes of its input, block by block.
+
+    Args:
+        files: of the text; none or ``-`` is standard input.
+        work: the result of some lines.
+
+    Raises:
+        ValueError: a line that the model cannot take; the message has its number.
+        CorpusError: a file cannot be read.
+    """
+    text = TextLines()
+    number = 1
+    try:
+        for lines in input_blocks(text, files, _LINES):
+            try:
+                found = work(lines)
+            except TextError as error:
+                raise ValueError(f"line {number + error.number} {error.reason}") from None
+            yield found
+            number += len(lines)
+    finally:
+        text.warn()

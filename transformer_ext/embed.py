@@ -1,0 +1,67 @@
+"""``python -m transformer_ext.embed``: a vector for each line of text, as a NumPy file."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Sequence
+
+from transformer_ext._command import command
+from transformer_ext.config import ArgumentParser
+from transformer_ext.inference.text_model import add_text_arguments, results_of_lines
+from transformer_ext.model.config import POOLINGS
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="python -m transformer_ext.embed",
+        usage="%(prog)s MODEL_DIR [FILE ...] --output FILE.npy [options]",
+        description="Make a vector of each text, one a line: float32 [lines, d_model], to be read "
+        "by numpy.load.",
+    )
+    add_text_arguments(parser)
+    parser.add_argument("--output", required=True, metavar="FILE.npy", help="file to write")
+    parser.add_argument(
+        "--pooling",
+        choices=POOLINGS,
+        help="how the states of the tokens become one vector, without BERT's pooler: mean, or first "
+        "for that of the start token (default: as the model says)",
+    )
+    parser.add_argument(
+        "--normalize", action="store_true", help="vectors of length 1, whatever the model says"
+    )
+    return parser
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    arguments = _parser().parse_args(argv)
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from transformer_ext.files import atomic_write
+    from transformer_ext.inference.sentence_encoder import SentenceEncoder
+
+    encoder = SentenceEncoder(
+        arguments.model,
+        threads=arguments.threads,
+        compute_type=arguments.compute_type,
+        pooling=arguments.pooling,
+        normalize=arguments.normalize or None,
+    )
+
+    def embed(lines: list[str]) -> NDArray[np.float32]:
+        return encoder.encode(lines, truncation=arguments.truncation)
+
+    none = np.empty((0, encoder.config.d_model), np.float32)
+    vectors = np.concatenate([none, *results_of_lines(arguments.files, embed)])
+    file = io.BytesIO()
+    np.save(file, vectors)
+    atomic_write(arguments.output, file.getvalue())
+    print(f"{arguments.output}: {len(vectors):,} vectors of {vectors.shape[1]}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
