@@ -20,6 +20,7 @@ from transformer_ext.config import ConfigError, TrainConfig, from_dict
 from transformer_ext.data.corpus import file_digest
 from transformer_ext.files import load_model_dir
 from transformer_ext.huggingface import from_huggingface, to_huggingface
+from transformer_ext.model import TransformerConfig
 from transformer_ext.training.parent import Parent
 from transformer_ext.training.sizing import fine_tuning_recipe, recipe_for
 from transformer_ext.training.trainer import Trainer
@@ -189,7 +190,7 @@ def test_options_that_say_what_the_model_has(text: list[str], parent: Path) -> N
         "data": {"vocab_size": 330},
         "model": {"d_model": 32, "norm_first": False, "dropout": 0.25},
     }
-    found = Parent.open(from_dict(TrainConfig, values))
+    found = Parent.open(from_dict(TrainConfig, values), TransformerConfig)
     architecture = found.architecture(values["model"])
     assert architecture.dropout == architecture.attention_dropout == 0.25
     assert architecture.activation_dropout == 0.25

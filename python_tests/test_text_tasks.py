@@ -423,11 +423,7 @@ def test_dry_run_and_reference_backend(
             ["--joint-vocab", "--pooling", "first"],
             "classification.pooling: is an",
         ),
-        (
-            "language-model",
-            ["--init-from", "x"],
-            "--init-from: --task language-model begins with random",
-        ),
+        ("language-model", ["--init-from", "no/model"], "no/model: no such model directory"),
         (
             "classify",
             ["--max-tokens", "4"],

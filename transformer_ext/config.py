@@ -1245,8 +1245,15 @@ class ClassificationConfig:
         [], help="texts for validation; without them a part of the training texts"
     )
     labelled_test: list[str] = option([], help="texts for the final test")
-    pooling: Literal["first", "mean"] = option(
-        "mean", help="what stands for a text: the state of its first token, or the mean of all"
+    pooling: Literal["first", "mean"] | None = option(
+        None,
+        help="what stands for a text: the state of its first token, or the mean of all",
+        auto="mean, or as the model of --init-from has it",
+    )
+    pooler: bool | None = option(
+        None,
+        help="whether a projection with tanh follows, as in BERT",
+        auto="no, or as the model of --init-from has it",
     )
 
     def __post_init__(self) -> None:
@@ -1347,11 +1354,11 @@ class TrainConfig:
             raise ConfigError(
                 f"--subword-dropout: --task {self.task} reads its text as it is; leave it out"
             )
-        if self.init_from is not None:
+        synthetic = _TASK_GROUPS[self.task] == "synthetic"
+        if self.init_from is not None and synthetic:
             raise ConfigError(
                 f"--init-from: --task {self.task} begins with random weights; leave it out"
             )
-        synthetic = _TASK_GROUPS[self.task] == "synthetic"
         known = _SYNTHETIC_OPTIONS if synthetic else _TEXT_OPTIONS
         for entry in _group_options(DataConfig, "data"):
             if entry.name not in known and getattr(self.data, entry.name) != entry.default:

@@ -275,18 +275,31 @@ class Labelled:
 
     Args:
         dataset: made with :class:`Labels` for the target.
+        longest: tokens of a text that are read, start and end included; None: all.
 
     Attributes:
         lengths: int32 [examples], tokens of each.
     """
 
-    def __init__(self, dataset: ParallelDataset) -> None:
+    def __init__(self, dataset: ParallelDataset, longest: int | None = None) -> None:
         self._dataset = dataset
-        self.lengths = dataset.source_lengths + np.int32(1)
+        whole = dataset.source_lengths + np.int32(1)
+        self.lengths = whole if longest is None else np.minimum(whole, np.int32(longest))
 
     def __call__(self, indices: np.ndarray) -> TextBatch:
         """A batch of these examples."""
         tokens, token_lengths = self._dataset.gather_source(indices)
         labels, _ = self._dataset.gather_target(indices)
-        ids = np.insert(tokens, np.cumsum(token_lengths) - token_lengths, self._dataset.bos_id)
-        return TextBatch(ids, token_lengths + 1, labels, len(indices), len(indices))
+        starts = np.cumsum(token_lengths) - token_lengths
+        kept = self.lengths[indices].astype(np.int64) - 1
+        cut = token_lengths - kept
+        if cut.any():
+            # The end id stays.
+            place = np.arange(len(tokens)) - np.repeat(starts, token_lengths)
+            limit = np.repeat(kept - 1, token_lengths)
+            tokens = tokens[
+                (place < limit) | (place == np.repeat(token_lengths - 1, token_lengths))
+            ]
+            starts = np.cumsum(kept) - kept
+        ids = np.insert(tokens, starts, self._dataset.bos_id)
+        return TextBatch(ids, kept + 1, labels, len(indices), len(indices))

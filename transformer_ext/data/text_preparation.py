@@ -90,6 +90,7 @@ def prepare_texts(
     what: str,
     max_length: int | None,
     report: Callable[[str], None] | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> PreparedTexts:
     """Read the texts, train or load the tokenizer, and build the data sets, or find them cached.
 
@@ -99,6 +100,7 @@ def prepare_texts(
         what: what one is called in messages, in the plural.
         max_length: training texts with more tokens, the end id included, are left out; None: none.
         report: is told each step that may take long, as it begins.
+        tokenizer: of the texts, whatever the options say; None goes by the options.
 
     Raises:
         CorpusError: the texts cannot be used.
@@ -150,11 +152,14 @@ def prepare_texts(
             else:
                 yield text, label
 
-    tokenizer = _tokenizer(config, cache, text_key, split["used"], train_texts, say, messages)
+    if tokenizer is None:
+        tokenizer = _tokenizer(config, cache, text_key, split["used"], train_texts, say, messages)
     labels = Labels(split["labels"], tokenizer)
 
+    chosen = tokenizer
+
     def build(folder: Path, texts: Iterable[tuple[str, str]]) -> None:
-        build_dataset(folder, texts, tokenizer, labels)
+        build_dataset(folder, texts, chosen, labels)
 
     def build_train(folder: Path) -> None:
         say("turning the text into token ids")

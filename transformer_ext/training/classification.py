@@ -22,10 +22,11 @@ from transformer_ext.files import atomic_write
 from transformer_ext.inference.classifier import Prediction, TextClassifier
 from transformer_ext.model import TextEncoder, TextEncoderConfig, classifier_preset
 from transformer_ext.training.machine import Machine
-from transformer_ext.training.report import Console
-from transformer_ext.training.sizing import Recipe, fill, recipe_for
+from transformer_ext.training.parent import Parent
+from transformer_ext.training.report import Console, JsonLog
+from transformer_ext.training.sizing import Recipe, fill, recipe_for, text_tuning_recipe
 from transformer_ext.training.text_run import Examples, TextRun, one_stack
-from transformer_ext.training.trainer import LossModule
+from transformer_ext.training.trainer import LossModule, Trainer
 
 __all__ = ["ClassificationRun", "accuracy", "confusion_table", "macro_f1", "read_matches"]
 
@@ -94,6 +95,18 @@ def shipped_recipe(device_type: str) -> Recipe:
     )
 
 
+def _said(value: Any) -> Any:
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
+
+
+def _fields(config: TrainConfig) -> dict[str, Any]:
+    """The fields of the model that the options name."""
+    fields = one_stack(config.model, "num_encoder_layers", "num_decoder_layers", "a classifier")
+    if "tie" in fields:
+        raise ConfigError("model.tie: a classifier has no embedding that could be tied")
+    return fields
+
+
 class ClassificationRun(TextRun):
     """Learns to label texts."""
 
@@ -112,9 +125,13 @@ class ClassificationRun(TextRun):
             ValueError: The texts cannot be used.
         """
         options, device = config.classification, machine.device.type
+        parent = None
+        if config.init_from is not None:
+            _fields(config)
+            parent = Parent.open(config, TextEncoderConfig)
         shipped = not options.labelled_train
         if shipped:
-            data = fill(config, shipped_recipe(device)).data
+            data = config.data if parent else fill(config, shipped_recipe(device)).data
             corpus = shipped_corpus()
             train, dev, test = (
                 (*part.src, *part.tgt) for part in (corpus.train, corpus.dev, corpus.test)
@@ -142,22 +159,25 @@ class ClassificationRun(TextRun):
                 what="texts",
                 max_length=data.max_length,
                 report=lambda text: console.print(f"data       {text} ..."),
+                tokenizer=None if parent is None else parent.model.source_tokenizer,
             )
         if len(prepared.labels) < 2:
             raise ConfigError(
                 f"classification.labelled_train: every text has the label {prepared.labels[0]!r}, "
                 "expected two labels or more"
             )
-        texts = len(prepared.train)
-        tokens = float(prepared.train.source_lengths.mean())
-        recipe = (
-            shipped_recipe(device)
-            if shipped
-            else dataclasses.replace(
-                recipe_for(texts, tokens, device, config.preset), label_smoothing=0.0
+        lengths = prepared.train.source_lengths
+        if parent is not None:
+            tokens = int(lengths.sum(dtype=np.int64))
+            recipe = text_tuning_recipe(tokens, device, parent.config.d_model)
+        elif shipped:
+            recipe = shipped_recipe(device)
+        else:
+            recipe = dataclasses.replace(
+                recipe_for(len(lengths), float(lengths.mean()), device, config.preset),
+                label_smoothing=0.0,
             )
-        )
-        return ClassificationRun(config, machine, console, recipe, prepared)
+        return ClassificationRun(config, machine, console, recipe, prepared, parent)
 
     def __init__(
         self,
@@ -166,34 +186,101 @@ class ClassificationRun(TextRun):
         console: Console,
         recipe: Recipe,
         prepared: PreparedTexts,
+        parent: Parent[TextEncoderConfig] | None = None,
     ) -> None:
-        super().__init__(config, machine, console, recipe, prepared)
+        # Texts of any length are read, as far as the model has positions, as BERT's are.
+        self._longest = None
+        if parent is not None and parent.config.positions == "learned":
+            self._longest = parent.config.max_positions
+        super().__init__(config, machine, console, recipe, prepared, parent)
+        sets = (prepared.train, prepared.dev_set, prepared.test_set)
+        whole = [Labelled(dataset).lengths for dataset in sets if dataset is not None]
+        cut = 0 if self._longest is None else sum(int((n > self._longest).sum()) for n in whole)
+        if cut:
+            prepared.messages.append(
+                f"{cut:,} texts are cut to the {self._longest} tokens that the model can read"
+            )
         numbers, _ = prepared.train.gather_target(np.arange(len(prepared.train)))
         self.label_counts = np.bincount(numbers, minlength=len(prepared.labels))
 
     def make_examples(self, dataset: ParallelDataset) -> Examples:
         """Texts with their labels."""
-        return Labelled(dataset)
+        return Labelled(dataset, self._longest)
 
     def make_model(self) -> TextEncoder:
-        """The encoder of the preset, with the options' changes."""
-        fields = one_stack(
-            self.config.model, "num_encoder_layers", "num_decoder_layers", "a classifier"
-        )
-        if "tie" in fields:
-            raise ConfigError("model.tie: a classifier has no embedding that could be tied")
+        """The encoder of the preset, with the options' changes, or the parent with a head."""
+        options = self.config.classification
+        if self.parent is not None:
+            model = self._begin_with(self.parent)
+            self._placed(model)
+            return model
+        fields = _fields(self.config)
         assert self.config.preset is not None
         self.architecture = classifier_preset(
             self.config.preset,
             self.prepared.tokenizer.vocab_size,
             self.prepared.labels,
-            pooling=self.config.classification.pooling,
+            pooling=options.pooling or "mean",
+            pooler=bool(options.pooler),
             **fields,
             **self._special_ids(),
         )
         model = TextEncoder(self.architecture)
         self._placed(model)
         return model
+
+    def _begin_with(self, parent: Parent[TextEncoderConfig]) -> TextEncoder:
+        """The parent's weights, with a new head unless it has one for these labels."""
+        options, labels = self.config.classification, self.prepared.labels
+        own = parent.architecture(self.config.model)
+        pooling = options.pooling or own.pooling
+        pooler = own.pooler if options.pooler is None else options.pooler
+        self._changes = []
+        for name, value in (("pooling", pooling), ("pooler", pooler)):
+            before = getattr(own, name)
+            if value != before:
+                self._changes.append(f"{name}: {_said(value)} instead of {_said(before)}")
+        same = sorted(own.labels) == labels and not self._changes
+        self._new_head = not same
+        self.architecture = dataclasses.replace(
+            own,
+            labels=labels,
+            pooling=pooling,
+            pooler=pooler,
+            masked_lm_head=False,
+            normalize=own.normalize and same,
+            output_bias=own.output_bias or not same,
+        )
+        model = TextEncoder(self.architecture)
+        old, weights = parent.model.weights, {}
+        for name, parameter in model.named_parameters():
+            if name not in old or name.startswith("generator.") and not same:
+                weights[name] = parameter.detach().numpy()
+            elif name.startswith("generator."):
+                # The order of the labels is that of the data here.
+                weights[name] = old[name][[own.labels.index(label) for label in labels]]
+            else:
+                weights[name] = old[name]
+        if not same:
+            self._changes.append(
+                f"new: the head for {len(labels)} labels (the model has {len(own.labels) or 'none'})"
+            )
+        if own.normalize and not same:
+            self._changes.append("vectors of texts are no longer scaled to length 1")
+        if own.masked_lm_head:
+            self._changes.append("left out: the head for masked tokens")
+        return model.load_weights(weights)
+
+    def changes(self) -> Sequence[str]:
+        """The head, where it is new, and what has changed with it."""
+        return self._changes
+
+    def make_trainer(self, log: JsonLog, resume_from: int | None) -> Trainer:
+        """Says first how a model that knows these labels does on the new texts."""
+        trainer = super().make_trainer(log, resume_from)
+        if self.parent is not None and not self._new_head:
+            self.judge_parent(trainer, log, resume_from)
+        return trainer
 
     def describe(self) -> Sequence[str]:
         """What was read; the labels and how many texts have each."""
@@ -247,7 +334,7 @@ class ClassificationRun(TextRun):
             return {}
         self.model.eval()
         classifier = TextClassifier.from_model(self.model, prepared.tokenizer)
-        found = classifier([text for text, _ in texts])
+        found = classifier([text for text, _ in texts], truncation=self._longest is not None)
         numbers = {label: number for number, label in enumerate(prepared.labels)}
         table = confusion_table(
             np.array([numbers[label] for _, label in texts]),

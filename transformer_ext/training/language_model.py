@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
+
+import numpy as np
 
 from transformer_ext.config import ConfigError, TrainConfig
 from transformer_ext.data.batches import pick_evenly
@@ -21,10 +24,11 @@ from transformer_ext.inference.options import SearchOptions
 from transformer_ext.model import LanguageModel, LanguageModelConfig, language_model_preset
 from transformer_ext.training.distributed import World
 from transformer_ext.training.machine import Machine
-from transformer_ext.training.report import Console
-from transformer_ext.training.sizing import Recipe, fill, recipe_for
+from transformer_ext.training.parent import Parent
+from transformer_ext.training.report import Console, JsonLog
+from transformer_ext.training.sizing import Recipe, fill, recipe_for, text_tuning_recipe
 from transformer_ext.training.text_run import Examples, TextRun, one_stack
-from transformer_ext.training.trainer import LossModule, evaluate_loss
+from transformer_ext.training.trainer import LossModule, Trainer, evaluate_loss
 
 __all__ = ["LanguageModelRun", "text_perplexities"]
 
@@ -65,6 +69,16 @@ def shipped_recipe(device_type: str) -> Recipe:
     )
 
 
+def _line(text: str) -> str:
+    """A text, which byte-level BPE may give several lines, in one."""
+    return re.sub("[\r\n]+", " ", text)
+
+
+def _fields(config: TrainConfig) -> dict[str, Any]:
+    """The fields of the model that the options name."""
+    return one_stack(config.model, "num_decoder_layers", "num_encoder_layers", "a language model")
+
+
 class LanguageModelRun(TextRun):
     """Learns to go on with a text."""
 
@@ -82,8 +96,14 @@ class LanguageModelRun(TextRun):
             ValueError: The text cannot be used.
         """
         options, device = config.language_model, machine.device.type
+        parent = None
+        if config.init_from is not None:
+            _fields(config)
+            parent = Parent.open(config, LanguageModelConfig)
         shipped = not options.text_train
-        data = fill(config, shipped_recipe(device)).data if shipped else config.data
+        data = config.data
+        if shipped and parent is None:
+            data = fill(config, shipped_recipe(device)).data
         corpus = shipped_corpus()
 
         def reader(paths: Sequence[str], counts: TextCounts) -> Iterator[tuple[str, str]]:
@@ -105,17 +125,20 @@ class LanguageModelRun(TextRun):
                 # Blocks cut a long line, too.
                 max_length=None if options.block_size else data.max_length,
                 report=lambda text: console.print(f"data       {text} ..."),
+                tokenizer=None if parent is None else parent.model.source_tokenizer,
             )
         lengths = prepared.train.source_lengths
-        recipe = (
-            shipped_recipe(device)
-            if shipped
-            else dataclasses.replace(
+        if parent is not None:
+            tokens = int(lengths.sum(dtype=np.int64))
+            recipe = text_tuning_recipe(tokens, device, parent.config.d_model)
+        elif shipped:
+            recipe = shipped_recipe(device)
+        else:
+            recipe = dataclasses.replace(
                 recipe_for(len(lengths), float(lengths.mean()), device, config.preset),
                 label_smoothing=0.0,
             )
-        )
-        return LanguageModelRun(config, machine, console, recipe, prepared)
+        return LanguageModelRun(config, machine, console, recipe, prepared, parent)
 
     def make_examples(self, dataset: ParallelDataset) -> Examples:
         """Lines or blocks."""
@@ -123,10 +146,13 @@ class LanguageModelRun(TextRun):
         return Lines(dataset) if size is None else Blocks(dataset, size)
 
     def make_model(self) -> LanguageModel:
-        """The decoder of the preset, with the options' changes."""
-        fields = one_stack(
-            self.config.model, "num_decoder_layers", "num_encoder_layers", "a language model"
-        )
+        """The decoder of the preset, with the options' changes, or the parent."""
+        if self.parent is not None:
+            self.architecture = self.parent.architecture(self.config.model)
+            model = LanguageModel(self.architecture).load_weights(self.parent.model.weights)
+            self._placed(model)
+            return model
+        fields = _fields(self.config)
         if "tie" in fields:
             fields["tie"] = fields["tie"] != "none"
         assert self.config.preset is not None
@@ -151,6 +177,19 @@ class LanguageModelRun(TextRun):
                     f"--prompts: {text[:40]!r} ... has {size} tokens, but the model has learned "
                     f"positions for {most}; expected fewer, so that something can follow"
                 )
+
+    def _shorter(self, most: int) -> str:
+        return (
+            f"--block-size {most} or less, which cuts them; or --max-length {most}, which leaves "
+            "longer ones out of the training"
+        )
+
+    def make_trainer(self, log: JsonLog, resume_from: int | None) -> Trainer:
+        """Says first how the model that it begins with does on the new text."""
+        trainer = super().make_trainer(log, resume_from)
+        if self.parent is not None:
+            self.judge_parent(trainer, log, resume_from)
+        return trainer
 
     def _has_room(self, tokens: int) -> bool:
         """Whether anything can follow so many tokens."""
@@ -223,7 +262,7 @@ class LanguageModelRun(TextRun):
             for results in found
         )
         return [
-            {"beginning": b, "greedy": g, "sampled": s}
+            {"beginning": b, "greedy": _line(g), "sampled": _line(s)}
             for b, g, s in zip(beginnings, greedy, sampled, strict=True)
         ]
 

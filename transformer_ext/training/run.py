@@ -338,6 +338,16 @@ class Run(ABC):
                 self.console.print(f"warning: {warning}")
         return trainer
 
+    def judge_parent(self, trainer: Trainer, log: JsonLog, resume_from: int | None) -> None:
+        """Says how the model that a fine-tuning begins with does on the new text."""
+        if resume_from is not None or not trainer.validation_batches:
+            return
+        before = trainer.validate()
+        self.console.print(f"before fine-tuning: {before.describe()}")
+        self.console.print()
+        scores = dataclasses.asdict(before)
+        log.write("before", **scores.pop("scores"), **scores)
+
     def _metric(self) -> str:
         return _require_metric(self.config, self.scores)
 

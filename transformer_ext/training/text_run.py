@@ -20,6 +20,7 @@ from transformer_ext.files import load_model_dir, write_model_files
 from transformer_ext.model import Model, ModelConfig
 from transformer_ext.training.batches import BatchStream, Position
 from transformer_ext.training.machine import Machine
+from transformer_ext.training.parent import Parent, misfit
 from transformer_ext.training.report import Console
 from transformer_ext.training.run import Run
 from transformer_ext.training.sizing import Recipe
@@ -68,6 +69,7 @@ class TextRun(Run):
         console: Where people read.
         recipe: Fills in what the configuration leaves open.
         prepared: The texts as token ids.
+        parent: The model whose weights it begins with.
 
     Attributes:
         architecture: Configuration of the model, set by :meth:`make_model`.
@@ -88,9 +90,13 @@ class TextRun(Run):
         console: Console,
         recipe: Recipe,
         prepared: PreparedTexts,
+        parent: Parent[Any] | None = None,
     ) -> None:
         self.prepared = prepared
+        self.parent = parent
         self._chosen = config
+        if parent is not None:
+            prepared.messages += misfit(prepared.train, prepared.tokenizer, None)
         self.examples = self.make_examples(prepared.train)
         tokens = int(self.examples.lengths.sum(dtype=np.int64))
         super().__init__(config, machine, console, recipe, tokens)
@@ -117,11 +123,29 @@ class TextRun(Run):
             for dataset in (self.prepared.train, self.prepared.dev_set, self.prepared.test_set)
             if dataset is not None
         )
-        if longest > self.architecture.max_positions:
+        most = self.architecture.max_positions
+        if longest > most and self.parent is not None:
             raise ConfigError(
-                f"--max-positions: got {self.architecture.max_positions}, but the longest of the "
-                f"{self.what} has {longest} tokens; expected at least {longest}"
+                f"--init-from: the model of {self.parent.name} has {most} positions, but the longest "
+                f"of the {self.what} has {longest} tokens; expected {self._shorter(most)}"
             )
+        if longest > most:
+            raise ConfigError(
+                f"--max-positions: got {most}, but the longest of the {self.what} has {longest} "
+                f"tokens; expected at least {longest}"
+            )
+
+    def _shorter(self, most: int) -> str:
+        """What makes texts fit into so many positions."""
+        return f"shorter {self.what}"
+
+    def use_folder(self, folder: Path) -> None:
+        """Keeps a copy of the model that it begins with there."""
+        super().use_folder(folder)
+        if self.parent is not None and self.machine.world.first:
+            self.parent = self.parent.copied_to(folder)
+            # Its files are copied to every checkpoint.
+            self.prepared.tokenizer = self.parent.model.source_tokenizer
 
     def _special_ids(self) -> dict[str, int]:
         names = ("pad_id", "unk_id", "bos_id", "eos_id")
@@ -134,17 +158,34 @@ class TextRun(Run):
         """What was read and skipped; size and kind of the model."""
         c = self.architecture
         count = sum(p.numel() for p in self.parameters.values())
+        name, begins = self.config.preset, []
+        if self.parent is not None:
+            name = "its architecture"
+            begins = [
+                f"init       weights and tokenizer ({self.prepared.tokenizer.vocab_size:,} pieces) of "
+                f"{self.parent.name}, SHA-256 {self.parent.sha256[:16]}; optimizer and schedule "
+                "begin anew",
+                *(f"init       {change}" for change in self.changes()),
+            ]
         return [
             *(f"data       {message}" for message in self.prepared.messages),
-            f"model      {self.config.preset}, {c.kind}: {c.layers} layers, width {c.d_model}, "
+            *begins,
+            f"model      {name}, {c.kind}: {c.layers} layers, width {c.d_model}, "
             f"{c.nhead} heads, feed-forward {c.dim_feedforward}, "
             f"{'pre' if c.norm_first else 'post'}-norm, dropout {c.dropout}; "
             f"{count / 1e6:.1f} million parameters",
         ]
 
     def facts(self) -> dict[str, Any]:
-        """Name of the text, and how much there is."""
-        return {"corpus": self.prepared.name, "texts": len(self.prepared.train)}
+        """Name of the text, and how much there is; the model that it began with."""
+        facts: dict[str, Any] = {"corpus": self.prepared.name, "texts": len(self.prepared.train)}
+        if self.parent is not None:
+            facts["init_from"] = self.parent.notes()
+        return facts
+
+    def changes(self) -> Sequence[str]:
+        """What is not as in the model that it begins with, for people."""
+        return ()
 
     # Training -------------------------------------------------------------------------------------
 

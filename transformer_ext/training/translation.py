@@ -16,7 +16,7 @@ from transformer_ext.data.batches import pick_evenly
 from transformer_ext.data.preparation import PreparedData, prepare_data
 from transformer_ext.data.subwords import SampledBatches, SubwordSampler
 from transformer_ext.files import atomic_write, load_model_dir, write_model_files
-from transformer_ext.model import Transformer, preset
+from transformer_ext.model import Transformer, TransformerConfig, preset
 from transformer_ext.training.batches import BatchStream, Position
 from transformer_ext.training.machine import Machine
 from transformer_ext.training.parent import Parent, misfit
@@ -63,7 +63,7 @@ class TranslationRun(Run):
         machine: Machine,
         console: Console,
         prepared: PreparedData,
-        parent: Parent | None = None,
+        parent: Parent[TransformerConfig] | None = None,
     ) -> None:
         self.prepared = prepared
         self.parent = parent
@@ -156,7 +156,7 @@ class TranslationRun(Run):
         """
         data, size, parent, tokenizers = config.data, config.preset, None, None
         if config.init_from is not None:
-            parent = Parent.open(config)
+            parent = Parent.open(config, TransformerConfig)
             tokenizers = parent.model.source_tokenizer, parent.model.target_tokenizer
         elif data.shipped:
             filled = fill(config, shipped_recipe(machine.device.type, config.preset))
@@ -324,13 +324,8 @@ class TranslationRun(Run):
     def make_trainer(self, log: JsonLog, resume_from: int | None) -> Trainer:
         """Says first how the model that it begins with does on the new text."""
         trainer = super().make_trainer(log, resume_from)
-        if self.parent is None or resume_from is not None or not trainer.validation_batches:
-            return trainer
-        before = trainer.validate()
-        self.console.print(f"before fine-tuning: {before.describe()}")
-        self.console.print()
-        scores = dataclasses.asdict(before)
-        log.write("before", **scores.pop("scores"), **scores)
+        if self.parent is not None:
+            self.judge_parent(trainer, log, resume_from)
         return trainer
 
     def write_model(self, folder: Path, weights: Mapping[str, Any], notes: dict[str, Any]) -> None:
