@@ -15,12 +15,13 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from decoding_helpers import SENTENCES  # noqa: E402
+from huggingface_helpers import write_gpt2_dir  # noqa: E402
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from transformer_ext import generate  # noqa: E402
 from transformer_ext.data.tokenizer import SentencePieceTokenizer, train_tokenizer  # noqa: E402
-from transformer_ext.files import parameter_shapes, save_model_dir  # noqa: E402
+from transformer_ext.files import load_model_dir, parameter_shapes, save_model_dir  # noqa: E402
 from transformer_ext.inference.continuation import TextGenerator, continuations  # noqa: E402
 from transformer_ext.inference.language_engine import LanguageModelEngine  # noqa: E402
 from transformer_ext.inference.options import SearchOptions  # noqa: E402
@@ -249,12 +250,22 @@ def test_bitwise_the_same_in_any_batch_and_for_any_number_of_threads(compute_typ
 
 # --- transformers ---------------------------------------------------------------------------------
 
-gpt2_helpers = pytest.importorskip("gpt2_helpers")
 
-
-@pytest.fixture(scope="module")
-def transformers():
-    return pytest.importorskip("transformers")
+def gpt2(folder, seed, end=1.6):
+    """Their model, with its end of text so much likelier, and our engine from the same files."""
+    pytest.importorskip("transformers")
+    model = write_gpt2_dir(folder, seed=seed, n_embd=32, n_head=4, n_positions=64)
+    with torch.no_grad():
+        # Matrices that outweigh biases, or it would say the same token again and again.
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.mul_(0.3).add_(0.7 if name.endswith("weight") else 0.0)
+            else:
+                parameter.mul_(1.4)
+        model.transformer.wte.weight[model.config.eos_token_id] *= end
+    model.save_pretrained(folder)
+    saved = load_model_dir(folder, LanguageModelConfig)
+    return model, LanguageModelEngine(saved.config, saved.weights, threads=2)
 
 
 def theirs(model, prompts, **options):
@@ -310,17 +321,13 @@ def as_ours(limit, num_beams=1, num_return_sequences=1, early_stopping=False, **
 
 
 @pytest.mark.parametrize("case", range(len(BEAMS)))
-def test_finds_what_generate_of_transformers_finds(transformers, case):
+def test_finds_what_generate_of_transformers_finds(tmp_path, case):
     options = BEAMS[case]
     ended = 0
     for seed in range(3):
-        model = gpt2_helpers.random_gpt2(transformers, seed)
-        with torch.no_grad():
-            # So that outputs end.
-            model.transformer.wte.weight[96] *= 1.6
-        engine = LanguageModelEngine(*gpt2_helpers.ours(model), threads=2)
+        model, engine = gpt2(tmp_path / str(seed), seed)
         generator = np.random.default_rng(seed)
-        prompts = [generator.integers(0, 96, size=n).tolist() for n in (1, 7, 3, 30, 12)]
+        prompts = [generator.integers(0, 200, size=n).tolist() for n in (1, 7, 3, 30, 12)]
         for limit in (1, 6, 20):
             found = engine.search(prompts, as_ours(limit, **options))
             expected = theirs(model, prompts, max_new_tokens=limit, **options)
@@ -341,14 +348,11 @@ def test_finds_what_generate_of_transformers_finds(transformers, case):
         {"repetition_penalty": 1.2, "no_repeat_ngram_size": 2, "min_new_tokens": 3},
     ],
 )
-def test_rules_are_those_of_transformers(transformers, num_beams, rules):
+def test_rules_are_those_of_transformers(tmp_path, num_beams, rules):
     plain = []
     ruled = []
     for seed in range(2):
-        model = gpt2_helpers.random_gpt2(transformers, seed)
-        with torch.no_grad():
-            model.transformer.wte.weight[96] *= 1.6
-        engine = LanguageModelEngine(*gpt2_helpers.ours(model), threads=2)
+        model, engine = gpt2(tmp_path / str(seed), seed)
         generator = np.random.default_rng(seed)
         prompts = [generator.integers(0, 40, size=n).tolist() for n in (4, 25, 12, 1)]
         mine = dict(rules)
@@ -376,12 +380,12 @@ def test_rules_are_those_of_transformers(transformers, num_beams, rules):
         {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.7},
     ],
 )
-def test_samples_have_the_probabilities_of_transformers(transformers, rules):
+def test_samples_have_the_probabilities_of_transformers(tmp_path, rules):
     """A draw takes the token in whose part of [0, 1) the random number lies."""
     from transformer_ext.inference.search import uniform_number
 
-    model = gpt2_helpers.random_gpt2(transformers, 4, spread=0.25)
-    engine = LanguageModelEngine(*gpt2_helpers.ours(model))
+    transformers = pytest.importorskip("transformers")
+    model, engine = gpt2(tmp_path / "gpt2", 4, end=1.0)
     prompt = [5, 17, 40, 17]
     processors = model._get_logits_processor(
         transformers.GenerationConfig(do_sample=True, **rules), input_ids_seq_length=len(prompt)
@@ -398,7 +402,7 @@ def test_samples_have_the_probabilities_of_transformers(transformers, rules):
         )
         (result,) = engine.search([prompt], options)
         hypothesis = result.hypotheses[0]
-        token = hypothesis.tokens[0] if hypothesis.tokens else 96
+        token = hypothesis.tokens[0] if hypothesis.tokens else model.config.eos_token_id
         place = order.index(token)
         uniform = uniform_number(seed, 0, 0, 0)
         assert sums[place] - float(probabilities[token]) - 1e-5 <= uniform <= sums[place] + 1e-5
