@@ -206,11 +206,29 @@ def test_feature_extraction_of_a_real_model_is_that_of_transformers(
 def test_a_long_text_is_cut_where_transformers_cuts_it(bert: Path, sentences: list[str]) -> None:
     long = " ".join(sentences[:20])
     ours = pipeline("feature-extraction", bert)
-    with pytest.raises(ValueError, match=r"has \d+ tokens.*has 40 positions; truncation cuts it"):
+    with pytest.raises(ValueError, match=r"has \d+ tokens.*reads at most 40; truncation cuts it"):
         ours(["short", long])
     others = theirs("feature-extraction", bert)
     others.tokenizer.model_max_length = 40
     same(ours(long, truncation=True), others(long, truncation=True))
+
+
+def test_sentences_are_read_as_far_as_sentence_transformers_reads_them(minilm: Path) -> None:
+    encoder = SentenceEncoder(minilm)
+    assert encoder.max_length == 256
+    long = "many words in a row " * 60
+    with pytest.raises(ValueError, match="has 302 tokens, .* reads at most 256; truncation"):
+        encoder.encode([long])
+    others = transformers.AutoModel.from_pretrained(minilm)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
+    texts = [long, "A cat sits."]
+    for text, vector in zip(texts, encoder.encode(texts, truncation=True), strict=True):
+        inputs = tokenizer(text, max_length=256, truncation=True, return_tensors="pt")
+        with torch.no_grad():
+            mean = others(**inputs).last_hidden_state[0].mean(0)
+        np.testing.assert_allclose(vector, mean / mean.norm(), atol=1e-5)
+    # The model itself has more positions.
+    assert len(encoder.states([long])[0]) == 302
 
 
 # --- text-classification ----------------------------------------------------------------------------
@@ -440,7 +458,7 @@ def test_bfloat16_and_int8_are_near(bert: Path) -> None:
 
 
 def test_pytorch_gives_the_same_as_the_engine(bert: Path, gpt2: Path) -> None:
-    # "cpu:0" is PyTorch's name of the CPU.
+    # Another name of the CPU.
     for task, folder, text, options in (
         ("fill-mask", bert, "the [MASK] of a[MASK]", {}),
         ("feature-extraction", bert, "Open the file.", {}),
@@ -448,6 +466,7 @@ def test_pytorch_gives_the_same_as_the_engine(bert: Path, gpt2: Path) -> None:
     ):
         engine, torch_ = pipeline(task, folder), pipeline(task, folder, device="cpu:0")
         same(engine(text, **options), torch_(text, **options))
+        assert torch_([]) == []
 
 
 def test_no_torch_is_imported_on_the_cpu(bert: Path, gpt2: Path, translation: Path) -> None:
@@ -509,8 +528,8 @@ def test_commands_say_which_line_is_wrong_and_write_nothing(
     assert embed.main([str(bert), str(text), "--output", str(output)]) == 2
     for error in capsys.readouterr().err.splitlines():
         assert error == (
-            "error: line 701 has 52 tokens, start and end included, but the model has 40 "
-            "positions; truncation cuts it"
+            "error: line 701 has 52 tokens, start and end included, but the model reads "
+            "at most 40; truncation cuts it"
         )
     assert not output.exists()
     options = ["--output", str(output), "--truncation"]

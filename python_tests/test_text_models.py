@@ -108,8 +108,8 @@ def test_a_text_longer_than_the_positions_is_an_error_or_cut(tmp_path, tokenizer
     with pytest.raises(ValueError) as caught:
         classifier(["be", long])
     assert str(caught.value) == (
-        f"texts: number 1 (from 0) has {count} tokens, start and end included, but the model has "
-        "12 positions; truncation cuts it"
+        f"texts: number 1 (from 0) has {count} tokens, start and end included, but the model "
+        "reads at most 12; truncation cuts it"
     )
     (cut,), _ = classifier.sequences([long], truncation=True)
     assert cut == [tokenizer.bos_id, *ids[:10], tokenizer.eos_id]

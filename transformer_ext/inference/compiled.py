@@ -146,7 +146,7 @@ class CompiledModel(Generic[ConfigT]):
     @property
     def positions(self) -> int | None:
         """Longest sequence that the model has positions for; None: any."""
-        return self.config.max_positions if self.config.positions == "learned" else None
+        return self.config.longest
 
     def close(self) -> None:
         """Give the memory back; the engine cannot be used afterwards."""

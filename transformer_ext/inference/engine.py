@@ -98,8 +98,8 @@ class Engine(CompiledModel[TransformerConfig]):
     @property
     def positions(self) -> int | None:
         """Longest sequence that the model has positions for; None: any."""
-        learned = [c.max_positions for c in self._configs if c.positions == "learned"]
-        return min(learned, default=None)
+        limits = [c.longest for c in self._configs if c.longest is not None]
+        return min(limits, default=None)
 
     def close(self) -> None:
         self._others = []

@@ -467,8 +467,8 @@ def beam_search(
     config = models[0].config
     layers = [attention_layer(options, each.config) for each in models]
     check_source_lengths(sources, options.max_source_length)
-    learned = [m.config.max_positions for m in models if m.config.positions == "learned"]
-    positions = min(learned, default=None)
+    limits = [m.config.longest for m in models if m.config.longest is not None]
+    positions = min(limits, default=None)
     found_numbers = [index for index, source in enumerate(sources) if len(source)]
     results = [empty_result(options) for _ in sources]
     if not found_numbers:

@@ -32,6 +32,10 @@ class SentenceEncoder(TextModel):
             their mean, ``first`` that of the start token; None: as the model says.
         normalize: whether a vector gets length 1; None: as the model says.
 
+    Attributes:
+        max_length: most tokens of a text for :meth:`encode`, start and end included: as the folder
+            of sentence-transformers says, else as the positions; None: any number.
+
     Raises:
         FileError, ValueError: see :class:`TextModel`; an unknown pooling.
     """
@@ -46,12 +50,14 @@ class SentenceEncoder(TextModel):
         pooling: str | None = None,
         normalize: bool | None = None,
     ) -> None:
+        self.max_length: int | None = None
         self._pooling = pooling
         self._normalize = normalize
         super().__init__(folder, threads=threads, compute_type=compute_type, device=device)
 
     def _configure(self, saved: ModelDir[TextEncoderConfig]) -> TextEncoderConfig:
         config = saved.config
+        self.max_length = saved.training.get("max_seq_length", config.longest)
         if self._pooling is not None:
             config = dataclasses.replace(config, pooling=self._pooling, pooler=False)
         if self._normalize is not None:
@@ -71,7 +77,7 @@ class SentenceEncoder(TextModel):
 
         Args:
             texts: one text, or a sequence of them.
-            truncation: cut texts longer than the model's positions, which are an error otherwise.
+            truncation: cut texts longer than :attr:`max_length`, which are an error otherwise.
 
         Returns:
             float32 ``[d_model]`` for one text, ``[texts, d_model]`` for a sequence.
@@ -82,13 +88,14 @@ class SentenceEncoder(TextModel):
         if isinstance(texts, str):
             vector: NDArray[np.float32] = self.encode([texts], truncation=truncation)[0]
             return vector
-        return self.encoder.pooled(*self.sequences(texts, truncation=truncation))
+        found = self.sequences(texts, truncation=truncation, longest=self.max_length)
+        return self.encoder.pooled(*found)
 
     def states(
         self, texts: Sequence[str], *, truncation: bool = False
     ) -> list[NDArray[np.float32]]:
         """A vector for each token of each text, start and end included: ``[tokens, d_model]``.
 
-        Arguments and errors as of :meth:`encode`.
+        Arguments and errors as of :meth:`encode`; the positions are the limit.
         """
         return self.encoder.states(*self.sequences(texts, truncation=truncation))

@@ -55,7 +55,7 @@ def continuation_limits(
     limits = []
     for number, tokens in zip(range(len(fed)) if numbers is None else numbers, fed, strict=True):
         # The last token is not fed: there can be one more than positions.
-        room = config.max_positions - len(tokens) + 1 if config.positions == "learned" else None
+        room = None if config.longest is None else config.longest - len(tokens) + 1
         if room is not None and room < 1:
             raise ValueError(
                 f"prompts: number {number} (from 0) has {len(tokens)} tokens (a start token "

@@ -105,17 +105,13 @@ class TextModel:
         """The configuration to be used; raises a FileError for a model without the needed head."""
         return saved.config
 
-    @property
-    def max_length(self) -> int | None:
-        """Most tokens of a text, its start and end included; None: any number."""
-        return self.config.max_positions if self.config.positions == "learned" else None
-
     def sequences(
         self,
         texts: Sequence[str],
         pairs: Sequence[str | None] | None = None,
         *,
         truncation: bool = False,
+        longest: int | None = None,
     ) -> Sequences:
         """Token ids of texts, each with its start and end token.
 
@@ -124,13 +120,14 @@ class TextModel:
             pairs: for each a second text that belongs to it, or None; or none at all.
             truncation: cut what is longer than the model's positions at its end, the longer text of
                 a pair first.
+            longest: most tokens of a text, start and end included; None: as the model's positions.
 
         Returns:
             the ids, and the token types where there are pairs.
 
         Raises:
             TypeError: something that is no text.
-            TextError: a text longer than the model's positions.
+            TextError: a text with more tokens.
             ValueError: a pair for a model without token types.
         """
         check_texts("texts", texts)
@@ -143,7 +140,8 @@ class TextModel:
             check_texts("pairs", given)
             encoded = iter(self.tokenizer.encode_batch(given))
             seconds = [None if pair is None else next(encoded) for pair in pairs]
-        longest = self.max_length
+        if longest is None:
+            longest = self.config.longest
         start, end = self.tokenizer.bos_id, self.tokenizer.eos_id
         sequences: list[list[int]] = []
         types: list[list[int]] = []
@@ -154,8 +152,8 @@ class TextModel:
                 if not truncation:
                     raise TextError(
                         number,
-                        f"has {length} tokens, start and end included, but the model has "
-                        f"{longest} positions; truncation cuts it",
+                        f"has {length} tokens, start and end included, but the model reads at most "
+                        f"{longest}; truncation cuts it",
                     )
                 first, second = _cut(first, second, longest - special)
             behind = [] if second is None else [*second, end]

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from transformer_ext.inference.compiled import batches_by_length
+from transformer_ext.inference.options import MOST_AT_ONCE
 from transformer_ext.packed import Packed
 
 if TYPE_CHECKING:
@@ -102,22 +104,13 @@ class TorchEncoder:
         texts: Sequence[Sequence[int]],
         token_types: Sequence[Sequence[int]] | None,
     ) -> Iterator[tuple[list[int], Tensor, Packed, Tensor | None]]:
-        """Texts of like length, as many as the budget of tokens takes, at least one."""
         device = next(self.model.parameters()).device
 
         def flat(values: Sequence[Sequence[int]], rows: list[int]) -> Tensor:
             return torch.tensor([value for row in rows for value in values[row]], device=device)
 
-        order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
         with torch.inference_mode():
-            while order:
-                count, tokens = 0, 0
-                while count < len(order):
-                    tokens += len(texts[order[count]])
-                    if count and tokens > _BATCH_TOKENS:
-                        break
-                    count += 1
-                rows, order = order[:count], order[count:]
+            for rows in batches_by_length(texts, MOST_AT_ONCE["batch_size"], _BATCH_TOKENS):
                 packed = Packed.from_lengths([len(texts[row]) for row in rows], device=device)
                 types = None if token_types is None else flat(token_types, rows)
                 yield rows, flat(texts, rows), packed, types

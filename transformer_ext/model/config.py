@@ -152,6 +152,11 @@ class ModelConfig:
         return self.activation in GATED_ACTIVATIONS
 
     @property
+    def longest(self) -> int | None:
+        """Most tokens of a sequence: rows of the learned positions; None: any number."""
+        return self.max_positions if self.positions == "learned" else None
+
+    @property
     def layers(self) -> int:
         """Number of layers, of all stacks together."""
         return sum(getattr(self, name) for name in self._DEPTHS)

@@ -274,8 +274,7 @@ class TranslationRun(Run):
         if not p:
             return None
         source, target = self.prepared.source_tokenizer, self.prepared.target_tokenizer
-        learned = self.architecture.positions == "learned"
-        longest = self.architecture.max_positions if learned else None
+        longest = self.architecture.longest
         make = functools.cache(lambda of: SubwordSampler(of, p, training.seed, longest))
         return SampledBatches(
             make(source) if sides != "target" else None, make(target) if sides != "source" else None
