@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformer_ext.model.config import TransformerConfig
+from transformer_ext.model.config import ModelConfig, TextEncoderConfig, TransformerConfig
 
 _ROOT = Path(__file__).resolve().parents[1]
 _SOURCES = [
@@ -87,6 +87,26 @@ class Work:
         )
 
 
+def _layer(config: ModelConfig) -> tuple[int, int]:
+    """Numbers in the matrices of self-attention and of the feed-forward network of a layer."""
+    d = config.d_model
+    q, k = config.nhead * config.head_dim, config.num_kv_heads * config.head_dim
+    return d * (q + 2 * k) + q * d, d * config.dim_feedforward * (3 if config.gated else 2)
+
+
+def encoder_work(config: TextEncoderConfig, lengths: Sequence[int]) -> Work:
+    """The work of one batch of texts through an encoder alone, without its heads; see :func:`work`.
+
+    Args:
+        config: of the model.
+        lengths: tokens of each text.
+    """
+    layer = sum(_layer(config))
+    attention = 4 * config.nhead * config.head_dim
+    operations = sum(2 * length * layer + attention * length**2 for length in lengths)
+    return Work(config.num_layers * operations, config.num_layers * layer)
+
+
 def work(
     config: TransformerConfig,
     sources: Sequence[int],
@@ -121,10 +141,8 @@ def work(
         batch: sentences decoded together; those of similar length are taken together.
     """
     d, vocabulary = config.d_model, config.tgt_vocab_size
-    assert config.head_dim is not None and config.num_kv_heads is not None
     q, k = config.nhead * config.head_dim, config.num_kv_heads * config.head_dim
-    self_attention = d * (q + 2 * k) + q * d
-    feed_forward = d * config.dim_feedforward * (3 if config.gated else 2)
+    self_attention, feed_forward = _layer(config)
     encoder_layer = self_attention + feed_forward
     decoder_layer = self_attention + 2 * q * d + feed_forward
     encoder = config.num_encoder_layers * encoder_layer

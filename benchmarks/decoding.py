@@ -40,11 +40,8 @@ import argparse
 import hashlib
 import importlib.metadata
 import itertools
-import os
 import shutil
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -58,7 +55,6 @@ from decoding_peers import (
     HUGE_PAGES,
     KEEP_MEMORY,
     ONE_ARENA,
-    Command,
     Setting,
     Task,
     Turn,
@@ -66,17 +62,17 @@ from decoding_peers import (
     start_up_commands,
 )
 from processes import (
+    ROOT,
     Worker,
     WorkerError,
     append_json,
     machine,
-    memory_of_process,
     read_json_lines,
     say,
+    start,
     table,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
 #: Seconds after a turn in which the threads of a program may still spin.
 PAUSE = 0.3
 #: Sources of this many sentences make a turn with random weights, where a call has fewer.
@@ -342,34 +338,6 @@ def finish(
 # ---- Start-up ---------------------------------------------------------------------------------
 
 
-def start(command: Command) -> tuple[float, int]:
-    """Seconds to the first line of a fresh Python that gets a line, and its peak memory."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
-    environment |= dict(command.environment)
-    began = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, *command.arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=environment,
-        text=True,
-    )
-    assert process.stdin and process.stdout
-    process.stdin.write(LINE + "\n")
-    process.stdin.flush()
-    line = process.stdout.readline()
-    seconds = time.perf_counter() - began
-    # It waits for the end of its input. (The peak that the system tells of a process that has ended
-    # can be that of the one that started it.)
-    peak = memory_of_process("VmHWM", process.pid)
-    _, errors = process.communicate()
-    if not line.strip() or process.returncode:
-        raise WorkerError(errors.strip().splitlines()[-1] if errors.strip() else "no output")
-    return seconds, peak
-
-
 def measure_start_up(
     subject: Subject, keys: Sequence[str], options: argparse.Namespace
 ) -> dict[str, Any]:
@@ -382,7 +350,7 @@ def measure_start_up(
     for number in range(options.start_ups + 1):
         for title in list(found):
             try:
-                seconds, peak = start(commands[title])
+                seconds, peak = start(commands[title], LINE)
             except WorkerError as error:
                 say(f"{title}: left out: {error}")
                 del found[title]

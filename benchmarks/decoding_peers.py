@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from processes import memory_of_process
+from processes import Command, memory_of_process
 
 from transformer_ext.inference.options import COMPUTE_TYPES
 
@@ -433,16 +433,9 @@ sys.stdin.read()
 """
 
 
-@dataclass(frozen=True)
-class Command:
-    """A fresh Python that reads a line, translates it with a beam of 4 and prints it."""
-
-    arguments: list[str]
-    environment: tuple[tuple[str, str], ...] = ()
-
-
 def start_up_commands(key: str, task: Task) -> dict[str, Command]:
-    """What is started, by title; the task is that of single sentences."""
+    """What is started, by title, to translate a line with a beam of 4; the task is that of single
+    sentences."""
     competitor = COMPETITORS[key]
     length, type, threads = task.length, competitor.type, str(task.threads)
     ours = task.folder / "ours"

@@ -7,10 +7,15 @@ import multiprocessing
 import os
 import platform
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def memory_of_process(field: str, process: int | str = "self") -> int:
@@ -109,6 +114,51 @@ def _serve(connection: Any, prepare: Callable[..., Any], arguments: Sequence[Any
         pass
     except Exception as error:
         connection.send((False, f"{type(error).__name__}: {error}"))
+
+
+@dataclass(frozen=True)
+class Command:
+    """A fresh Python that gets a line, and prints one when it is done with it.
+
+    Attributes:
+        arguments: of Python.
+        environment: variables that it has beside those of this process.
+    """
+
+    arguments: list[str]
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+def start(command: Command, line: str) -> tuple[float, int]:
+    """Seconds to the first line of a fresh Python that gets a line, and its peak memory.
+
+    Raises:
+        WorkerError: it failed, or printed nothing.
+    """
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+    environment |= dict(command.environment)
+    began = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, *command.arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        text=True,
+    )
+    assert process.stdin and process.stdout
+    process.stdin.write(line + "\n")
+    process.stdin.flush()
+    printed = process.stdout.readline()
+    seconds = time.perf_counter() - began
+    # It waits for the end of its input. (The peak that the system tells of a process that has ended
+    # can be that of the one that started it.)
+    peak = memory_of_process("VmHWM", process.pid)
+    _, errors = process.communicate()
+    if not printed.strip() or process.returncode:
+        raise WorkerError(errors.strip().splitlines()[-1] if errors.strip() else "no output")
+    return seconds, peak
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool) -> list[str]:

@@ -32,7 +32,7 @@ from transformer_ext.inference.search import (  # noqa: E402
     search,
     uniform_number,
 )
-from transformer_ext.model.config import preset  # noqa: E402
+from transformer_ext.model.config import classifier_preset, preset  # noqa: E402
 
 # Five words, so that repetitions are the rule.
 VOCABULARY = 9
@@ -408,6 +408,22 @@ def test_the_bound_of_the_benchmark_counts_every_weight(changes):
     for length, count, row in zip(sources, steps, rows, strict=True):
         attention += 2 * 4 * width * row * (length + (count + 1) / 2)
     assert found.operations == pytest.approx(products + attention, rel=1e-12)
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 2, "activation": "swiglu"}])
+def test_the_bound_of_encoding_counts_every_weight(changes):
+    ceilings = benchmark("ceilings")
+    config = classifier_preset("tiny", 41, ["a"], **changes)
+    layers = sum(
+        np.prod(shape)
+        for name, shape in parameter_shapes(config).items()
+        if len(shape) == 2 and ".layers." in name
+    )
+    lengths = [7, 3, 5]
+    found = ceilings.encoder_work(config, lengths)
+    assert found.weights == layers
+    attention = config.num_layers * 4 * config.d_model * sum(length**2 for length in lengths)
+    assert found.operations == 2 * layers * sum(lengths) + attention
 
 
 def test_eight_threads_on_one_engine():

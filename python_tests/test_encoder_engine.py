@@ -10,9 +10,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from huggingface_helpers import write_bert_dir  # noqa: E402
+
 from transformer_ext import ops  # noqa: E402
 from transformer_ext._native import native  # noqa: E402
-from transformer_ext.files import parameter_shapes  # noqa: E402
+from transformer_ext.files import load_model_dir, parameter_shapes  # noqa: E402
 from transformer_ext.inference.compiled import UnsupportedModelError  # noqa: E402
 from transformer_ext.inference.encoder_engine import EncoderEngine  # noqa: E402
 from transformer_ext.inference.quantization import linear_int8, quantize_rows  # noqa: E402
@@ -344,85 +346,6 @@ def test_several_threads_share_an_engine():
 # Against transformers' BERT.
 
 
-def bert(kind, **changes):
-    """A model of transformers with random weights, norms and biases included, in evaluation mode."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(3)
-    fields = dict(
-        vocab_size=211,
-        hidden_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        intermediate_size=210,
-        max_position_embeddings=64,
-        num_labels=3,
-        pad_token_id=0,
-    )
-    config = transformers.BertConfig(**{**fields, **changes})
-    model = getattr(transformers, kind)(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(std=0.2)
-            elif "LayerNorm" in name:
-                parameter.normal_(mean=1.0, std=0.2)
-            else:
-                parameter.mul_(3.0)
-    return model
-
-
-def from_bert(model):
-    """The engine's configuration and weights of one of these."""
-    theirs = {name: value.detach().numpy() for name, value in model.state_dict().items()}
-    theirs = {name.removeprefix("bert."): value for name, value in theirs.items()}
-    names = {
-        "embedding": "embeddings.word_embeddings",
-        "encoder.positions": "embeddings.position_embeddings",
-        "encoder.token_types": "embeddings.token_type_embeddings",
-        "encoder.embedding_norm": "embeddings.LayerNorm",
-        "pooler": "pooler.dense",
-        "generator": "classifier",
-        "masked_lm_head.projection": "cls.predictions.transform.dense",
-        "masked_lm_head.norm": "cls.predictions.transform.LayerNorm",
-        "masked_lm_head": "cls.predictions",
-    }
-    bert = model.config
-    for i in range(bert.num_hidden_layers):
-        ours, layer = f"encoder.layers.{i}", f"encoder.layer.{i}"
-        names[f"{ours}.self_attention.out_projection"] = f"{layer}.attention.output.dense"
-        names[f"{ours}.self_attention_norm"] = f"{layer}.attention.output.LayerNorm"
-        names[f"{ours}.feed_forward.in_projection"] = f"{layer}.intermediate.dense"
-        names[f"{ours}.feed_forward.out_projection"] = f"{layer}.output.dense"
-        names[f"{ours}.feed_forward_norm"] = f"{layer}.output.LayerNorm"
-        for part in ("weight", "bias"):
-            theirs[f"{ours}.{part}"] = np.concatenate(
-                [
-                    theirs[f"{layer}.attention.self.{name}.{part}"]
-                    for name in ("query", "key", "value")
-                ]
-            )
-        names[f"{ours}.self_attention.in_projection"] = ours
-    config = TextEncoderConfig(
-        **{
-            **BERT,
-            "vocab_size": bert.vocab_size,
-            "d_model": bert.hidden_size,
-            "nhead": bert.num_attention_heads,
-            "num_layers": bert.num_hidden_layers,
-            "dim_feedforward": bert.intermediate_size,
-            "max_positions": bert.max_position_embeddings,
-            "pooler": "pooler.dense.weight" in theirs,
-            "labels": list(bert.id2label.values()) if "classifier.weight" in theirs else [],
-            "masked_lm_head": "cls.predictions.bias" in theirs,
-        }
-    )
-    weights = {}
-    for name in parameter_shapes(config):
-        stem, part = name.rsplit(".", 1)
-        weights[name] = theirs[f"{names[stem]}.{part}"]
-    return config, weights
-
-
 @torch.no_grad()
 def results_of_bert(model, texts, types):
     """What transformers says of a batch padded on the right, by the names of its outputs."""
@@ -438,11 +361,20 @@ def results_of_bert(model, texts, types):
 
 @pytest.mark.parametrize("changes", [{}, {"hidden_size": 45, "num_attention_heads": 3}])
 @pytest.mark.parametrize("kind", ["BertModel", "BertForMaskedLM", "BertForSequenceClassification"])
-def test_as_exact_as_transformers(kind, changes):
-    model = bert(kind, **changes)
-    config, weights = from_bert(model)
-    engine = EncoderEngine(config, weights, threads=2)
-    texts, types, _ = random_texts(config, lengths=(64, 1, 17, 30, 30, 2, 41))
+def test_as_exact_as_transformers(kind, changes, tmp_path):
+    fields = dict(
+        vocab_size=211,
+        hidden_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        intermediate_size=210,
+        max_position_embeddings=64,
+        num_labels=3,
+    )
+    model = write_bert_dir(tmp_path / "bert", kind, **{**fields, **changes})
+    saved = load_model_dir(tmp_path / "bert", TextEncoderConfig)
+    engine = EncoderEngine(saved.config, saved.weights, threads=2)
+    texts, types, _ = random_texts(saved.config, lengths=(64, 1, 17, 30, 30, 2, 41))
     single = results_of_bert(model, texts, types)
     exact = results_of_bert(model.double(), texts, types)
     if kind == "BertModel":
