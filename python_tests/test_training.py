@@ -29,7 +29,7 @@ from transformer_ext.training.batches import (
 from transformer_ext.training.checkpoint import Checkpoints
 from transformer_ext.training.moving_average import MovingAverage
 from transformer_ext.training.optimizer import Optimizer, parameters_by_name
-from transformer_ext.training.report import Console, JsonLog, duration, read_log, save_loss_curve
+from transformer_ext.training.report import Console, JsonLog, duration, read_log
 from transformer_ext.training.schedules import Schedule
 from transformer_ext.training.scoring import pick_samples, score
 from transformer_ext.training.sizing import fill, recipe_for, shipped_recipe
@@ -327,8 +327,6 @@ def test_log_has_a_line_each_interval_and_reads_back(tmp_path: Path) -> None:
     lines = output.getvalue().splitlines()
     assert sum(line.startswith("step ") for line in lines) == 3
     assert sum(line.startswith("validation at step ") for line in lines) == 2
-    save_loss_curve(events, tmp_path / "loss.png")
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_resumed_log_counts_each_step_once(tmp_path: Path) -> None:

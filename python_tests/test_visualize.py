@@ -1,10 +1,10 @@
-"""Pictures of attention: the functions and ``python -m transformer_ext.visualize``."""
+"""``python -m transformer_ext.visualize``: each picture, and what it refuses."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from training_helpers import write_text
@@ -41,45 +41,111 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "model"
 
 
-def test_one_panel_for_each_layer_and_head(tmp_path: Path) -> None:
-    weights = [np.full((3, 2, 4), 0.25), np.full((2, 2, 4), 0.25)]
-    figure = visualize.draw_attention(weights, ["a", "b"], ["\u2581c", "d", "e", "f"], title="T")
-    drawn = [axes for axes in figure.axes if axes.images]
-    assert len(drawn) == 5
-    assert drawn[0].get_title() == "layer 1, head 1"
-    assert [label.get_text() for label in drawn[0].get_yticklabels()] == ["a", "b"]
-    last = drawn[3].get_xticklabels()
-    assert [label.get_text() for label in last] == ["_c", "d", "e", "f"]
-    figure.savefig(tmp_path / "x.png")
-    assert (tmp_path / "x.png").read_bytes().startswith(PNG)
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    try:
+        status = visualize.main([str(argument) for argument in arguments])
+    except SystemExit as ended:
+        status = int(ended.code or 0)
+    said = capsys.readouterr()
+    return status, said.out, said.err
 
 
-def test_wrong_shapes_are_named() -> None:
-    with pytest.raises(ValueError, match="weights"):
-        visualize.draw_attention([], ["a"], ["b"])
-    with pytest.raises(ValueError, match=r"expected \(heads, 1, 2\)"):
-        visualize.draw_attention([np.zeros((1, 3, 2))], ["a"], ["b", "c"])
-
-
-@pytest.mark.parametrize("kind", list(visualize.KINDS))
-def test_the_command_draws(
+@pytest.mark.parametrize("kind", ["cross", "encoder", "decoder"])
+def test_attention(
     model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     output = tmp_path / "picture.png"
-    options = [str(model_dir), "--source", "cat sees dog", "--kind", kind, "--output", str(output)]
     target = [] if kind == "cross" else ["--target", "Katze sieht Hund", "--layer", "1"]
-    assert visualize.main([*options, *target]) == 0
-    assert output.read_bytes().startswith(PNG)
-    said = capsys.readouterr().out
-    assert "cat sees dog" in said and str(output) in said
+    options = ["--source", "cat sees dog", "--kind", kind, "--output", output, *target]
+    status, out, _ = run(capsys, "attention", model_dir, *options)
+    assert status == 0 and output.read_bytes().startswith(PNG)
+    assert out.startswith("cat sees dog\n") and out.endswith(f"drawn into {output}\n")
+    assert kind == "cross" or "Katze sieht Hund\n" in out
 
 
-def test_the_command_refuses(
+def test_attention_as_a_page(
     model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    picture = ["--output", str(tmp_path / "x.png")]
-    assert visualize.main([str(tmp_path), "--source", "x", *picture]) == 2
-    assert "config.json" in capsys.readouterr().err
-    options = [str(model_dir), "--source", "x", "--target", "x", "--layer", "9", *picture]
-    assert visualize.main(options) == 2
-    assert "layer: got 9, expected 1 to 2" in capsys.readouterr().err
+    output = tmp_path / "page.html"
+    options = ["--source", "cat sees dog", "--target", "Katze", "--output", output]
+    assert run(capsys, "attention", model_dir, *options)[0] == 0
+    text = output.read_text(encoding="utf-8")
+    assert '"texts": ["cat sees dog", "Katze"]' in text
+    assert text.count('"weights": "') == 3 and '["\\u003c/s>", true]' in text
+
+
+def test_beam(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "beam.svg"
+    options = ["--source", "cat", "--beam-size", 2, "--max-length", 4, "--output", output]
+    status, out, _ = run(capsys, "beam", model_dir, *options)
+    assert status == 0 and b"<svg" in output.read_bytes()
+    assert len(out.splitlines()) == 3
+    options = ["--source", "cat", "--sampling", "--output", tmp_path / "none.png"]
+    status, _, err = run(capsys, "beam", model_dir, *options)
+    assert status == 2 and err.startswith("error: sampling:")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_flow(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "flow", model_dir, "--output", tmp_path / "flow.png")
+    assert status == 0 and (tmp_path / "flow.png").read_bytes().startswith(PNG)
+    assert "decoder.layers.0.cross_attention.query_projection  (x 2)" in out
+    options = ["--preset", "tiny", "--vocab-size", 50, "--output", tmp_path / "tiny.png"]
+    status, out, _ = run(capsys, "flow", *options)
+    assert status == 0 and "weight [50, 128] float32" in out
+
+
+def test_pictures_without_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"event": "train", "step": 1, "nll": 2.0}\n')
+    for name, options in (
+        ("positions", ["--d-model", 64]),
+        ("schedules", ["--max-steps", 500, "--warmup-steps", 50]),
+        ("label-smoothing", ["--label-smoothing", 0.2]),
+        ("training", [tmp_path]),
+        ("training", [log]),
+    ):
+        output = tmp_path / f"{name}.png"
+        assert run(capsys, name, *options, "--output", output)[0] == 0
+        assert output.read_bytes().startswith(PNG)
+        output.unlink()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "the following arguments are required: PICTURE"),
+        ("atention", "PICTURE: expected one of attention, beam, .*; did you mean 'attention'"),
+        ("attention", "the following arguments are required: MODEL_DIR"),
+        ("attention {model}", "--source: is missing; .* is encoder-decoder"),
+        ("attention {model} --text x", "--text: .* is encoder-decoder; expected --source"),
+        ("attention {model} --source x --layer 9", "layer: got 9, expected 1 to 2"),
+        ("attention {model} --source x --output x.jpg", "output: expected a file in .png, .*x.jpg"),
+        ("attention {model} --source x --output x.html --kind cross", "--kind: a page has all"),
+        ("attention {tmp} --source x", "config.json"),
+        ("beam {model} --source x --output x.html", "output: expected a file in .png, .svg, .pdf"),
+        ("beam {model} --source x --beam-sise 2", "did you mean '--beam-size'"),
+        ("flow", "model: expected either MODEL_DIR or --preset"),
+        ("flow {model} --vocab-size 5", "--vocab-size: a model has its own"),
+        ("positions --d-model 3", "d_model: got 3, expected an even number"),
+        ("schedules --max-steps 0", "max_steps: got 0, expected 1 or more"),
+        ("label-smoothing --vocab-size 1", "vocab_size: got 1, expected at least 2"),
+        ("training {tmp}", "expected the folder of a training, or its log.jsonl"),
+        ("training {empty}", "log.jsonl: has no step and no validation yet"),
+    ],
+)
+def test_what_is_refused(
+    arguments: str,
+    message: str,
+    model_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "log.jsonl").write_text('{"event": "start"}\n')
+    places = {"model": model_dir, "tmp": tmp_path, "empty": tmp_path / "empty"}
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run(capsys, *arguments.format(**places).split())
+    assert status == 2 and re.search(message, err), err
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]

@@ -18,7 +18,7 @@ COMMANDS = {
     "evaluate": "BLEU and chrF of a model on a test set",
     "average": "average checkpoints into one model",
     "convert": "models from and to Hugging Face's directories",
-    "visualize": "pictures of attention",
+    "visualize": "pictures: attention, beam search, flow of a model, positions, trainings",
     "info": "what is installed, built and used, for a bug report",
 }
 

@@ -1,244 +1,404 @@
-"""Pictures of what a trained model attends to.
+"""``python -m transformer_ext.visualize PICTURE ...``: pictures of models, trainings and formulas.
 
-``python -m transformer_ext.visualize MODEL --source "Click the button." --output attention.png``
-translates the sentence and draws, for each layer and head, how much each target piece attends to
-each source piece (``--kind cross``), or the self-attention of either side.
+Each picture has a module of its own in :mod:`transformer_ext.visualization`; here is the command.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from transformer_ext._command import command
-from transformer_ext.config import ArgumentParser
+from transformer_ext.config import ArgumentParser, ConfigError, add_arguments, given, nearest
+from transformer_ext.inference.options import SearchOptions
+from transformer_ext.model.config import (
+    PRESETS,
+    LanguageModelConfig,
+    ModelConfig,
+    TransformerConfig,
+    preset,
+)
+from transformer_ext.visualization.figure import FORMATS, check_output, save_figure
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from transformer_ext.files import ModelDir
+    from transformer_ext.model import Model
 
-__all__ = ["attention_picture", "draw_attention", "main", "new_figure"]
-
-#: kind -> name of its attentions in a trace of the model
-KINDS = {
-    "cross": "decoder.layers.{}.cross_attention",
-    "encoder": "encoder.layers.{}.self_attention",
-    "decoder": "decoder.layers.{}.self_attention",
-}
+__all__ = ["PICTURES", "load_model", "main"]
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of that many inches, drawn without a display.
-
-    Raises:
-        ImportError: matplotlib is missing; the message says how to install it.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            f"pictures need matplotlib ({error}); install it: pip install matplotlib"
-        ) from None
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def draw_attention(
-    weights: Sequence[np.ndarray],
-    rows: Sequence[str],
-    columns: Sequence[str],
-    *,
-    title: str = "",
-    layer_names: Sequence[str] | None = None,
-) -> Figure:
-    """One panel for each layer (down) and head (across).
-
-    Args:
-        weights: For each layer ``[heads, rows, columns]``, in [0, 1].
-        rows: What attends: a label for each query.
-        columns: What is attended to: a label for each key.
-        title: Above everything.
-        layer_names: One for each layer; numbers from 1 by default.
-
-    Raises:
-        ValueError: No layer, or weights of another shape than the labels.
-    """
-    if not weights:
-        raise ValueError("weights: got none, expected one array for each layer")
-    for array in weights:
-        if array.ndim != 3 or array.shape[1:] != (len(rows), len(columns)):
-            raise ValueError(
-                f"weights: got shape {tuple(array.shape)}, expected (heads, {len(rows)}, "
-                f"{len(columns)}) for {len(rows)} rows and {len(columns)} columns"
-            )
-    heads = max(array.shape[0] for array in weights)
-    names = list(layer_names or (f"layer {i + 1}" for i in range(len(weights))))
-    panel = max(2.0, 0.17 * max(len(rows), len(columns)) + 0.8)
-    figure = new_figure(panel * heads + 1.0, panel * len(weights) + 0.8)
-    grid = figure.subplots(len(weights), heads, squeeze=False)
-    # A piece of SentencePiece begins a word with U+2581, which many fonts lack.
-    row_labels, column_labels = (
-        [t.replace("\u2581", "_") for t in side] for side in (rows, columns)
-    )
-    for layer, array in enumerate(weights):
-        for head in range(heads):
-            axes = grid[layer][head]
-            if head >= array.shape[0]:
-                axes.axis("off")
-                continue
-            image = axes.imshow(array[head], vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto")
-            axes.set_title(f"{names[layer]}, head {head + 1}", fontsize=8)
-            axes.set_yticks(range(len(rows)), row_labels if head == 0 else [], fontsize=6)
-            bottom = layer == len(weights) - 1
-            axes.set_xticks(
-                range(len(columns)), column_labels if bottom else [], fontsize=6, rotation=90
-            )
-    figure.colorbar(image, ax=grid, shrink=0.6, label="attention weight")
-    if title:
-        figure.suptitle(title, fontsize=10)
-    return figure
-
-
-def attention_picture(
-    model: Any,
-    source_ids: Sequence[int],
-    target_ids: Sequence[int],
-    source_pieces: Sequence[str],
-    target_pieces: Sequence[str],
-    output: str | os.PathLike[str],
-    *,
-    kind: str = "cross",
-    layers: Sequence[int] | None = None,
-) -> None:
-    """Draws the attention of a model for one sentence pair into a picture file.
-
-    Args:
-        model: A :class:`transformer_ext.model.Transformer`.
-        source_ids: Source with end-of-sentence.
-        target_ids: Decoder input: start token and target.
-        source_pieces: A label for each source id.
-        target_pieces: A label for each decoder position; for cross-attention the piece predicted
-            there reads best.
-        output: PNG, PDF or SVG file, by its ending.
-        kind: "cross", "encoder" or "decoder".
-        layers: Which layers, by index; all by default.
-
-    Raises:
-        ValueError: An unknown kind, a layer that the model has not, or labels that do not fit.
-    """
-    import torch
-
-    if kind not in KINDS:
-        raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}")
-    device = next(model.parameters()).device
-    found = model.trace(
-        torch.tensor([list(source_ids)], device=device),
-        torch.tensor([list(target_ids)], device=device),
-    ).attentions
-    stack = "encoder" if kind == "encoder" else "decoder"
-    count = getattr(model.config, f"num_{stack}_layers")
-    chosen = list(range(count)) if layers is None else list(layers)
-    for layer in chosen:
-        if not 0 <= layer < count:
-            raise ValueError(f"layer: got {layer + 1}, expected 1 to {count} ({stack})")
-    arrays = [found[KINDS[kind].format(layer)].weights[0].float().cpu().numpy() for layer in chosen]
-    rows = source_pieces if kind == "encoder" else target_pieces
-    columns = target_pieces if kind == "decoder" else source_pieces
-    figure = draw_attention(
-        arrays,
-        rows,
-        columns,
-        title={
-            "cross": "What each target piece (row) attends to in the source (columns)",
-            "encoder": "Self-attention of the encoder",
-            "decoder": "Self-attention of the decoder",
-        }[kind],
-        layer_names=[f"layer {layer + 1}" for layer in chosen],
-    )
-    figure.savefig(os.fspath(output))
-
-
-def load_model(folder: str | os.PathLike[str]) -> tuple[Any, Any]:
+def load_model(
+    folder: str | os.PathLike[str], kind: type[ModelConfig] = TransformerConfig
+) -> tuple[Any, Any]:
     """The model in a model directory as a torch module in evaluation mode, and what lies beside it.
 
+    Args:
+        folder: the directory.
+        kind: class of the configuration that is expected; ``ModelConfig`` takes every kind.
+
     Returns:
-        (:class:`transformer_ext.model.Transformer`, :class:`transformer_ext.files.ModelDir`).
+        (:class:`transformer_ext.model.Model`, :class:`transformer_ext.files.ModelDir`).
+
+    Raises:
+        FileError: no such model, or one of another kind.
     """
     from transformer_ext.files import load_model_dir
-    from transformer_ext.model import Transformer
+    from transformer_ext.model import LanguageModel, TextEncoder, Transformer
 
-    saved = load_model_dir(Path(folder))
-    return Transformer(saved.config).load_weights(saved.weights).eval(), saved
+    saved: ModelDir[Any] = load_model_dir(Path(folder), kind)
+    model: Model
+    if isinstance(saved.config, TransformerConfig):
+        model = Transformer(saved.config)
+    elif isinstance(saved.config, LanguageModelConfig):
+        model = LanguageModel(saved.config)
+    else:
+        model = TextEncoder(saved.config)
+    return model.load_weights(saved.weights).eval(), saved
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """One picture as the command has it.
+
+    Attributes:
+        summary: what it shows.
+        usage: what stands after its name.
+        add_options: gives the parser the options of its own.
+        draw: draws it into ``options.output``; returns what the command prints.
+        formats: endings of its output.
+    """
+
+    summary: str
+    usage: str
+    add_options: Callable[[ArgumentParser], object]
+    draw: Callable[[argparse.Namespace, ArgumentParser], str]
+    formats: tuple[str, ...] = FORMATS
+
+
+def _attention_options(parser: ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL_DIR", help="folder of the model")
+    parser.add_argument("--source", metavar="TEXT", help="the sentence to translate")
+    parser.add_argument(
+        "--target", metavar="TEXT", help="a translation to look at (default: the model's own)"
+    )
+    parser.add_argument(
+        "--text", metavar="TEXT", help="a text, for a language model or a text encoder"
+    )
+    parser.add_argument(
+        "--kind",
+        choices=["cross", "encoder", "decoder"],
+        help="of a picture: cross: translation to source (default); encoder, decoder: "
+        "self-attention",
+    )
+    for name, what in (("layer", "layer"), ("head", "head")):
+        parser.add_argument(
+            f"--{name}",
+            type=int,
+            action="append",
+            metavar="N",
+            help=f"of a picture: {what} to draw, from 1; may be given again (default: all)",
+        )
+
+
+def _draw_attention(options: argparse.Namespace, parser: ArgumentParser) -> str:
+    from transformer_ext.visualization import attention, page
+
+    as_page = check_output(options.output, (*FORMATS, ".html")).suffix.lower() == ".html"
+    if as_page:
+        for name in ("kind", "layer", "head"):
+            if getattr(options, name) is not None:
+                parser.error(f"--{name}: a page has all of them; expected no --{name}")
+    model, saved = load_model(options.model, ModelConfig)
+    pair = isinstance(saved.config, TransformerConfig)
+    wanted, unwanted = ("source", ("text",)) if pair else ("text", ("source", "target"))
+    for name in unwanted:
+        if getattr(options, name) is not None:
+            parser.error(f"--{name}: {options.model} is {saved.config.kind}; expected --{wanted}")
+    text = getattr(options, wanted)
+    if text is None:
+        parser.error(f"--{wanted}: is missing; {options.model} is {saved.config.kind}")
+    ids = saved.source_tokenizer.encode(text)
+    texts = [text]
+    if pair:
+        target_ids = _target_ids(model, saved, ids, options.target)
+        texts.append(saved.target_tokenizer.decode(target_ids))
+        maps = attention.translation_attention(
+            model, ids, target_ids, saved.source_tokenizer, saved.target_tokenizer
+        )
+    else:
+        maps = attention.text_attention(model, ids, saved.source_tokenizer)
+    if as_page:
+        special = {
+            tokenizer.piece(id)
+            for tokenizer in (saved.source_tokenizer, saved.target_tokenizer)
+            for id in (tokenizer.pad_id, tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id)
+        }
+        title = f"Attention of {Path(options.model).resolve().name}"
+        data = page.page_data(maps, title=title, texts=texts, special=special)
+        page.save_attention_page(data, options.output)
+    else:
+        kind = options.kind or ("cross" if pair else next(iter(maps), "none"))
+        found = attention.of_kind(maps, kind)
+        figure = attention.draw_attention(found, options.layer, options.head)
+        save_figure(figure, options.output)
+    return "\n".join(texts) + "\n"
+
+
+def _target_ids(model: Any, saved: Any, source_ids: Sequence[int], text: str | None) -> list[int]:
+    """Of the given translation, or of the model's own."""
+    from transformer_ext.inference.search import beam_search
+
+    if text is not None:
+        given_ids: list[int] = saved.target_tokenizer.encode(text)
+        return given_ids
+    source = [*source_ids, saved.source_tokenizer.eos_id]
+    return list(beam_search(model, [source])[0].hypotheses[0].tokens)
+
+
+def _beam_options(parser: ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL_DIR", help="folder of the model")
+    parser.add_argument("--source", required=True, metavar="TEXT", help="the sentence to translate")
+    add_arguments(parser, SearchOptions)
+
+
+def _draw_beam(options: argparse.Namespace, parser: ArgumentParser) -> str:
+    from transformer_ext.visualization.beam import beam_tree, draw_beam
+
+    try:
+        search_options = SearchOptions(**given(options, SearchOptions))
+    except ConfigError as error:
+        parser.error(str(error))
+    model, saved = load_model(options.model)
+    source = [*saved.source_tokenizer.encode(options.source), saved.source_tokenizer.eos_id]
+    tree = beam_tree(model, source, saved.target_tokenizer, search_options)
+    save_figure(draw_beam(tree, options.source), options.output)
+    lines = [
+        f"{found.score:.4f}  {saved.target_tokenizer.decode(found.tokens)}"
+        for found in tree.result.hypotheses
+    ]
+    return "\n".join([options.source, *lines, ""])
+
+
+def _positions_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--length", type=int, default=20, help="positions (default: %(default)s)")
+    parser.add_argument(
+        "--d-model", type=int, default=512, help="width of the model (default: %(default)s)"
+    )
+
+
+def _draw_positions(options: argparse.Namespace, parser: ArgumentParser) -> str:
+    from transformer_ext.visualization.positions import draw_positions
+
+    save_figure(draw_positions(options.length, options.d_model), options.output)
+    return ""
+
+
+def _schedules_options(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--learning-rate",
+        type=float,
+        default=7e-4,
+        help="peak of the schedules beside noam (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--warmup-steps", type=int, default=4000, help="of these (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-steps", type=int, default=20000, help="steps to draw (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--final-fraction",
+        type=float,
+        default=0.0,
+        help="share of the peak that cosine and linear end at (default: %(default)s)",
+    )
+
+
+def _draw_schedules(options: argparse.Namespace, parser: ArgumentParser) -> str:
+    from transformer_ext.visualization.schedules import (
+        draw_schedules,
+        every_schedule,
+        noam_schedules,
+    )
+
+    others = every_schedule(
+        options.learning_rate, options.warmup_steps, options.max_steps, options.final_fraction
+    )
+    panels = {
+        "noam (paper, section 5.3)": noam_schedules(options.max_steps),
+        f"peak {options.learning_rate:g}, warm-up {options.warmup_steps:,}": others,
+    }
+    save_figure(draw_schedules(panels), options.output)
+    return ""
+
+
+def _training_options(parser: ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN_DIR", help="folder of a training, or its log.jsonl")
+
+
+def _draw_training(options: argparse.Namespace, parser: ArgumentParser) -> str:
+    from transformer_ext.training.report import read_log
+    from transformer_ext.visualization.training import draw_training, training_curves
+
+    log = Path(options.run)
+    if log.is_dir():
+        log = log / "log.jsonl"
+    if not log.is_file():
+        raise ValueError(f"{options.run}: expected the folder of a training, or its log.jsonl")
+    events = read_log(log)
+    if not training_curves(events):
+        raise ValueError(f"{log}: has no step and no validation yet")
+    save_figure(draw_training(events, log.resolve().parent.name), options.output)
+    return ""
+
+
+def _smoothing_options(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--label-smoothing", type=float, default=0.4, help="of the map (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--vocab-size", type=int, default=5, help="tokens of the vocabulary (default: %(default)s)"
+    )
+
+
+def _draw_smoothing(options: argparse.Namespace, parser: ArgumentParser) -> str:
+    from transformer_ext.visualization.label_smoothing import draw_label_smoothing
+
+    curves = sorted({0.0, 0.1, options.label_smoothing})
+    figure = draw_label_smoothing(
+        options.label_smoothing, vocab_size=options.vocab_size, curves=curves
+    )
+    save_figure(figure, options.output)
+    return ""
+
+
+def _flow_options(parser: ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL_DIR", nargs="?", help="folder of the model")
+    parser.add_argument("--preset", choices=list(PRESETS), help="a named size instead of a model")
+    parser.add_argument(
+        "--vocab-size",
+        type=int,
+        help="of the preset (default: 32000)",
+    )
+
+
+def _draw_flow(options: argparse.Namespace, parser: ArgumentParser) -> str:
+    from transformer_ext.model import Transformer
+    from transformer_ext.visualization.flow import draw_flow, flow_text
+
+    if (options.model is None) == (options.preset is None):
+        parser.error("model: expected either MODEL_DIR or --preset")
+    if options.preset is None:
+        if options.vocab_size is not None:
+            parser.error("--vocab-size: a model has its own; expected --preset with it")
+        model, _ = load_model(options.model, ModelConfig)
+    else:
+        size = 32000 if options.vocab_size is None else options.vocab_size
+        model = Transformer(preset(options.preset, size, size))
+    save_figure(draw_flow(model), options.output)
+    return flow_text(model)
+
+
+#: name -> the picture
+PICTURES = {
+    "attention": Picture(
+        "what attends to what, by layer and head; as .html an interactive page",
+        "MODEL_DIR --source TEXT | --text TEXT",
+        _attention_options,
+        _draw_attention,
+        (*FORMATS, ".html"),
+    ),
+    "beam": Picture(
+        "the tree of a beam search, with scores",
+        "MODEL_DIR --source TEXT",
+        _beam_options,
+        _draw_beam,
+    ),
+    "flow": Picture(
+        "every module with shape, type and equation; printed as a table too",
+        "MODEL_DIR | --preset NAME",
+        _flow_options,
+        _draw_flow,
+    ),
+    "positions": Picture(
+        "positional encoding as a map in both layouts, and as curves",
+        "",
+        _positions_options,
+        _draw_positions,
+    ),
+    "schedules": Picture(
+        "learning rate of every schedule", "", _schedules_options, _draw_schedules
+    ),
+    "training": Picture(
+        "course of a training: loss, validations, learning rate, gradient norm",
+        "RUN_DIR",
+        _training_options,
+        _draw_training,
+    ),
+    "label-smoothing": Picture(
+        "targets of label smoothing, and what they do to an over-confident model",
+        "",
+        _smoothing_options,
+        _draw_smoothing,
+    ),
+}
+
+_PROGRAM = "python -m transformer_ext.visualize"
+
+
+def _parser(name: str | None) -> ArgumentParser:
+    """Of a picture; of the command without one, which can only explain itself."""
+    if name is None:
+        width = max(map(len, PICTURES))
+        lines = [f"  {name:{width}}  {each.summary}" for name, each in PICTURES.items()]
+        parser = ArgumentParser(
+            prog=_PROGRAM,
+            usage="%(prog)s PICTURE [options]",
+            description="Draw a picture.",
+            epilog="\n".join(["pictures:", *lines, "", "PICTURE --help lists its options."]),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        parser.add_argument("picture", metavar="PICTURE", help="what to draw, see below")
+        return parser
+    picture = PICTURES[name]
+    parser = ArgumentParser(
+        prog=f"{_PROGRAM} {name}",
+        usage=f"%(prog)s {picture.usage} [options]".replace("  ", " "),
+        description=f"Draw {picture.summary}.",
+    )
+    picture.add_options(parser)
+    parser.add_argument(
+        "--output",
+        default=f"{name}.png",
+        metavar="FILE",
+        help=f"to be written: {', '.join(picture.formats)} (default: %(default)s)",
+    )
+    return parser
 
 
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = ArgumentParser(
-        prog="python -m transformer_ext.visualize",
-        usage="%(prog)s MODEL_DIR --source TEXT [options]",
-        description="Draw what a model attends to while it translates a sentence.",
-    )
-    parser.add_argument("model", metavar="MODEL_DIR", help="folder of the model")
-    parser.add_argument("--source", required=True, metavar="TEXT", help="the sentence to translate")
-    parser.add_argument(
-        "--target", metavar="TEXT", help="a translation to look at (default: the model's own)"
-    )
-    parser.add_argument(
-        "--kind",
-        choices=list(KINDS),
-        default="cross",
-        help="cross: target to source; encoder, decoder: self-attention (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--layer",
-        type=int,
-        action="append",
-        metavar="N",
-        help="layer to draw, from 1; may be given again (default: all)",
-    )
-    parser.add_argument(
-        "--output",
-        default="attention.png",
-        metavar="FILE",
-        help="picture to write: .png, .pdf or .svg (default: %(default)s)",
-    )
-    options = parser.parse_args(arguments)
-    target = _draw(options)
-    print(f"{options.source}\n{target}\ndrawn into {options.output}")
+    given_arguments = list(sys.argv[1:] if arguments is None else arguments)
+    name = given_arguments[0] if given_arguments else None
+    if name not in PICTURES:
+        parser = _parser(None)
+        found = parser.parse_args(given_arguments[:1]).picture
+        parser.error(
+            f"PICTURE: expected one of {', '.join(PICTURES)}, got {found!r}"
+            f"{nearest(found, list(PICTURES))}"
+        )
+    parser = _parser(name)
+    options = parser.parse_args(given_arguments[1:])
+    picture = PICTURES[name]
+    check_output(options.output, picture.formats)
+    print(f"{picture.draw(options, parser)}drawn into {options.output}")
     return 0
-
-
-def _draw(options: argparse.Namespace) -> str:
-    """Draws what the command was asked for; returns the translation looked at."""
-    from transformer_ext.inference.search import beam_search
-
-    model, saved = load_model(options.model)
-    source_tokenizer, target_tokenizer = saved.source_tokenizer, saved.target_tokenizer
-    source_ids = [*source_tokenizer.encode(options.source), source_tokenizer.eos_id]
-    if options.target is None:
-        target_ids = beam_search(model, [source_ids])[0].hypotheses[0].tokens
-    else:
-        target_ids = target_tokenizer.encode(options.target)
-    attention_picture(
-        model,
-        source_ids,
-        [saved.config.decoder_start_id, *target_ids],
-        source_tokenizer.pieces(source_ids),
-        target_tokenizer.pieces([*target_ids, target_tokenizer.eos_id]),
-        options.output,
-        kind=options.kind,
-        layers=None if options.layer is None else [layer - 1 for layer in options.layer],
-    )
-    text: str = target_tokenizer.decode(target_ids)
-    return text
 
 
 if __name__ == "__main__":

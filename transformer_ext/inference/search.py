@@ -338,6 +338,10 @@ class SentenceSearch:
         return SearchResult(hypotheses[: self.options.num_hypotheses], self.stop, self.steps)
 
 
+#: ``observe(sentence, search)``, called after a step; what it may read are the public attributes.
+Observer = Callable[[int, SentenceSearch], None]
+
+
 def search(
     step: Step,
     limits: Sequence[int],
@@ -350,6 +354,7 @@ def search(
     prompts: Sequence[Sequence[int]] | None = None,
     prefixes: Sequence[Sequence[int]] | None = None,
     numbers: Sequence[int] | None = None,
+    observe: Observer | None = None,
 ) -> list[SearchResult]:
     """Beam search or sampling over any step function.
 
@@ -366,6 +371,7 @@ def search(
             is then called once for each length.
         prefixes: for each sentence, tokens that its output begins with.
         numbers: of the sentences, for the random numbers of sampling; 0, 1, ... if None.
+        observe: is called after each step of each sentence.
 
     Returns:
         a result for each sentence.
@@ -416,6 +422,8 @@ def search(
                     attention[first:end, : lengths[index]] if options.needs_attention else None,
                 )
                 first = end
+                if observe is not None:
+                    observe(index, searches[index])
     return [search.result() for search in searches]
 
 
@@ -441,6 +449,7 @@ def beam_search(
     *,
     prefixes: Sequence[Sequence[int]] | None = None,
     numbers: Sequence[int] | None = None,
+    observe: Observer | None = None,
 ) -> list[SearchResult]:
     """Beam search, or sampling, with a torch model, whatever it is made of.
 
@@ -452,6 +461,7 @@ def beam_search(
         options: how to search; the defaults if None.
         prefixes: for each sentence, tokens that its output begins with.
         numbers: of the sentences, for the random numbers of sampling; 0, 1, ... if None.
+        observe: is called after each step with the number of the sentence and its search.
 
     Returns:
         a result for each sentence; an empty source gives one empty hypothesis.
@@ -517,6 +527,9 @@ def beam_search(
             source_lengths=source_lengths,
             prefixes=None if prefixes is None else [prefixes[i] for i in found_numbers],
             numbers=[i if numbers is None else numbers[i] for i in found_numbers],
+            observe=None
+            if observe is None
+            else lambda row, state: observe(found_numbers[row], state),
         )
     for index, result in zip(found_numbers, found, strict=True):
         results[index] = result

@@ -1,4 +1,4 @@
-"""What a training tells people and programs: console lines, ``log.jsonl``, the loss curve.
+"""What a training tells people and programs: console lines, ``log.jsonl``.
 
 On a terminal one line is rewritten in place; elsewhere (a file, a pipe, CI) a plain line is printed
 every ``log_every`` steps. ``log.jsonl`` holds the same figures, one JSON object a line, each with
@@ -15,7 +15,6 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO, cast
 
@@ -23,7 +22,7 @@ from transformer_ext._command import discard_output
 from transformer_ext.files import atomic_write, write_error
 from transformer_ext.training.tensorboard import Board
 
-__all__ = ["Console", "JsonLog", "duration", "read_log", "rewind_log", "save_loss_curve"]
+__all__ = ["Console", "JsonLog", "duration", "read_log", "rewind_log"]
 
 
 def duration(seconds: float) -> str:
@@ -212,33 +211,3 @@ def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             events = [e for e in events if e.get("step", 0) <= event["step"]]
         events.append(event)
     return events
-
-
-def save_loss_curve(
-    events: Iterable[Mapping[str, Any]], path: str | os.PathLike[str], title: str = "Training"
-) -> None:
-    """Draws training and validation loss per token, and BLEU where there is one, against the steps.
-
-    Raises:
-        ImportError: matplotlib is missing; the message says how to install it.
-    """
-    from transformer_ext.visualize import new_figure
-
-    events = list(events)
-    train = [e for e in events if e["event"] == "train" and e.get("nll") is not None]
-    valid = [e for e in events if e["event"] == "validation" and e.get("nll") is not None]
-    scored = [e for e in valid if e.get("bleu") is not None]
-    figure = new_figure(8, 5)
-    axes = figure.add_subplot()
-    axes.plot([e["step"] for e in train], [e["nll"] for e in train], label="training", alpha=0.7)
-    axes.plot([e["step"] for e in valid], [e["nll"] for e in valid], "o-", label="validation")
-    axes.set_xlabel("optimizer steps")
-    axes.set_ylabel("negative log-likelihood per target token, nats")
-    axes.set_title(title)
-    axes.grid(alpha=0.3)
-    if scored:
-        right = axes.twinx()
-        right.plot([e["step"] for e in scored], [e["bleu"] for e in scored], "s--", color="C2")
-        right.set_ylabel("validation BLEU", color="C2")
-    axes.legend(loc="upper center")
-    figure.savefig(os.fspath(path))

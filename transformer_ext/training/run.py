@@ -31,10 +31,12 @@ from transformer_ext.training.folder import check_changes
 from transformer_ext.training.machine import Machine
 from transformer_ext.training.moving_average import MovingAverage
 from transformer_ext.training.optimizer import Optimizer, parameters_by_name
-from transformer_ext.training.report import Console, JsonLog, duration, read_log, save_loss_curve
+from transformer_ext.training.report import Console, JsonLog, duration, read_log
 from transformer_ext.training.schedules import Schedule
 from transformer_ext.training.sizing import Recipe, fill
 from transformer_ext.training.trainer import Plan, Progress, Trainer, evaluate_loss, is_better
+from transformer_ext.visualization.figure import save_figure
+from transformer_ext.visualization.training import draw_training
 
 __all__ = ["Run"]
 
@@ -494,7 +496,8 @@ class Run(ABC):
         }
         results |= self.test(model)
         log.write("end", **{k: v for k, v in results.items() if k not in ("config", "versions")})
-        save_loss_curve(read_log(self.folder / "log.jsonl"), self.folder / "loss.png")
+        curves = draw_training(read_log(self.folder / "log.jsonl"), self.folder.name)
+        save_figure(curves, self.folder / "loss.png")
         # The last of all: where it is, a run that is to go on has nothing left to do.
         write_json(self.folder / "results.json", results)
         say(f"model      {model}")

@@ -413,22 +413,20 @@ class TranslationRun(Run):
         return results
 
     def _draw_attention(self, source: str, output: str, picture: Path) -> None:
-        from transformer_ext.visualize import attention_picture
+        from transformer_ext.visualization.attention import draw_attention, translation_attention
+        from transformer_ext.visualization.figure import save_figure
 
         source_tokenizer = self.prepared.source_tokenizer
         target_tokenizer = self.prepared.target_tokenizer
-        source_ids = [*source_tokenizer.encode(source), source_tokenizer.eos_id]
-        target_ids = target_tokenizer.encode(output)
-        start = self.architecture.decoder_start_id
-        assert start is not None
-        attention_picture(
+        maps = translation_attention(
             self.model,
-            source_ids,
-            [start, *target_ids],
-            source_tokenizer.pieces(source_ids),
-            target_tokenizer.pieces([*target_ids, target_tokenizer.eos_id]),
-            picture,
+            source_tokenizer.encode(source),
+            target_tokenizer.encode(output),
+            source_tokenizer,
+            target_tokenizer,
         )
+        if "cross" in maps:
+            save_figure(draw_attention(maps["cross"]), picture)
 
     def farewell(self, model: Path) -> Sequence[str]:
         """How to translate with it."""

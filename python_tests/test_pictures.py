@@ -1,0 +1,401 @@
+"""The pictures: the data behind each, and that what is drawn is that data."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from transformer_ext.inference.options import SearchOptions
+from transformer_ext.inference.search import beam_search
+from transformer_ext.model import LanguageModel, TextEncoder, Transformer
+from transformer_ext.ops import label_smoothing_loss
+from transformer_ext.packed import Packed
+from transformer_ext.training.schedules import Schedule
+from transformer_ext.visualization.attention import (
+    AttentionMap,
+    draw_attention,
+    of_kind,
+    text_attention,
+    translation_attention,
+)
+from transformer_ext.visualization.beam import beam_tree, draw_beam
+from transformer_ext.visualization.figure import new_figure, piece_labels, save_figure
+from transformer_ext.visualization.flow import FlowStep, draw_flow, flow_text, model_flow
+from transformer_ext.visualization.label_smoothing import (
+    confidence_curve,
+    draw_label_smoothing,
+    smoothed_targets,
+)
+from transformer_ext.visualization.positions import draw_positions, position_table
+from transformer_ext.visualization.schedules import (
+    draw_schedules,
+    every_schedule,
+    noam_schedules,
+    schedule_curve,
+)
+from transformer_ext.visualization.training import draw_training, training_curves
+
+SIZES = {"d_model": 24, "nhead": 3, "dim_feedforward": 40}
+
+
+class Letters:
+    """A tokenizer of 37 ids with names of their own."""
+
+    pad_id, unk_id, bos_id, eos_id = 0, 1, 2, 3
+
+    def piece(self, id: int) -> str:
+        return {2: "<s>", 3: "</s>"}.get(id, f"p{id}")
+
+    def pieces(self, ids: list[int]) -> list[str]:
+        return [self.piece(id) for id in ids]
+
+
+def transformer(**changes) -> Transformer:
+    torch.manual_seed(3)
+    sizes = {"src_vocab_size": 37, "tgt_vocab_size": 37, **SIZES}
+    layers = {"num_encoder_layers": 1, "num_decoder_layers": 2}
+    return Transformer(**{**sizes, **layers, **changes}).eval()
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def test_a_picture_is_the_same_file_each_time(tmp_path: Path) -> None:
+    for ending in ("png", "svg", "pdf"):
+        files = []
+        for name in ("a", "b"):
+            figure = new_figure(2, 2)
+            figure.add_subplot().plot([1, 2])
+            save_figure(figure, tmp_path / f"{name}.{ending}")
+            files.append((tmp_path / f"{name}.{ending}").read_bytes())
+        assert files[0] == files[1]
+    assert files[0].startswith(b"%PDF")
+
+
+def test_what_cannot_be_drawn_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"output: expected a file in \.png, \.svg, \.pdf, got"):
+        save_figure(new_figure(1, 1), tmp_path / "x.gif")
+    with pytest.raises(ValueError, match="picture: would be 400 x 2 inches; choose fewer"):
+        new_figure(400, 2)
+    with pytest.warns(UserWarning, match="no font here has some of the characters"):
+        figure = new_figure(2, 2)
+        figure.text(0.5, 0.5, "\U0001f9ff\U00013080")
+        save_figure(figure, tmp_path / "x.png")
+
+
+def test_labels_are_plain_text() -> None:
+    assert piece_labels(["\u2581the", "\u0120a", "a\nb", " ", "$x$", "\u2581"]) == [
+        "_the",
+        "_a",
+        "a\ufffdb",
+        "_",
+        r"\$x\$",
+        "_",
+    ]
+
+
+# --- attention -----------------------------------------------------------------------------------
+
+
+def test_attention_of_a_translation() -> None:
+    model = transformer()
+    maps = translation_attention(model, [5, 6, 7], [8, 9], Letters(), Letters())
+    trace = model.trace(torch.tensor([[5, 6, 7, 3]]), torch.tensor([[2, 8, 9]]))
+    assert list(maps) == ["cross", "encoder", "decoder"]
+    cross = maps["cross"]
+    assert cross.rows == ["p8", "p9", "</s>"] and cross.columns == ["p5", "p6", "p7", "</s>"]
+    assert cross.weights.shape == (2, 3, 3, 4)
+    found = trace.attentions["decoder.layers.1.cross_attention"].weights[0]
+    assert np.array_equal(cross.weights[1], found.numpy())
+    decoder = maps["decoder"]
+    assert decoder.rows == decoder.columns == ["<s>", "p8", "p9"]
+    assert not np.triu(decoder.weights, 1).any()
+    assert maps["encoder"].rows == cross.columns
+    assert list(translation_attention(transformer(num_decoder_layers=0), [5], [], Letters(), Letters())) == ["encoder"]  # fmt: skip
+
+
+def test_attention_of_a_text() -> None:
+    language_model = LanguageModel(vocab_size=37, num_layers=2, **SIZES)
+    ((kind, found),) = text_attention(language_model, [5, 6], Letters()).items()
+    assert kind == "decoder" and found.rows == ["<s>", "p5", "p6"]
+    assert found.weights.shape == (2, 3, 3, 3) and not np.triu(found.weights, 1).any()
+    alone = LanguageModel(vocab_size=37, num_layers=1, prepend_bos=False, **SIZES)
+    assert text_attention(alone, [5, 6], Letters())["decoder"].rows == ["p5", "p6"]
+    encoder = TextEncoder(vocab_size=37, num_layers=1, **SIZES)
+    found = text_attention(encoder, [5], Letters())["encoder"]
+    assert found.rows == ["<s>", "p5", "</s>"] and (found.weights > 0).all()
+    np.testing.assert_allclose(found.weights.sum(-1), 1.0, rtol=1e-5)
+
+
+def test_one_panel_for_each_layer_and_head() -> None:
+    weights = np.random.default_rng(0).dirichlet(np.ones(4), size=(2, 3, 2)).astype(np.float32)
+    found = AttentionMap("T", ["a", "b"], ["\u2581c", "d", "e", "f"], weights)
+    drawn = [axes for axes in draw_attention(found).axes if axes.images]
+    assert len(drawn) == 6
+    assert drawn[4].get_title() == "layer 2, head 2"
+    assert np.array_equal(drawn[4].images[0].get_array(), weights[1, 1])
+    assert [label.get_text() for label in drawn[0].get_yticklabels()] == ["a", "b"]
+    assert [label.get_text() for label in drawn[3].get_xticklabels()] == ["_c", "d", "e", "f"]
+    chosen = [axes for axes in draw_attention(found, [2], [3, 1]).axes if axes.images]
+    assert [axes.get_title() for axes in chosen] == ["layer 2, head 3", "layer 2, head 1"]
+    assert np.array_equal(chosen[0].images[0].get_array(), weights[1, 2])
+
+
+def test_wrong_attention_is_named() -> None:
+    with pytest.raises(ValueError, match=r"expected \[layers, heads, 1, 2\] for 1 rows"):
+        AttentionMap("T", ["a"], ["b", "c"], np.zeros((1, 1, 3, 2), np.float32))
+    found = AttentionMap("T", ["a"], ["b"], np.ones((2, 1, 1, 1), np.float32))
+    with pytest.raises(ValueError, match="layer: got 3, expected 1 to 2"):
+        draw_attention(found, [3])
+    with pytest.raises(ValueError, match="head: got 0, expected 1 to 1"):
+        draw_attention(found, heads=[0])
+    with pytest.raises(ValueError, match="kind: got 'cross', expected one of encoder"):
+        of_kind({"encoder": found}, "cross")
+
+
+# --- positions, schedules, training, label smoothing ---------------------------------------------
+
+
+def test_position_table_is_the_formula() -> None:
+    table, halves = position_table(20, 512), position_table(20, 512, "sinusoidal_halves")
+    for position, i in ((0, 0), (3, 5), (19, 255)):
+        angle = position / 10000 ** (2 * i / 512)
+        assert table[position, 2 * i] == pytest.approx(math.sin(angle), abs=1e-6)
+        assert table[position, 2 * i + 1] == pytest.approx(math.cos(angle), abs=1e-6)
+    assert np.array_equal(halves, np.concatenate([table[:, ::2], table[:, 1::2]], axis=1))
+    figure = draw_positions(dimensions=(4, 5))
+    maps = [axes.images[0].get_array() for axes in figure.axes if axes.images]
+    assert np.array_equal(maps[0], table) and np.array_equal(maps[1], halves)
+    lines = figure.axes[2].get_lines()
+    assert np.array_equal(lines[1].get_ydata(), position_table(100, 20)[:, 5])
+    with pytest.raises(ValueError, match="d_model: got 7, expected an even number"):
+        draw_positions(d_model=7)
+
+
+def test_schedule_curves() -> None:
+    noam = noam_schedules(20000)
+    steps, rates = schedule_curve(noam["d_model 512, warm-up 4,000"])
+    assert steps[0] == 1 and steps[-1] == 20000 and len(steps) <= 1001
+    assert rates.max() == 512**-0.5 * 4000**-0.5 and steps[rates.argmax()] == 4000
+    others = every_schedule(1e-3, 10, 100, 0.1)
+    assert set(others) == {"inverse_sqrt", "cosine", "linear", "constant"}
+    assert all(max(schedule_curve(each)[1]) == 1e-3 for each in others.values())
+    figure = draw_schedules({"a": noam, "b": others})
+    drawn = figure.axes[1].get_lines()[1]
+    assert np.array_equal(drawn.get_ydata(), schedule_curve(others["cosine"])[1])
+    assert len(schedule_curve(Schedule("constant", 1.0, 0, 3))[0]) == 3
+
+
+def test_training_curves() -> None:
+    events = [
+        {"event": "start"},
+        {"event": "train", "step": 5, "nll": 3.0, "learning_rate": 0.1, "gradient_norm": 1.0},
+        {"event": "train", "step": 10, "nll": None, "learning_rate": 0.2, "gradient_norm": 2.0},
+        {"event": "validation", "step": 10, "nll": 2.5, "accuracy": 0.25, "bleu": 11.0},
+    ]
+    panels = training_curves(events)
+    assert panels["negative log-likelihood a token, nats"] == {
+        "training": [(5, 3.0)],
+        "validation": [(10, 2.5)],
+    }
+    assert panels["validation"] == {"BLEU": [(10, 11.0)], "accuracy, %": [(10, 25.0)]}
+    assert panels["norm of the gradient"] == {"before clipping": [(5, 1.0), (10, 2.0)]}
+    figure = draw_training(events, "T")
+    assert [axes.get_title() for axes in figure.axes] == list(panels)
+    assert list(figure.axes[2].get_lines()[0].get_ydata()) == [0.1, 0.2]
+    assert training_curves(events[:1]) == {} and len(draw_training(events[:1]).axes) == 1
+
+
+def test_smoothed_targets_are_what_the_loss_pulls_to() -> None:
+    """The gradient of the loss is the model's distribution less the target."""
+    table = smoothed_targets([2, 1, 0, 3], 5, 0.4)
+    np.testing.assert_allclose(table.sum(1), [1, 1, 0, 1], rtol=1e-6)
+    logits = torch.randn(4, 5, requires_grad=True)
+    target = torch.tensor([2, 1, 0, 3])
+    label_smoothing_loss(
+        logits, target, label_smoothing=0.4, ignore_index=0, normalizer=1.0
+    ).loss.backward()
+    expected = logits.softmax(-1).detach().numpy() - logits.grad.numpy()
+    expected[2] = 0.0  # padding: no gradient at all
+    np.testing.assert_allclose(table, expected, atol=1e-6)
+    assert not logits.grad[2].any()
+
+
+def test_confidence_has_a_cost() -> None:
+    odds = [1.0, 10.0, 1e4]
+    sure, smooth = (confidence_curve(odds, 5, value) for value in (0.0, 0.4))
+    assert sure[0] == pytest.approx(math.log(5)) and sure[0] > sure[1] > sure[2]
+    assert smooth[0] == pytest.approx(math.log(5)) and smooth[1] < smooth[0] < smooth[2]
+    figure = draw_label_smoothing(0.4)
+    shown = [text.get_text() for text in figure.axes[0].texts]
+    assert shown[:5] == ["0.08", "0.08", "0.68", "0.08", "0.08"]
+    with pytest.raises(ValueError, match="label_smoothing: got 1.5"):
+        draw_label_smoothing(1.5)
+    with pytest.raises(ValueError, match="target: got 7, expected 0 to 4"):
+        draw_label_smoothing(targets=[7])
+
+
+# --- beam ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"beam_size": 1}, {"max_length": 6}, {"repetition_penalty": 1.3}]
+)
+def test_the_tree_holds_every_step_of_the_search(changes) -> None:
+    model = transformer()
+    with torch.no_grad():
+        model.generator.weight[3] *= 3  # so that hypotheses end at different steps
+    source = [5, 6, 7, 3]
+    options = SearchOptions(**{"beam_size": 3, "num_hypotheses": 1, "max_length": 12, **changes})
+    tree = beam_tree(model, source, Letters(), options)
+    (expected,) = beam_search(model, [source], options)
+    assert tree.result == expected
+    nodes = tree.nodes
+    ways = []
+    for index, node in enumerate(nodes):
+        assert node.parent < index
+        before = nodes[node.parent] if node.parent >= 0 else None
+        assert node.step == 1 + (before.step if before else 0)
+        total = node.total - (before.total if before else 0.0)
+        if "repetition_penalty" not in changes:
+            assert total == pytest.approx(node.log_prob)
+        ways.append((ways[node.parent] if node.parent >= 0 else []) + [node.token])
+        assert node.piece == Letters().piece(node.token)
+    best = expected.hypotheses[0]
+    ending = [3] if best.ended else []
+    assert [node.token for node in nodes if node.best] == best.tokens + ending
+    (winner,) = [i for i, node in enumerate(nodes) if node.rank == 1]
+    assert ways[winner] == best.tokens + ending and nodes[winner].score == best.score
+    assert sum(node.log_prob for node in nodes if node.best) == pytest.approx(best.log_prob)
+    parents = {node.parent for node in nodes}
+    last = max(node.step for node in nodes)
+    for index, node in enumerate(nodes):
+        assert (node.end == "went on") == (index in parents)
+        assert (node.end == "ended") == (node.token == 3)
+        assert node.end != "cut" or node.step == last
+    for step in range(1, last + 1):
+        alive = [node for node in nodes if node.step == step and node.token != 3]
+        assert len(alive) <= options.beam_size
+    texts = [text.get_text() for text in draw_beam(tree, "title").axes[0].texts]
+    assert texts[0] == "title" and len(texts) == 3 + 2 * len(nodes)
+    assert any(f"score {best.score:.3f}  no. 1" in text for text in texts)
+
+
+def test_what_has_no_tree_is_named() -> None:
+    with pytest.raises(ValueError, match="sampling: the tree is one of a beam search"):
+        beam_tree(transformer(), [5, 3], Letters(), SearchOptions(sampling=True))
+    with pytest.raises(ValueError, match="source: expected at least one token"):
+        beam_tree(transformer(), [], Letters())
+
+
+# --- flow ----------------------------------------------------------------------------------------
+
+KINDS = {
+    "paper": lambda: transformer(),
+    "pre-norm, grouped": lambda: transformer(
+        norm_first=True, nhead=4, num_kv_heads=2, head_dim=5, tie="none", output_bias=True
+    ),
+    "gated, rotary": lambda: transformer(
+        positions="rope", activation="swiglu", norm="rms", bias=False, embedding_norm=True
+    ),
+    "language model": lambda: LanguageModel(
+        vocab_size=37, num_layers=2, positions="learned", norm_first=True, **SIZES
+    ),
+    "text encoder": lambda: TextEncoder(
+        vocab_size=37,
+        num_layers=2,
+        positions="learned",
+        num_token_types=2,
+        embedding_norm=True,
+        pooler=True,
+        normalize=True,
+        labels=["a", "b", "c"],
+        masked_lm_head=True,
+        **SIZES,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_flow_names_every_parameter_once(name) -> None:
+    model = KINDS[name]().eval()
+    steps = model_flow(model)
+    found = [(key, shape) for step in steps for key, shape in step.parameters.items()]
+    expected = {
+        key: tuple(value.shape) for key, value in model.named_parameters(remove_duplicate=False)
+    }
+    assert len(found) == len(expected) and dict(found) == expected
+    assert all(step.type == ("float32" if step.parameters else "") for step in steps)
+    assert len({step.name for step in steps}) == len(steps)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_flow_has_the_shapes_of_the_model(name) -> None:
+    """As the modules themselves compute them, for 5 source and 4 target tokens."""
+    model = KINDS[name]().eval()
+    steps = {step.name: step for step in model_flow(model)}
+    seen = set()
+
+    def hook(path: str):
+        def compare(module, inputs, output) -> None:
+            step = steps.get(path)
+            if step is None or not isinstance(output, torch.Tensor):
+                return
+            # A module that holds others is a step for what lies between them.
+            if any(True for _ in module.children()):
+                return
+            shape = [{"S": 5, "T": 4}.get(size, size) for size in step.outputs]
+            rows = [1, *shape] if len(shape) == 1 else shape
+            assert list(output.shape) == rows, path
+            seen.add(path)
+
+        return compare
+
+    for path, module in model.named_modules():
+        module.register_forward_hook(hook(path))
+    with torch.no_grad():
+        if isinstance(model, Transformer):
+            source, target = Packed.from_lengths([5]), Packed.from_lengths([4])
+            model.forward_packed(torch.arange(5), source, torch.arange(4), target)
+            assert len(seen) >= 1 * 3 + 2 * 5
+        elif isinstance(model, LanguageModel):
+            model.forward_packed(torch.arange(4), Packed.from_lengths([4]))
+            assert len(seen) >= 2 * 3
+        else:
+            packed = Packed.from_lengths([5])
+            model.forward_packed(torch.arange(5), packed)
+            assert "pooler" in seen and len(seen) >= 2 * 3
+    # One step's output is the next one's input, except where keys and values come in.
+    order: list[FlowStep] = list(steps.values())
+    for before, after in zip(order, order[1:], strict=False):
+        straight = not {"key_value_projection", "embedding"} & {
+            before.name.split(".")[-1], after.name.split(".")[-1].split("_")[-1],
+            after.name.split(".")[-1],
+        }  # fmt: skip
+        if straight and after.kind != "pooling":
+            assert before.outputs == after.inputs, (before.name, after.name)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_flow_as_text_and_as_picture(name) -> None:
+    model = KINDS[name]()
+    steps = model_flow(model)
+    text = flow_text(model)
+    first = [step for step in steps if not re.search(r"\.layers\.[1-9]", step.name)]
+    assert [line.split()[0] for line in text.splitlines()[3:]] == [step.name for step in first]
+    assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in text
+    drawn = draw_flow(model).axes[0]
+    boxes = [patch for patch in drawn.patches if patch.get_facecolor()[3] == 1.0]
+    assert len(boxes) == len(first)
+    shown = " ".join(text.get_text() for text in drawn.texts)
+    assert "softmax(q k" in shown and "× " in shown
+
+
+def test_flow_of_something_else_is_named() -> None:
+    with pytest.raises(TypeError, match="model: expected one of this package, got Linear"):
+        model_flow(torch.nn.Linear(2, 2))

@@ -1,0 +1,242 @@
+"""The tree of a beam search: every hypothesis that was kept at some step, with its score."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from transformer_ext.inference.options import SearchOptions, SearchResult
+from transformer_ext.visualization.figure import new_figure, piece_labels
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from transformer_ext.data.tokenizer import Tokenizer
+    from transformer_ext.inference.search import SentenceSearch
+    from transformer_ext.model import Transformer
+
+__all__ = ["BeamNode", "BeamTree", "beam_tree", "draw_beam"]
+
+
+@dataclass
+class BeamNode:
+    """A hypothesis that the search kept; a node's tokens are those on the way to it.
+
+    Attributes:
+        parent: index of the node that it extends; -1: of the start.
+        token: its last token.
+        piece: of that token.
+        step: from 1: length of the hypothesis, end of sentence included.
+        log_prob: of the token, given those before.
+        total: what the search has added up.
+        end: ``went on``, ``dropped`` (nothing that extends it was kept), ``ended`` (by the end of
+            the sentence) or ``cut`` (it lived when the search stopped).
+        score: what it is ranked by, with the length penalty; None while it has not ended.
+        rank: its place in the result, from 1; None where it is not in it.
+        best: whether it is on the way to the best of the result.
+    """
+
+    parent: int
+    token: int
+    piece: str
+    step: int
+    log_prob: float
+    total: float
+    end: Literal["went on", "dropped", "ended", "cut"]
+    score: float | None = None
+    rank: int | None = None
+    best: bool = False
+
+
+@dataclass
+class BeamTree:
+    """The nodes of a search, parents before children, and its result."""
+
+    nodes: list[BeamNode]
+    result: SearchResult
+
+
+def beam_tree(
+    model: Transformer,
+    source_ids: Sequence[int],
+    tokenizer: Tokenizer,
+    options: SearchOptions | None = None,
+) -> BeamTree:
+    """Translates a sentence by the plain Python search, and keeps every step of it.
+
+    Args:
+        model: in evaluation mode.
+        source_ids: token ids of the source, its end included.
+        tokenizer: of the target.
+        options: how to search; the defaults if None.
+
+    Raises:
+        ValueError: an empty source, options that sample, or what the search refuses.
+    """
+    from transformer_ext.inference.search import beam_search
+
+    options = options or SearchOptions()
+    if options.sampling:
+        raise ValueError("sampling: the tree is one of a beam search, expected sampling off")
+    if not source_ids:
+        raise ValueError("source: expected at least one token, got none")
+    nodes: list[BeamNode] = []
+    by_tokens: dict[tuple[int, ...], int] = {(): -1}
+    seen = 0
+
+    def add(tokens: Sequence[int], scores: Sequence[float], total: float, step: int) -> BeamNode:
+        node = BeamNode(
+            parent=by_tokens[tuple(tokens[:-1])],
+            token=tokens[-1],
+            piece=tokenizer.piece(tokens[-1]),
+            step=step,
+            log_prob=scores[-1],
+            total=total,
+            end="dropped",
+        )
+        by_tokens[tuple(tokens)] = len(nodes)
+        nodes.append(node)
+        if node.parent >= 0:
+            nodes[node.parent].end = "went on"
+        return node
+
+    def observe(sentence: int, state: SentenceSearch) -> None:
+        nonlocal seen
+        # A step without any token to follow leaves the hypotheses as they were.
+        if state.stop == "no_token":
+            return
+        for live in state.live:
+            add(live.tokens, live.token_scores, live.total, state.steps)
+        for found in state.finished[seen:]:
+            tokens = [*found.tokens, model.config.eos_id]
+            before = by_tokens[tuple(found.tokens)]
+            # An end of sentence is never a repetition: it has no penalty.
+            total = found.token_scores[-1] + (nodes[before].total if before >= 0 else 0.0)
+            node = add(tokens, found.token_scores, total, state.steps)
+            node.end, node.score = "ended", found.score
+        seen = len(state.finished)
+
+    (result,) = beam_search(model, [source_ids], options, observe=observe)
+    for rank, found in enumerate(result.hypotheses, 1):
+        ending = [model.config.eos_id] if found.ended else []
+        index = by_tokens[tuple(found.tokens + ending)]
+        node = nodes[index]
+        node.rank, node.score = rank, found.score
+        if not found.ended:
+            node.end = "cut"
+        while rank == 1 and index >= 0:
+            nodes[index].best = True
+            index = nodes[index].parent
+    last = max((node.step for node in nodes), default=0)
+    for node in nodes:
+        if node.step == last and node.end == "dropped":
+            node.end = "cut"
+    return BeamTree(nodes, result)
+
+
+def _columns(text: str) -> int:
+    """Width of a text, in letters: those of East Asia count twice."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def _rows(nodes: Sequence[BeamNode]) -> list[int]:
+    """The row of each node: a node stands beside the best of what extends it."""
+    children: dict[int, list[int]] = {}
+    for index, node in enumerate(nodes):
+        children.setdefault(node.parent, []).append(index)
+    rows = [0] * len(nodes)
+    next_row = 0
+    # By hand: a translation may be longer than Python's stack is deep.
+    waiting = [(index, True) for index in _best_first(nodes, children.get(-1, []))]
+    while waiting:
+        index, new_row = waiting.pop(0)
+        if new_row:
+            rows[index] = next_row
+            next_row += 1
+        else:
+            rows[index] = rows[nodes[index].parent]
+        after = _best_first(nodes, children.get(index, []))
+        waiting[:0] = [(child, place > 0) for place, child in enumerate(after)]
+    return rows
+
+
+def _best_first(nodes: Sequence[BeamNode], indices: Sequence[int]) -> list[int]:
+    return sorted(indices, key=lambda i: (not nodes[i].best, -nodes[i].total))
+
+
+_COLORS = {"went on": "#333333", "dropped": "#999999", "ended": "#1a7f37", "cut": "#9a6700"}
+
+
+def draw_beam(tree: BeamTree, title: str = "") -> Figure:
+    """The tree from left to right, a column for each step.
+
+    Under each piece stands what the search has added up so far; where a hypothesis ended, its score
+    and its place in the result. The way to the best is blue.
+    """
+    nodes = tree.nodes
+    labels = piece_labels(node.piece for node in nodes)
+    steps = max((node.step for node in nodes), default=0)
+    widths = [0.6] + [0.0] * steps
+    notes = [_note(node) for node in nodes]
+    for node, label, note in zip(nodes, labels, notes, strict=True):
+        needed = max(0.083 * _columns(label), 0.055 * len(note)) + 0.3
+        widths[node.step] = max(widths[node.step], needed)
+    left = [sum(widths[:step]) for step in range(steps + 1)]
+    rows = _rows(nodes)
+    height = 0.36
+    tall = height * (max(rows, default=0) + 1) + 0.9
+    wide = max(sum(widths) + 0.1, 6.5, 0.09 * _columns(title))
+    figure = new_figure(wide, tall, layout=None)
+    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+    axes.set_xlim(0.0, wide)
+    axes.set_ylim(0.0, tall)
+    axes.axis("off")
+    top = tall - 0.75
+
+    def place(index: int) -> tuple[float, float]:
+        if index < 0:
+            return 0.1, top
+        return left[nodes[index].step], top - height * rows[index]
+
+    axes.text(0.1, tall - 0.12, title, fontsize=10, va="top", parse_math=False)
+    axes.text(
+        0.1,
+        tall - 0.36,
+        "blue: the way to the best   green: ended   grey: dropped   brown: alive at the end      "
+        "number: sum of log-probabilities",
+        fontsize=7,
+        color="#555555",
+        va="top",
+    )
+    # Lines run behind the texts, whose width depends on the font.
+    behind = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
+    axes.text(*place(-1), "start", fontsize=8, va="center", color="#555555", bbox=behind)
+    for index, node in enumerate(nodes):
+        x, y = place(index)
+        parent_x, parent_y = place(node.parent)
+        middle = left[node.step] - 0.14
+        color = "#0969da" if node.best else "#bbbbbb"
+        axes.plot(
+            [parent_x, middle, middle, x],
+            [parent_y, parent_y, y, y],
+            color=color,
+            linewidth=1.6 if node.best else 0.8,
+            zorder=2 if node.best else 1,
+            solid_joinstyle="round",
+        )
+        color = "#0969da" if node.best and node.end == "went on" else _COLORS[node.end]
+        weight = "bold" if node.best else "normal"
+        axes.text(
+            x, y, labels[index], fontsize=8.5, va="center", color=color, weight=weight, bbox=behind
+        )
+        axes.text(x, y - 0.08, notes[index], fontsize=6, va="top", color=color)
+    return figure
+
+
+def _note(node: BeamNode) -> str:
+    if node.score is None:
+        return f"{node.total:.2f}"
+    place = "" if node.rank is None else f"  no. {node.rank}"
+    return f"{node.total:.2f}  score {node.score:.3f}{place}"
