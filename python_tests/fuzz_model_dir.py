@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import faulthandler
 import json
-import os
 import random
 import resource
 import shutil
@@ -188,31 +187,40 @@ MUTATIONS: list[tuple[str, Callable[[random.Random, bytes], bytes]]] = [
 
 
 class Fuzz:
-    """A model, another that stays whole, and what came of the damage done to the first."""
+    """A model, another that stays whole, and what came of the damage done to the first.
 
-    def __init__(self, folder: Path, vocabulary: bool) -> None:
-        self.folder = save_random_model(folder / "damaged")
-        if vocabulary:
-            self.add_vocabulary()
-        self.whole = Path(shutil.copytree(self.folder, folder / "whole"))
-        self.files = {name: (self.folder / name).read_bytes() for name in os.listdir(self.folder)}
-        self.expected = self.translate(self.whole)
+    Args:
+        folder: the model, which is copied.
+    """
+
+    #: Name of the outcome that is no error.
+    success: str
+    #: What may be done to which file.
+    mutations: list[tuple[str, Callable[[random.Random, bytes], bytes]]]
+    #: Places in the configuration.
+    fields: list[tuple[str, ...]]
+    #: What a message may say instead of the name of the configuration's file.
+    misfits: tuple[str, ...] = ("does not fit the model's configuration",)
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.whole = Path(shutil.copytree(folder, folder.with_name(f"{folder.name} whole")))
+        self.files = {
+            str(path.relative_to(folder)): path.read_bytes()
+            for path in folder.rglob("*")
+            if path.is_file()
+        }
+        self.expected = self.use(self.whole)
         self.outcomes: Counter[str] = Counter()
 
-    def add_vocabulary(self) -> None:
-        model = load_model_dir(self.folder)
-        tokenizer = model.source_tokenizer
-        pieces = tokenizer.pieces(range(tokenizer.vocab_size))
-        special = {name: pieces[getattr(tokenizer, f"{name}_id")] for name in ("eos", "unk", "pad")}
-        path = self.folder.parent / VOCABULARY
-        path.write_text(json.dumps({"pieces": pieces, **special, "bos": special["pad"]}))
-        other = SentencePieceTokenizer(tokenizer.path, path)
-        weights = dict(model.weights)
-        save_model_dir(self.folder, model.config, weights, other, other, overwrite=True)
+    def use(self, folder: Path) -> Any:
+        """Load the model and compute something."""
+        raise NotImplementedError
 
-    def translate(self, folder: Path) -> list[str]:
-        with Translator(folder, threads=2) as translator:
-            return [t.text for t in translator.translate(SENTENCES[:2], max_length=8)]
+    def names(self, changed: str) -> tuple[str, ...]:
+        """What a message about a changed file has one of."""
+        # A change of the configuration may be one that the other files do not fit.
+        return tuple(self.files) if changed == CONFIG else (changed,)
 
     def check(self, changed: dict[str, bytes], names: tuple[str, ...], what: str) -> None:
         """Load with these files instead; an error must have one of the names in it."""
@@ -220,8 +228,8 @@ class Fuzz:
             (self.folder / name).write_bytes(data)
         faulthandler.dump_traceback_later(SECONDS, exit=True)
         try:
-            self.translate(self.folder)
-            self.outcomes["translated"] += 1
+            self.use(self.folder)
+            self.outcomes[self.success] += 1
         except ValueError as error:
             message = str(error)
             self.outcomes[type(error).__name__] += 1
@@ -238,39 +246,76 @@ class Fuzz:
             self.check_whole()
 
     def check_whole(self) -> None:
-        assert self.translate(self.whole) == self.expected, "another model translates otherwise"
+        assert self.use(self.whole) == self.expected, "another model computes otherwise"
 
     def every_field(self) -> None:
         """Each field with each value: the message names the file and, where it is no weight's, the
         field."""
-        for place in FIELDS:
+        for place in self.fields:
             for value in VALUES:
                 values = json.loads(self.files[CONFIG])
                 assign(values, place, value)
                 what = f"{CONFIG}: {'.'.join(place)} = {str(value)[:40]!r}"
                 changed = {CONFIG: json.dumps(values).encode()}
-                self.check(changed, (CONFIG, "does not fit the model's configuration"), what)
+                self.check(changed, (CONFIG, *self.misfits), what)
 
     def random_cases(self, cases: int, seed: int) -> None:
-        other = train_tokenizer(SENTENCES[:4], vocab_size=300)[0]
-        self.check({TOKENIZER: other}, (TOKENIZER,), "another tokenizer")
         for number in range(cases):
             chance = random.Random(f"{seed} {number}")
-            name, change = chance.choice([m for m in MUTATIONS if m[0] in self.files])
+            name, change = chance.choice([m for m in self.mutations if m[0] in self.files])
             what = f"case {number} of seed {seed}: {change.__name__} of {name}"
             try:
                 changed = {name: change(chance, self.files[name])}
             except UnicodeDecodeError:
                 continue
-            # A change of the configuration may be one that the other files do not fit.
-            names = tuple(self.files) if name == CONFIG else (name,)
             try:
-                self.check(changed, names, what)
+                self.check(changed, self.names(name), what)
             except AssertionError:
                 raise
             except BaseException as error:
                 raise AssertionError(f"{what}: {type(error).__name__}: {error}") from error
         self.check_whole()
+
+
+class TranslatorFuzz(Fuzz):
+    """A model that translates, with a vocabulary beside its tokenizer or without."""
+
+    success = "translated"
+    mutations = MUTATIONS
+    fields = FIELDS
+
+    def __init__(self, folder: Path, vocabulary: bool) -> None:
+        self.folder = save_random_model(folder)
+        if vocabulary:
+            self.add_vocabulary()
+        super().__init__(self.folder)
+
+    def add_vocabulary(self) -> None:
+        model = load_model_dir(self.folder)
+        tokenizer = model.source_tokenizer
+        pieces = tokenizer.pieces(range(tokenizer.vocab_size))
+        special = {name: pieces[getattr(tokenizer, f"{name}_id")] for name in ("eos", "unk", "pad")}
+        path = self.folder.parent / VOCABULARY
+        path.write_text(json.dumps({"pieces": pieces, **special, "bos": special["pad"]}))
+        other = SentencePieceTokenizer(tokenizer.path, path)
+        weights = dict(model.weights)
+        save_model_dir(self.folder, model.config, weights, other, other, overwrite=True)
+
+    def use(self, folder: Path) -> list[str]:
+        with Translator(folder, threads=2) as translator:
+            return [t.text for t in translator.translate(SENTENCES[:2], max_length=8)]
+
+    def another_tokenizer(self) -> None:
+        other = train_tokenizer(SENTENCES[:4], vocab_size=300)[0]
+        self.check({TOKENIZER: other}, (TOKENIZER,), "another tokenizer")
+
+
+def limit_memory() -> None:
+    """From here on a case that allocates much is an error."""
+    with contextlib.suppress(OSError, ValueError):
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def main() -> int:
@@ -280,14 +325,12 @@ def main() -> int:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
-        plain = Fuzz(Path(folder) / "plain", vocabulary=False)
-        other = Fuzz(Path(folder) / "vocabulary", vocabulary=True)
-        with contextlib.suppress(OSError, ValueError):
-            pages = int(Path("/proc/self/statm").read_text().split()[0])
-            limit = pages * resource.getpagesize() + BYTES
-            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        plain = TranslatorFuzz(Path(folder) / "plain", vocabulary=False)
+        other = TranslatorFuzz(Path(folder) / "vocabulary", vocabulary=True)
+        limit_memory()
         plain.every_field()
         for fuzz in (plain, other):
+            fuzz.another_tokenizer()
             fuzz.random_cases((arguments.cases + 1) // 2, arguments.seed)
     print(dict(plain.outcomes + other.outcomes))
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from huggingface_helpers import (
     write_gpt2_dir,
     write_gpt2_tokenizer,
 )
+from kernel_testing import needs_compiled
 
 from transformer_ext import convert
 from transformer_ext.data.json_tokenizer import JsonTokenizer
@@ -33,6 +35,9 @@ from transformer_ext.files import (
     save_tensors,
 )
 from transformer_ext.huggingface import HuggingFaceError, from_huggingface, to_huggingface
+from transformer_ext.inference.encoder_engine import EncoderEngine
+from transformer_ext.inference.language_engine import LanguageModelEngine
+from transformer_ext.inference.options import SearchOptions
 from transformer_ext.model import LanguageModel, TextEncoder
 from transformer_ext.model.config import (
     LanguageModelConfig,
@@ -227,6 +232,37 @@ def test_minilm_is_as_transformers_and_the_recipe_of_sentence_transformers_compu
         for pair in states
     ]
     assert_near(vectors, recipe)
+
+
+@needs_compiled
+@pytest.mark.parametrize("precise", [True, False])
+def test_the_engine_reads_the_weights_as_they_are(precise, tmp_path):
+    """Of float32, mapped; of another type, converted; transposed or joined."""
+    for write in (write_bert_dir, write_gpt2_dir):
+        folder = tmp_path / write.__name__
+        theirs = write(folder)
+        if not precise:
+            theirs.half().save_pretrained(folder)
+    bert, gpt2 = (tmp_path / f"write_{kind}_dir" for kind in ("bert", "gpt2"))
+    saved = load_model_dir(bert, TextEncoderConfig)
+    assert (saved.weights.floats("embedding.weight") is not None) == precise
+    assert saved.weights.floats("encoder.layers.0.self_attention.in_projection.weight") is None
+    pooled = EncoderEngine(saved.config, saved.weights, threads=1).pooled(BERT_IDS)
+    with torch.no_grad():
+        expected = encoder_of(bert).forward_packed(*packed(BERT_IDS))
+    torch.testing.assert_close(torch.from_numpy(pooled), expected, rtol=1e-4, atol=1e-5)
+    language = load_model_dir(gpt2, LanguageModelConfig)
+    options = SearchOptions(beam_size=1, max_length=3)
+    engine = LanguageModelEngine(language.config, language.weights, threads=1)
+    ours = language_model_of(gpt2)
+    for prompt, result in zip(GPT2_IDS, engine.search(GPT2_IDS, options), strict=True):
+        ids = list(prompt)
+        for id in result.hypotheses[0].tokens:
+            with torch.no_grad():
+                logits = ours.generator.logits(ours.forward_packed(*packed([ids])))
+            assert int(logits[-1].argmax()) == id
+            ids.append(id)
+        assert len(ids) > len(prompt)
 
 
 # --- the forms that a checkpoint may have -------------------------------------------------------
@@ -608,6 +644,26 @@ def test_an_output_projection_of_its_own_for_masked_tokens_is_refused(tmp_path):
     change_tensors(tmp_path / "m", lambda tensors: {**tensors, name: table + 1})
     with pytest.raises(HuggingFaceError, match=f"{name}: differs from bert.embeddings.word_emb"):
         load_model_dir(tmp_path / "m", TextEncoderConfig)
+
+
+def test_damaged_directories_are_one_clear_error(tmp_path):
+    """In a process of its own: a crash, a hang or a huge allocation is a failure too."""
+    script = Path(__file__).with_name("fuzz_huggingface.py")
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(script),
+            "--cases",
+            os.environ.get("TRANSFORMER_EXT_FUZZ_CASES", "400"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=script.parents[1],
+        env={**os.environ, "PYTHONPATH": str(script.parents[1]), "TMPDIR": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "'FileError': " in done.stdout and "'computed': " in done.stdout
 
 
 # --- sentence-transformers ----------------------------------------------------------------------
