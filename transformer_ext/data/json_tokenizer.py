@@ -299,7 +299,7 @@ class _Folder:
             name = _CLASS_OF_MODEL[type(tokenizer.model).__name__]
         else:
             raise TokenizerError(
-                f"{self._folder}: tokenizer_class is {name!r} and there is no {_FILE}; expected one, "
+                f"{self._folder}: tokenizer_class is {reprlib.repr(name)} and there is no {_FILE}; expected one, "
                 "or BertTokenizer or GPT2Tokenizer"
             )
         return path, self._special(path, name, tokenizer), tokenizer
@@ -349,7 +349,9 @@ class _Folder:
         ids = {**vocab, **{token["content"]: token["id"] for token in self._listed(path)}}
         for token in (unknown, first, last):
             if token not in (vocab if token == unknown else ids):
-                raise TokenizerError(f"{path}: its vocabulary lacks the special token {token!r}")
+                raise TokenizerError(
+                    f"{path}: its vocabulary lacks the special token {token!r:.80}"
+                )
         tokenizer = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token=unknown))
         # transformers goes by the settings, whatever tokenizer.json says.
         tokenizer.normalizer = normalizers.BertNormalizer(
@@ -494,7 +496,7 @@ class _Folder:
             values = {key: entry[key] for key in flags if key in entry}
             if not all(isinstance(value, bool) for value in values.values()):
                 raise TokenizerError(
-                    f"{path}: the added token {entry['content']!r}: expected flags"
+                    f"{path}: the added token {entry['content']!r:.80}: expected flags"
                 )
             if entry["content"] in named:
                 values["special"] = True
