@@ -10,9 +10,9 @@ A picture that a page shows from ``pictures/`` is drawn by the page.
 
     python docs/pages.py docs/guide/1-why-attention.md
 
-runs a page in a temporary folder and says what differs. With ``--write`` it runs in the page's own
-folder instead, so that pictures are drawn anew, and writes what was printed into the page; measured
-numbers that are there stay, but for ``--measure``, which is for a machine with nothing else to do.
+runs a page in a temporary folder and says what differs. ``--write`` writes what was printed into the
+page and the pictures beside it; measured numbers that are there stay, but for ``--measure``, which is
+for a machine with nothing else to do.
 ``--notebook FOLDER`` makes a Jupyter notebook of each page (``pip install jupytext``).
 """
 
@@ -23,6 +23,7 @@ import contextlib
 import io
 import os
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -223,13 +224,13 @@ def main() -> int:
             continue
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as temporary:
-            folder = page.path.parent if options.write else Path(temporary)
-            run_page(page, folder)
+            run_page(page, Path(temporary))
             if options.write:
                 _write(page, options.measure)
-                page = read_page(page.path)
+                for picture in page.pictures:
+                    shutil.copyfile(Path(temporary, picture), page.path.parent / picture)
             else:
-                wrong += differences(page, folder)
+                wrong += differences(page, Path(temporary))
         print(f"{path}: {len(page.blocks)} blocks, {time.perf_counter() - start:.1f} s")
     print("\n".join(wrong))
     return 1 if wrong else 0
