@@ -358,6 +358,7 @@ def test_text_generation_says_what_is_wrong(gpt2: Path) -> None:
         ({"top_p": 2.0}, "top_p: "),
         ({"seed": -1}, "seed: "),
         ({"num_beams": "x"}, "num_beams: "),
+        ({"num_beams": 0}, "num_beams: got 0, expected an integer from 1"),
     ):
         with pytest.raises(ValueError) as caught:
             ours("Open", **options)
@@ -409,7 +410,17 @@ def test_inputs_and_options_of_a_wrong_kind_are_one_error(bert: Path, tmp_path: 
         pipeline("fill-mask", bert, compute_type="float8")
     with pytest.raises(ValueError, match="device: got 'cuda', expected 'cpu' for translation"):
         pipeline("translation", tmp_path, device="cuda")
+    for device in ("gpu", "cuda:99", None, 0):
+        with pytest.raises(ValueError, match=r"device: got .*, expected 'cpu' or a device that"):
+            pipeline("fill-mask", bert, device=device)
+    for wrong in ({"threads": 2}, {"compute_type": "int8"}):
+        with pytest.raises(ValueError, match=r"got '?(2|int8)'?, expected .* on meta"):
+            pipeline("fill-mask", bert, device="meta", **wrong)
+    with pytest.raises(ValueError, match="task: got .'fill-mask'., expected one of translation"):
+        pipeline(["fill-mask"], bert)
     ours = pipeline("fill-mask", bert)
+    with pytest.raises(UnicodeEncodeError, match="surrogates not allowed"):
+        ours(["[MASK]", "[MASK] \ud800"])
     with pytest.raises(TypeError, match="inputs: got int, expected a text, or a list or"):
         ours(3)
     with pytest.raises(TypeError, match="inputs: got NoneType at position 1, expected a text"):

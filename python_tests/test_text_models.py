@@ -130,6 +130,8 @@ def test_wrong_input_is_one_clear_error(tmp_path, tokenizer) -> None:
     classifier = TextClassifier(tmp_path / "m")
     with pytest.raises(TypeError, match="texts: got a text, expected a sequence of texts"):
         classifier("be")
+    with pytest.raises(TypeError, match="texts: got NoneType, expected a sequence of texts"):
+        classifier(None)
     with pytest.raises(TypeError, match="texts: got int at position 1, expected a text"):
         classifier(["be", 3])
     with pytest.raises(ValueError, match="pairs: this model has no token types"):

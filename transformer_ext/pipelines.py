@@ -62,7 +62,7 @@ def pipeline(
         TypeError: an unknown option, or a model that is no folder's name.
         ValueError: an unknown task, or an impossible value.
     """
-    if task not in PIPELINES:
+    if not isinstance(task, str) or task not in PIPELINES:
         raise ValueError(
             f"task: got {task!r}, expected one of {', '.join(PIPELINES)}"
             + nearest(str(task), list(PIPELINES))
@@ -325,7 +325,8 @@ class TextGenerationPipeline(Pipeline):
                 )
             for name, default in (("temperature", 0.7), ("top_k", 50)):
                 options[name] = default if options[name] is None else options[name]
-        options["num_beams"] = options["num_beams"] or 1
+        if options["num_beams"] is None:
+            options["num_beams"] = 1
         search = _search_options(SearchOptions.preset("huggingface"), options)
         found = self.generator.generate(inputs, search, numbers=range(begin, begin + len(inputs)))
         if options["return_tensors"]:

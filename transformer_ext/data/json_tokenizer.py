@@ -225,18 +225,23 @@ class JsonTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without start and end."""
         first, rest = self.split_tag(text)
-        ids: list[int] = self._tokenizer.encode(rest, add_special_tokens=False).ids
-        return first + ids
+        return first + self.encode_untagged([rest])[0]
 
     def encode_untagged(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
         """:meth:`encode_batch` of texts in which a tag at the beginning is text like any other.
 
         The library chooses the number of threads.
         """
-        if len(texts) == 1:
-            return [self._tokenizer.encode(texts[0], add_special_tokens=False).ids]
-        # The fast one leaves out where in the text each token stands.
-        found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            if len(texts) == 1:
+                return [self._tokenizer.encode(texts[0], add_special_tokens=False).ids]
+            # The fast one leaves out where in the text each token stands.
+            found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        except TypeError:
+            # The library says so of half a surrogate pair, too: Python says it better.
+            for text in texts:
+                text.encode()
+            raise
         return [encoding.ids for encoding in found]
 
     def decode(self, ids: Iterable[int], *, keep_special: bool = False) -> str:

@@ -14,7 +14,12 @@ from transformer_ext.inference.language_engine import (
     LanguageModelEngine,
 )
 from transformer_ext.inference.options import Hypothesis, SearchOptions, SearchResult
-from transformer_ext.inference.shared import continuation_limits, fed_tokens, never_proposed
+from transformer_ext.inference.shared import (
+    check_torch_options,
+    continuation_limits,
+    fed_tokens,
+    never_proposed,
+)
 from transformer_ext.model.config import LanguageModelConfig
 
 if TYPE_CHECKING:
@@ -131,10 +136,11 @@ class TextGenerator:
                 saved.config, saved.weights, threads=threads, compute_type=compute_type
             )
         else:
+            check_torch_options(threads, compute_type, device)
             from transformer_ext.model.language_model import LanguageModel
 
             model = LanguageModel(saved.config).load_weights(saved.weights)
-            self._model = model.to(device).eval()
+            self._model = model.set_precision(compute_type).to(device).eval()
 
     def search(
         self,

@@ -128,3 +128,29 @@ def empty_result(options: SearchOptions | None = None) -> SearchResult:
         "exact",
         0,
     )
+
+
+def check_torch_options(threads: int | None, compute_type: str, device: str) -> None:
+    """Refuse what PyTorch, which computes on another device than ``cpu``, cannot be told.
+
+    Raises:
+        ValueError: a device that it does not have, a number of threads, or another compute type
+            than ``float32`` and ``bfloat16``.
+    """
+    import torch
+
+    expected = "expected 'cpu' or a device that PyTorch has here, such as 'cuda:0'"
+    if not isinstance(device, str):
+        raise ValueError(f"device: got {device!r}, {expected}")
+    try:
+        torch.empty(0, device=device)
+    # An AssertionError comes from a PyTorch that was built without the device.
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).split("\n", 1)[0]
+        raise ValueError(f"device: got {device!r}, {expected} ({reason:.100})") from None
+    if threads is not None:
+        raise ValueError(f"threads: got {threads}, expected none on {device}")
+    if compute_type not in ("float32", "bfloat16"):
+        raise ValueError(
+            f"compute_type: got {compute_type!r}, expected float32 or bfloat16 on {device}"
+        )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from transformer_ext.files import load_model_dir
 from transformer_ext.inference.lines import TextLines, input_blocks
 from transformer_ext.inference.options import add_engine_arguments
+from transformer_ext.inference.shared import check_torch_options
 from transformer_ext.model.config import TextEncoderConfig
 
 if TYPE_CHECKING:
@@ -172,23 +173,19 @@ def open_encoder(
         return EncoderEngine(
             saved.config, saved.weights, threads=threads, compute_type=compute_type
         )
-    if threads is not None:
-        raise ValueError(f"threads: got {threads}, expected none on {device}")
+    check_torch_options(threads, compute_type, device)
     from transformer_ext.inference.torch_encoder import TorchEncoder
     from transformer_ext.model.text_encoder import TextEncoder
 
-    if compute_type not in ("float32", "bfloat16"):
-        raise ValueError(
-            f"compute_type: got {compute_type!r}, expected float32 or bfloat16 on {device}"
-        )
     model = TextEncoder(saved.config).load_weights(saved.weights).set_precision(compute_type)
     return TorchEncoder(model.to(device).eval())
 
 
 def check_texts(name: str, texts: Sequence[Any]) -> None:
-    """Raise a TypeError for a sequence that holds something else than texts, or is a text."""
-    if isinstance(texts, str):
-        raise TypeError(f"{name}: got a text, expected a sequence of texts")
+    """Raise a TypeError for anything but a sequence of texts."""
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        got = "a text" if isinstance(texts, str) else type(texts).__name__
+        raise TypeError(f"{name}: got {got}, expected a sequence of texts")
     for number, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(
