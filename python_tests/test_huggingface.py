@@ -626,6 +626,16 @@ def test_a_head_of_another_kind_is_named(head, message, tmp_path):
         load_model_dir(tmp_path / "m", ModelConfig)
 
 
+def test_another_end_for_generation_is_refused(tmp_path, gpt2_dir):
+    folder = shutil.copytree(gpt2_dir, tmp_path / "m")
+    change_json(folder / "generation_config.json", eos_token_id=[266])
+    load_model_dir(folder, LanguageModelConfig)
+    change_json(folder / "generation_config.json", eos_token_id=[266, 5])
+    message = r"generation_config.json: eos_token_id: got \[266, 5\], expected an integer"
+    with pytest.raises(HuggingFaceError, match=message):
+        load_model_dir(folder, LanguageModelConfig)
+
+
 def test_another_kind_of_model_is_named(bert_dir, gpt2_dir):
     with pytest.raises(FileError, match="is an encoder-only .* expected an encoder-decoder"):
         load_model_dir(bert_dir)

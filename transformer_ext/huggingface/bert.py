@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from transformer_ext.data.tokenizer import Tokenizer
 from transformer_ext.files import ModelDir, save_tensors, write_json
@@ -24,6 +22,9 @@ from transformer_ext.huggingface.conversion import split_heads
 from transformer_ext.huggingface.fields import THEIR_ACTIVATIONS, Fields, HuggingFaceError
 from transformer_ext.huggingface.pooling import SentenceModules, write_modules
 from transformer_ext.model.config import TextEncoderConfig
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _ARCHITECTURES = (
     "BertModel",
@@ -282,6 +283,8 @@ def _check_exportable(path: Path, config: TextEncoderConfig) -> None:
 
 def _export_weights(model: ModelDir[TextEncoderConfig]) -> dict[str, np.ndarray]:
     """Weights by their names."""
+    import numpy as np
+
     config = model.config
     # What has a head has the encoder under a name.
     prefix = "" if _architecture(config) == "BertModel" else "bert."

@@ -7,12 +7,15 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from transformer_ext.files import FileError, atomic_directory, parameter_shapes
-from transformer_ext.inference.options import SearchOptions
 from transformer_ext.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from transformer_ext.inference.options import SearchOptions
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ def split_heads(config: ModelConfig, rows: np.ndarray, parts: int) -> list[np.nd
         rows: weight or bias of the joined projections.
         parts: 3, or 2 for keys and values alone.
     """
+    import numpy as np
+
     group = config.num_kv_heads * config.head_dim
     found = np.split(rows, [len(rows) - 2 * group, len(rows) - group])
     repeats = config.nhead // config.num_kv_heads

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from transformer_ext.data.tokenizer import Tokenizer
 from transformer_ext.files import ModelDir, save_tensors, write_json
@@ -24,6 +22,9 @@ from transformer_ext.huggingface.checkpoint import Checkpoint, Parts
 from transformer_ext.huggingface.conversion import split_heads
 from transformer_ext.huggingface.fields import THEIR_ACTIVATIONS, Fields
 from transformer_ext.model.config import LanguageModelConfig
+
+if TYPE_CHECKING:
+    import numpy as np
 
 #: Names that transformers takes for these keys too.
 ALIASES = {
@@ -95,10 +96,12 @@ def import_gpt2(
         fields.fail("n_head", f"a divisor of n_embd ({width})")
     vocabulary = fields.integer("vocab_size", 50257, least=1)
     check_tokenizer(fields, vocabulary, tokenizer, tokenizer.path)
-    if "eos_token_id" in fields:
-        end = fields.integer("eos_token_id", most=vocabulary - 1)
-        if end != tokenizer.eos_id:
-            fields.fail("eos_token_id", f"{tokenizer.eos_id} as in {tokenizer.path.name}")
+    generation = Fields.read(fields.path.with_name("generation_config.json"))
+    for ends in (fields, generation):
+        if "eos_token_id" in ends:
+            end = ends.integer("eos_token_id", most=vocabulary - 1)
+            if end != tokenizer.eos_id:
+                ends.fail("eos_token_id", f"{tokenizer.eos_id} as in {tokenizer.path.name}")
     dropout = fields.probability("resid_pdrop", 0.1)
     if fields.probability("embd_pdrop", 0.1) != dropout:
         notes.append("not used: embd_pdrop; in training it is resid_pdrop")
@@ -183,6 +186,8 @@ def _check_exportable(path: Path, config: LanguageModelConfig) -> None:
 
 def _export_weights(model: ModelDir[LanguageModelConfig]) -> dict[str, np.ndarray]:
     """Weights by their names."""
+    import numpy as np
+
     config, weights = model.config, model.weights
     tensors: dict[str, np.ndarray] = {}
     for ours, theirs in _TABLES.items():
