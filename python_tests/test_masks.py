@@ -39,6 +39,23 @@ def test_torch_mask_has_the_opposite_polarity():
     assert torch.equal(masks.from_torch_mask(square), masks.causal_mask(4))
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16, torch.float64])
+def test_to_torch_and_back(dtype):
+    keep = masks.causal_mask(4)[None] & masks.key_padding_mask(torch.tensor([2, 4]), 4)[:, 0]
+    there = masks.to_torch_mask(keep, dtype)
+    assert there.dtype == dtype and torch.equal(masks.from_torch_mask(there), keep)
+    if dtype == torch.float32:
+        square = nn.Transformer.generate_square_subsequent_mask(4)
+        assert torch.equal(masks.to_torch_mask(masks.causal_mask(4), dtype), square)
+
+
+def test_what_is_no_keep_mask_is_refused():
+    with pytest.raises(TypeError, match="keep: expected bool .*, got torch.float32"):
+        masks.to_torch_mask(torch.zeros(2))
+    with pytest.raises(TypeError, match="dtype: expected torch.bool or a floating type"):
+        masks.to_torch_mask(torch.tensor([True]), torch.int64)
+
+
 def test_masks_that_do_not_say_what_they_mean_are_refused():
     with pytest.raises(TypeError, match="from_zero_mask"):
         masks.from_torch_mask(torch.tensor([0, 1]))

@@ -31,6 +31,7 @@ from transformer_ext.ops.masks import (
     from_zero_mask,
     key_padding_mask,
     subsequent_mask,
+    to_torch_mask,
 )
 from transformer_ext.ops.residual_norm import (
     norm,
@@ -86,5 +87,6 @@ __all__ = [
     "set_backend",
     "sinusoidal_positions",
     "subsequent_mask",
+    "to_torch_mask",
     "use_compiled",
 ]

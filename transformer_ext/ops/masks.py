@@ -3,7 +3,7 @@
 Attention Is All You Need, section 3.2.3: the decoder's self-attention masks out (sets to minus
 infinity) all connections that would look ahead; padding is masked the same way. Every mask of this
 package is a keep-mask and broadcasts to ``[batch, heads, query_length, key_length]``, so masks are
-combined with ``&``. The two converters take masks of the opposite or of the 0/1 convention.
+combined with ``&``. The converters take and give masks of the opposite or of the 0/1 convention.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ __all__ = [
     "from_zero_mask",
     "key_padding_mask",
     "subsequent_mask",
+    "to_torch_mask",
 ]
 
 
@@ -91,3 +92,26 @@ def from_torch_mask(mask: Tensor) -> Tensor:
             "additive bias"
         )
     return keep
+
+
+def to_torch_mask(keep: Tensor, dtype: torch.dtype = torch.bool) -> Tensor:
+    """The inverse of `from_torch_mask`.
+
+    Args:
+        keep: bool with True = may attend, any shape.
+        dtype: ``torch.bool``: True = masked; a floating type: 0 = kept and -inf = masked, as
+            `torch.nn.Transformer.generate_square_subsequent_mask` has it.
+
+    Returns:
+        the same shape.
+
+    Raises:
+        TypeError: a mask that is not bool, or a type that is neither bool nor floating.
+    """
+    if keep.dtype != torch.bool:
+        raise TypeError(f"keep: expected bool (True = may attend), got {keep.dtype}")
+    if dtype == torch.bool:
+        return ~keep
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype: expected torch.bool or a floating type, got {dtype}")
+    return torch.zeros_like(keep, dtype=dtype).masked_fill(~keep, -torch.inf)
