@@ -1,7 +1,7 @@
 # transformer_ext_kernels: everything that knows neither torch nor Python.
 
 file(GLOB sources CONFIGURE_DEPENDS csrc/*/*.cpp)
-list(FILTER sources EXCLUDE REGEX "_(cpu|op|op_cuda|test)\\.cpp$|/csrc/bindings/")
+list(FILTER sources EXCLUDE REGEX "_(cpu|op|op_cuda|test)\\.cpp$|/csrc/(bindings|testing)/")
 add_library(transformer_ext_kernels STATIC ${sources})
 target_link_libraries(transformer_ext_kernels PUBLIC transformer_ext_settings)
 

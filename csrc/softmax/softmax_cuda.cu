@@ -1,74 +1,16 @@
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include <cstdint>
 
+#include "common/cuda.cuh"
 #include "softmax/softmax_cuda.h"
 
 namespace transformer_ext {
 namespace {
 
-constexpr int kWarp = 32;
 constexpr int kWarpsPerBlock = 4;
 // Rows up to this length stay in the registers of one warp; longer ones take a block, which reads
 // them again from the cache for each pass.
 constexpr int64_t kMaxWarpColumns = 1024;
 constexpr int kBlockThreads = 256;
-
-__device__ inline float to_float(float x) { return x; }
-__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline float to_float(__half x) { return __half2float(x); }
-template <class T>
-__device__ inline T from_float(float x);
-template <>
-__device__ inline float from_float<float>(float x) {
-  return x;
-}
-template <>
-__device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
-  return __float2bfloat16_rn(x);
-}
-template <>
-__device__ inline __half from_float<__half>(float x) {
-  return __float2half_rn(x);
-}
-
-template <class T, int kVector>
-struct alignas(sizeof(T) * kVector) Vector {
-  T values[kVector];
-};
-
-__device__ inline float minus_infinity() { return __int_as_float(0xff800000); }
-
-struct Sum {
-  static __device__ float identity() { return 0.0f; }
-  __device__ float operator()(float a, float b) const { return a + b; }
-};
-struct Max {
-  static __device__ float identity() { return minus_infinity(); }
-  __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
-};
-
-template <class Op>
-__device__ inline float warp_reduce(float x, Op op) {
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    x = op(x, __shfl_xor_sync(0xffffffffu, x, offset));
-  }
-  return x;
-}
-
-template <class Op>
-__device__ inline float block_reduce(float x, Op op) {
-  __shared__ float partial[kBlockThreads / kWarp];
-  x = warp_reduce(x, op);
-  __syncthreads();  // the last use of `partial` is over
-  if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = x;
-  __syncthreads();
-  x = threadIdx.x % kWarp < kBlockThreads / kWarp ? partial[threadIdx.x % kWarp] : op.identity();
-  return warp_reduce(x, op);
-}
 
 // The slots of one row that are kept: those before `columns` at which mask (null: all) is not 0.
 struct RowMask {
@@ -183,13 +125,13 @@ __global__ void __launch_bounds__(kBlockThreads) forward_block(SoftmaxForward a)
   for (int64_t c = threadIdx.x; c < a.columns; c += kBlockThreads) {
     if (keep(c)) top = fmaxf(top, to_float(x[c]));
   }
-  top = block_reduce(top, Max{});
+  top = block_reduce<kBlockThreads>(top, Max{});
   const float shift = top == minus_infinity() ? 0.0f : top;
   float sum = 0.0f;
   for (int64_t c = threadIdx.x; c < a.columns; c += kBlockThreads) {
     if (keep(c)) sum += expf(to_float(x[c]) - shift);
   }
-  sum = block_reduce(sum, Sum{});
+  sum = block_reduce<kBlockThreads>(sum, Sum{});
   const float inverse = 1.0f / sum;
   const float log_sum = logf(sum);
   for (int64_t c = threadIdx.x; c < a.columns; c += kBlockThreads) {
@@ -270,7 +212,7 @@ __global__ void __launch_bounds__(kBlockThreads) backward_block(SoftmaxBackward 
   for (int64_t c = threadIdx.x; c < a.columns; c += kBlockThreads) {
     sum += backward_term(to_float(grad[c]), to_float(y[c]), a.log);
   }
-  sum = block_reduce(sum, Sum{});
+  sum = block_reduce<kBlockThreads>(sum, Sum{});
   for (int64_t c = threadIdx.x; c < a.columns; c += kBlockThreads) {
     const float value = backward_value(to_float(grad[c]), to_float(y[c]), sum, a.log);
     grad_x[c] = from_float<T>(none ? 0.0f : value);
@@ -281,11 +223,11 @@ struct Forward {
   using Arguments = SoftmaxForward;
   template <class T, int kItems, int kVector>
   static void warp(const SoftmaxForward& a, unsigned blocks, cudaStream_t stream) {
-    forward_warp<T, kItems, kVector><<<blocks, kWarp * kWarpsPerBlock, 0, stream>>>(a);
+    launch(forward_warp<T, kItems, kVector>, blocks, kWarp * kWarpsPerBlock, 0, stream, a);
   }
   template <class T>
   static void block(const SoftmaxForward& a, cudaStream_t stream) {
-    forward_block<T><<<static_cast<unsigned>(a.rows), kBlockThreads, 0, stream>>>(a);
+    launch(forward_block<T>, static_cast<unsigned>(a.rows), kBlockThreads, 0, stream, a);
   }
   static bool aligned(const SoftmaxForward& a, uintptr_t bytes) {
     return reinterpret_cast<uintptr_t>(a.x) % bytes == 0 &&
@@ -297,11 +239,11 @@ struct Backward {
   using Arguments = SoftmaxBackward;
   template <class T, int kItems, int kVector>
   static void warp(const SoftmaxBackward& a, unsigned blocks, cudaStream_t stream) {
-    backward_warp<T, kItems, kVector><<<blocks, kWarp * kWarpsPerBlock, 0, stream>>>(a);
+    launch(backward_warp<T, kItems, kVector>, blocks, kWarp * kWarpsPerBlock, 0, stream, a);
   }
   template <class T>
   static void block(const SoftmaxBackward& a, cudaStream_t stream) {
-    backward_block<T><<<static_cast<unsigned>(a.rows), kBlockThreads, 0, stream>>>(a);
+    launch(backward_block<T>, static_cast<unsigned>(a.rows), kBlockThreads, 0, stream, a);
   }
   static bool aligned(const SoftmaxBackward& a, uintptr_t bytes) {
     return reinterpret_cast<uintptr_t>(a.grad) % bytes == 0 &&
@@ -311,7 +253,7 @@ struct Backward {
 };
 
 template <class Kernel, class T>
-void launch(const typename Kernel::Arguments& a, cudaStream_t stream) {
+void launch_by_width(const typename Kernel::Arguments& a, cudaStream_t stream) {
   if (a.columns > kMaxWarpColumns) return Kernel::template block<T>(a, stream);
   const unsigned blocks = static_cast<unsigned>((a.rows + kWarpsPerBlock - 1) / kWarpsPerBlock);
   if (a.columns % 4 == 0 && Kernel::aligned(a, 4 * sizeof(T))) {
@@ -332,17 +274,16 @@ const char* run(const typename Kernel::Arguments& a, SoftmaxType type, void* str
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   switch (type) {
     case SoftmaxType::float32:
-      launch<Kernel, float>(a, on);
+      launch_by_width<Kernel, float>(a, on);
       break;
     case SoftmaxType::bfloat16:
-      launch<Kernel, __nv_bfloat16>(a, on);
+      launch_by_width<Kernel, __nv_bfloat16>(a, on);
       break;
     case SoftmaxType::float16:
-      launch<Kernel, __half>(a, on);
+      launch_by_width<Kernel, __half>(a, on);
       break;
   }
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return launch_error();
 }
 
 }  // namespace

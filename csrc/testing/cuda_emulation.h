@@ -1,0 +1,66 @@
+// Runs the kernels of a .cu file on the CPU, for tests. Never shipped.
+//
+// The file is compiled as C++ with csrc/testing/cuda_emulation/ in place of CUDA's headers. Blocks
+// run one after the other; the threads of a block are fibers, each of which runs until it waits for
+// others (__syncthreads, __syncwarp, shuffles, votes). What a GPU leaves undefined is an error
+// here: a collective that not all its lanes reach, or in different places, a shuffle from a lane
+// outside of the mask, more shared memory than there is. Shared memory starts as NaN and lies on
+// the heap, where AddressSanitizer sees its bounds. The error comes out of cudaGetLastError(), as
+// from a GPU.
+//
+// set_schedule() changes the order of the blocks and the threads: results that are not the same for
+// all schedules bit for bit tell of a race. ThreadSanitizer (preset tsan) takes each thread for a
+// thread of its own, and finds races whatever the schedule.
+//
+// It cannot show speed, nor what depends on the order in which a GPU makes memory visible.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <source_location>
+
+namespace cuda_emulation {
+
+using Location = std::source_location;
+
+struct Index {
+  unsigned x = 1;
+  unsigned y = 1;
+  unsigned z = 1;
+};
+
+// 0: ascending, 1: descending, above: shuffled by this seed.
+void set_schedule(unsigned schedule);
+
+// Runs `thread` for every thread of every block. Errors: see last_error().
+void launch(const std::function<void()>& thread, Index blocks, Index threads, size_t shared_bytes);
+
+// How much dynamic shared memory the next launches of the kernel may ask for (48 KiB if not set).
+void allow_shared(size_t bytes);
+
+// nullptr where all went well since the last call.
+const char* last_error();
+
+// ---- Within a kernel ----------------------------------------------------------------------------
+
+// Memory of the block: the same for the same key. All bits set at first: NaN.
+void* shared(const void* key, size_t bytes);
+void* dynamic_shared();
+
+void sync_threads(Location where);
+
+// Returns when all lanes of `mask` have called it with the same `what`; the last of them runs `all`
+// with the `mine` of each (by lane; null outside of the mask). `what` is a literal.
+using Together = void (*)(void* const* lanes, unsigned mask);
+void warp_together(unsigned mask, const char* what, void* mine, Together all, Location where);
+
+// Ends the launch with this error.
+[[noreturn]] void fail(const char* text);
+
+Index thread_index();
+Index block_index();
+Index block_size();
+Index grid_size();
+
+}  // namespace cuda_emulation
