@@ -15,7 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformer_ext.model.config import ModelConfig, TextEncoderConfig, TransformerConfig
+from transformer_ext.model.config import (
+    LanguageModelConfig,
+    ModelConfig,
+    TextEncoderConfig,
+    TransformerConfig,
+)
 
 _ROOT = Path(__file__).resolve().parents[1]
 _SOURCES = [
@@ -71,19 +76,22 @@ class Work:
     Attributes:
         operations: additions and multiplications of the matrix products and of attention.
         weights: numbers in weight matrices that are read, counted again at each step.
+        cached: numbers among the keys and values of earlier positions that are read, of which one
+            has 4 bytes in float32 and 2 else. (Of a translation they stay in the processor.)
     """
 
     operations: float
     weights: float
+    cached: float = 0.0
 
     def seconds(self, type: str, machine: Machine) -> float:
-        """The longer of the time of the arithmetic and that of reading the weights from memory.
+        """The longer of the time of the arithmetic and that of reading weights and cache from memory.
 
         It is no bound where weights stay in a cache that all threads share.
         """
         return max(
             self.operations / machine.operations[type],
-            self.weights * BYTES[type] / machine.read,
+            (self.weights * BYTES[type] + self.cached * max(2, BYTES[type])) / machine.read,
         )
 
 
@@ -105,6 +113,34 @@ def encoder_work(config: TextEncoderConfig, lengths: Sequence[int]) -> Work:
     attention = 4 * config.nhead * config.head_dim
     operations = sum(2 * length * layer + attention * length**2 for length in lengths)
     return Work(config.num_layers * operations, config.num_layers * layer)
+
+
+def language_work(
+    config: LanguageModelConfig, prompt: int, new: int, beam: int, batch: int
+) -> Work:
+    """The work of a batch of continuations; see :func:`work`.
+
+    The prompt's tokens are taken at once, which reads the layers' weights once; the first new token
+    follows from them, and each of the others takes a step, which reads layers, vocabulary, and the
+    keys and values of at least one hypothesis of each prompt.
+
+    Args:
+        config: of the model.
+        prompt: tokens of each prompt.
+        new: tokens of each output.
+        beam: hypotheses of a prompt.
+        batch: prompts worked on together.
+    """
+    layers = config.num_layers * sum(_layer(config))
+    vocabulary = config.d_model * config.vocab_size
+    attention = 4 * config.nhead * config.head_dim * config.num_layers
+    rows = beam * (new - 1)
+    operations = 2 * layers * (prompt + rows) + 2 * vocabulary * (1 + rows)
+    operations += attention * (prompt**2 / 2 + rows * (prompt + new / 2))
+    cached = 2 * config.num_kv_heads * config.head_dim * config.num_layers * (new - 1)
+    return Work(
+        batch * operations, new * (layers + vocabulary), batch * cached * (prompt + new / 2)
+    )
 
 
 def work(

@@ -37,13 +37,13 @@ that long comparisons can be made in several short runs.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
-import importlib.metadata
 import itertools
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,24 +57,23 @@ from decoding_peers import (
     ONE_ARENA,
     Setting,
     Task,
-    Turn,
     decoder,
     start_up_commands,
 )
 from processes import (
+    PAUSE,
     ROOT,
     Worker,
     WorkerError,
     append_json,
-    machine,
+    in_turns,
     read_json_lines,
     say,
-    start,
+    setting_title,
+    starts_in_turns,
     table,
 )
 
-#: Seconds after a turn in which the threads of a program may still spin.
-PAUSE = 0.3
 #: Sources of this many sentences make a turn with random weights, where a call has fewer.
 TURN = 32
 LINE = "Adds gridlines to the X axis of the chart."
@@ -205,17 +204,6 @@ def make_task(subject: Subject, batch: int, beam: int, options: argparse.Namespa
     return Task(subject.folder, batch, beam, subject.length, options.threads, calls)
 
 
-def setting_title(subject: Subject, options: argparse.Namespace) -> str:
-    """What the figures belong to."""
-    versions = []
-    for name in VERSIONS:
-        try:
-            versions.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            pass
-    return f"{subject.title}; {options.threads} threads, {machine()}, {', '.join(versions)}"
-
-
 # ---- Speed ------------------------------------------------------------------------------------
 
 
@@ -229,57 +217,48 @@ def measure_case(
 ) -> dict[str, Any]:
     """All competitors in turns; their figures by key."""
     began = time.perf_counter()
-    workers: dict[str, Worker] = {}
+    machines: list[ceilings.Machine] = []
+    settings = {key: COMPETITORS[key].setting(task) for key in keys}
+    makers = {
+        key: functools.partial(
+            Worker,
+            decoder,
+            key,
+            task,
+            setting,
+            environment=dict(setting.environment if setting else ()),
+        )
+        for key, setting in settings.items()
+    }
+
+    def blocks() -> Iterator[int]:
+        for number in range(rounds):
+            yield number % len(task.blocks)
+            if max_seconds and time.perf_counter() - began > max_seconds:
+                return
+
+    loaded, turns = in_turns(
+        makers,
+        None,
+        blocks(),
+        (lambda: machines.append(ceilings.measure(ceiling, task.threads))) if ceiling else None,
+    )
     facts: dict[str, dict[str, Any]] = {}
     outputs: dict[str, dict[int, list[list[int]]]] = {}
-    machines = []
-    try:
-        for key in keys:
-            competitor = COMPETITORS[key]
-            say(f"... {competitor.title}")
-            setting = competitor.setting(task)
-            worker = Worker(
-                decoder,
-                key,
-                task,
-                setting,
-                environment=dict(setting.environment if setting else ()),
-            )
-            try:
-                loaded = worker.ask(None)
-            except WorkerError as error:
-                say(f"{competitor.title}: left out: {error}")
-                worker.close()
-                continue
-            workers[key] = worker
-            outputs[key] = {}
-            facts[key] = {
-                "type": loaded.type,
-                "before": loaded.before,
-                "setting": str(setting) if setting else "",
-                "seconds": [],
-                "tokens": [],
-                "bound": [],
-            }
-        for number in range(rounds):
-            if ceiling:
-                time.sleep(PAUSE)
-                machines.append(ceilings.measure(ceiling, task.threads))
-            for key, worker in workers.items():
-                time.sleep(PAUSE)
-                block = number % len(task.blocks)
-                turn: Turn = worker.ask(block)
-                facts[key]["seconds"].append(turn.seconds)
-                facts[key]["tokens"].append(sum(map(len, turn.outputs)))
-                facts[key]["peak"] = turn.peak
-                outputs[key][block] = turn.outputs
-                if task.length is not None and {*map(len, turn.outputs)} != {task.length}:
-                    raise WorkerError(f"{key}: outputs of other lengths than {task.length}")
-            if max_seconds and time.perf_counter() - began > max_seconds:
-                break
-    finally:
-        for worker in workers.values():
-            worker.close()
+    for key, mine in turns.items():
+        outputs[key] = {number % len(task.blocks): turn.outputs for number, turn in enumerate(mine)}
+        lengths = {len(ids) for turn in mine for ids in turn.outputs}
+        if task.length is not None and lengths != {task.length}:
+            raise WorkerError(f"{key}: outputs of other lengths than {task.length}")
+        facts[key] = {
+            "type": loaded[key].type,
+            "before": loaded[key].before,
+            "setting": str(settings[key] or ""),
+            "seconds": [turn.seconds for turn in mine],
+            "tokens": [sum(map(len, turn.outputs)) for turn in mine],
+            "peak": mine[-1].peak,
+            "bound": [],
+        }
     reference = outputs.get("ours-float32")
     for key, found in outputs.items():
         finish(subject, task, facts[key], found, reference, machines)
@@ -341,24 +320,12 @@ def finish(
 def measure_start_up(
     subject: Subject, keys: Sequence[str], options: argparse.Namespace
 ) -> dict[str, Any]:
-    """All competitors in turns; their figures by title. The first round warms the page cache."""
+    """All competitors in turns; their figures by title."""
     task = make_task(subject, 1, 4, options)
     commands = {
         title: command for key in keys for title, command in start_up_commands(key, task).items()
     }
-    found: dict[str, dict[str, Any]] = {title: {"seconds": []} for title in commands}
-    for number in range(options.start_ups + 1):
-        for title in list(found):
-            try:
-                seconds, peak = start(commands[title], LINE)
-            except WorkerError as error:
-                say(f"{title}: left out: {error}")
-                del found[title]
-                continue
-            if number:
-                found[title]["seconds"].append(seconds)
-                found[title]["peak"] = peak
-    return found
+    return starts_in_turns(commands, LINE, options.start_ups)
 
 
 # ---- CTranslate2's best settings --------------------------------------------------------------
@@ -519,7 +486,7 @@ class Search:
 
 def search_ctranslate2(subject: Subject, options: argparse.Namespace) -> None:
     """Prints what was tried of each case, and the winner."""
-    title = setting_title(subject, options)
+    title = setting_title(subject.title, options.threads, VERSIONS)
     end = time.perf_counter() + options.max_seconds if options.max_seconds else None
     for batch in options.batch:
         for beam in options.beam:
@@ -738,7 +705,13 @@ def main() -> None:
     runs = []
 
     def note(case: Any, results: dict[str, Any]) -> None:
-        runs.append({"setting": setting_title(subject, options), "case": case, "results": results})
+        runs.append(
+            {
+                "setting": setting_title(subject.title, options.threads, VERSIONS),
+                "case": case,
+                "results": results,
+            }
+        )
         append_json(options.save, runs[-1])
 
     for batch in options.batch if not options.no_speed else []:

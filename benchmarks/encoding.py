@@ -33,32 +33,29 @@ that long comparisons can be made in several short runs.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
+import functools
 import math
 import shutil
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ceilings
-from encoding_peers import COMPETITORS, Loaded, Task, Turn, encoder
+from encoding_peers import COMPETITORS, Task, encoder
 from processes import (
     ROOT,
     Worker,
-    WorkerError,
     append_json,
-    machine,
+    in_turns,
     read_json_lines,
     say,
-    start,
+    setting_title,
+    starts_in_turns,
     table,
 )
 
-#: Seconds after a turn in which the threads of a program may still spin.
-PAUSE = 0.3
 #: Tokens of a turn with random weights, where one call has fewer.
 TURN = 1024
 LINE = "Adds gridlines to the X axis of the chart."
@@ -161,17 +158,6 @@ def work_of(subject: Subject, task: Task) -> tuple[int, int, list[ceilings.Work]
     return len(lengths), sum(lengths), works
 
 
-def setting_title(subject: Subject, options: argparse.Namespace) -> str:
-    """What the figures belong to."""
-    versions = []
-    for name in VERSIONS:
-        try:
-            versions.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            pass
-    return f"{subject.title}; {options.threads} threads, {machine()}, {', '.join(versions)}"
-
-
 def measure_case(
     subject: Subject,
     task: Task,
@@ -182,43 +168,27 @@ def measure_case(
     """All competitors in turns; their figures by key."""
     import numpy as np
 
-    workers: dict[str, Worker] = {}
-    facts: dict[str, dict[str, Any]] = {}
-    results: dict[str, Any] = {}
-    machines = []
+    machines: list[ceilings.Machine] = []
     texts, tokens, works = work_of(subject, task)
-    try:
-        for key in keys:
-            title = COMPETITORS[key].title
-            say(f"... {title}")
-            worker = Worker(encoder, key, task)
-            try:
-                loaded: Loaded = worker.ask(False)
-            except WorkerError as error:
-                say(f"{title}: left out: {error}")
-                worker.close()
-                continue
-            workers[key] = worker
-            results[key] = loaded.results
-            facts[key] = {
-                "before": loaded.before,
-                "seconds": [],
-                "texts": texts,
-                "tokens": tokens,
-                "calls": len(task.calls),
-            }
-        for _ in range(rounds):
-            if ceiling:
-                time.sleep(PAUSE)
-                machines.append(ceilings.measure(ceiling, task.threads))
-            for key, worker in workers.items():
-                time.sleep(PAUSE)
-                turn: Turn = worker.ask(True)
-                facts[key]["seconds"].append(turn.seconds)
-                facts[key]["peak"] = turn.peak
-    finally:
-        for worker in workers.values():
-            worker.close()
+    makers = {key: functools.partial(Worker, encoder, key, task) for key in keys}
+    loaded, turns = in_turns(
+        makers,
+        False,
+        [True] * rounds,
+        (lambda: machines.append(ceilings.measure(ceiling, task.threads))) if ceiling else None,
+    )
+    results = {key: each.results for key, each in loaded.items()}
+    facts: dict[str, dict[str, Any]] = {
+        key: {
+            "before": loaded[key].before,
+            "seconds": [turn.seconds for turn in mine],
+            "peak": mine[-1].peak,
+            "texts": texts,
+            "tokens": tokens,
+            "calls": len(task.calls),
+        }
+        for key, mine in turns.items()
+    }
     exact = next(
         (results[f"{name}-float32"] for name in PEERS if f"{name}-float32" in results), None
     )
@@ -243,21 +213,10 @@ def measure_case(
 def measure_start_up(
     subject: Subject, keys: Sequence[str], options: argparse.Namespace
 ) -> dict[str, Any]:
-    """All competitors in turns; their figures by key. The first round warms the page cache."""
+    """All competitors in turns; their figures by key."""
     task = make_task(subject, 1, 16, options)
-    found: dict[str, dict[str, Any]] = {key: {"seconds": []} for key in keys}
-    for number in range(options.start_ups + 1):
-        for key in list(found):
-            try:
-                seconds, peak = start(COMPETITORS[key].command(task), LINE)
-            except WorkerError as error:
-                say(f"{COMPETITORS[key].title}: left out: {error}")
-                del found[key]
-                continue
-            if number:
-                found[key]["seconds"].append(seconds)
-                found[key]["peak"] = peak
-    return found
+    commands = {key: COMPETITORS[key].command(task) for key in keys}
+    return starts_in_turns(commands, LINE, options.start_ups)
 
 
 # ---- Tables -----------------------------------------------------------------------------------
@@ -390,7 +349,13 @@ def main() -> None:
     runs = []
 
     def note(case: Any, results: dict[str, Any]) -> None:
-        runs.append({"setting": setting_title(subject, options), "case": case, "results": results})
+        runs.append(
+            {
+                "setting": setting_title(subject.title, options.threads, VERSIONS),
+                "case": case,
+                "results": results,
+            }
+        )
         append_json(options.save, runs[-1])
 
     if not options.no_speed:

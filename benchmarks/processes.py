@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -10,12 +11,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+#: Seconds after a turn in which the threads of a program may still spin.
+PAUSE = 0.3
 
 
 def memory_of_process(field: str, process: int | str = "self") -> int:
@@ -42,6 +45,17 @@ def machine() -> str:
     except (OSError, StopIteration):
         pass
     return name
+
+
+def setting_title(title: str, threads: int, packages: Sequence[str]) -> str:
+    """What figures belong to: the title, threads, machine, and versions of packages that are there."""
+    versions = []
+    for name in packages:
+        try:
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return f"{title}; {threads} threads, {machine()}, {', '.join(versions)}"
 
 
 class WorkerError(RuntimeError):
@@ -116,6 +130,54 @@ def _serve(connection: Any, prepare: Callable[..., Any], arguments: Sequence[Any
         connection.send((False, f"{type(error).__name__}: {error}"))
 
 
+def in_turns(
+    makers: Mapping[str, Callable[[], Worker]],
+    load: Any,
+    messages: Iterable[Any],
+    between: Callable[[], None] | None = None,
+) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """What each competitor answers, all of them in turns; who refuses to load is left out.
+
+    Args:
+        makers: of their processes, by name.
+        load: the first message, to each of them before all else.
+        messages: of the rounds.
+        between: called before each round.
+
+    Returns:
+        by name, the answer to the first message, and those to the others.
+
+    Raises:
+        WorkerError: one of them failed later.
+    """
+    workers: dict[str, Worker] = {}
+    loaded: dict[str, Any] = {}
+    answers: dict[str, list[Any]] = {}
+    try:
+        for name, make in makers.items():
+            say(f"... {name}")
+            worker = make()
+            try:
+                loaded[name] = worker.ask(load)
+            except WorkerError as error:
+                say(f"{name}: left out: {error}")
+                worker.close()
+                continue
+            workers[name] = worker
+            answers[name] = []
+        for message in messages:
+            if between is not None:
+                time.sleep(PAUSE)
+                between()
+            for name, worker in workers.items():
+                time.sleep(PAUSE)
+                answers[name].append(worker.ask(message))
+    finally:
+        for worker in workers.values():
+            worker.close()
+    return loaded, answers
+
+
 @dataclass(frozen=True)
 class Command:
     """A fresh Python that gets a line, and prints one when it is done with it.
@@ -159,6 +221,28 @@ def start(command: Command, line: str) -> tuple[float, int]:
     if not printed.strip() or process.returncode:
         raise WorkerError(errors.strip().splitlines()[-1] if errors.strip() else "no output")
     return seconds, peak
+
+
+def starts_in_turns(
+    commands: Mapping[str, Command], line: str, runs: int
+) -> dict[str, dict[str, Any]]:
+    """Seconds of each of so many starts, and the peak memory, by name; who fails is left out.
+
+    A round before them warms the page cache.
+    """
+    found: dict[str, dict[str, Any]] = {name: {"seconds": []} for name in commands}
+    for number in range(runs + 1):
+        for name in list(found):
+            try:
+                seconds, peak = start(commands[name], line)
+            except WorkerError as error:
+                say(f"{name}: left out: {error}")
+                del found[name]
+                continue
+            if number:
+                found[name]["seconds"].append(seconds)
+                found[name]["peak"] = peak
+    return found
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool) -> list[str]:
