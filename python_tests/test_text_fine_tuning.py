@@ -15,7 +15,7 @@ import pytest
 import torch
 from huggingface_helpers import write_bert_dir, write_gpt2_dir
 from test_text_tasks import LABELS, write_texts
-from training_helpers import interrupted_after
+from training_helpers import SMALL_MODEL, interrupted_after, write_text
 
 from transformer_ext import classify, generate, train
 from transformer_ext.config import TrainConfig, from_dict
@@ -25,6 +25,7 @@ from transformer_ext.data.text import Labelled, Labels
 from transformer_ext.files import ModelDir, load_model_dir, save_model_dir
 from transformer_ext.huggingface.convert import to_huggingface
 from transformer_ext.inference.classifier import TextClassifier
+from transformer_ext.inference.translator import Translator
 from transformer_ext.model import LanguageModelConfig, ModelConfig, TextEncoder, TextEncoderConfig
 from transformer_ext.training.parent import Parent
 
@@ -345,3 +346,30 @@ def test_cut_texts_keep_both_ends(folder: Path, tmp_path: Path) -> None:
         assert batch.ids.tolist() == sum(expected, [])
         assert batch.lengths.tolist() == examples.lengths[rows].tolist() == list(map(len, expected))
         assert batch.labels.tolist() == [0, 1, 0, 1]
+
+
+def test_a_tokenizer_of_bert_for_random_weights(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = ["--tokenizer", str(folder / "bert"), *SMALL_MODEL[:6], "--output", str(run)]
+    arguments = command(folder, "classify", folder, *steps(1), *options)
+    place = arguments.index("--init-from")
+    del arguments[place : place + 2]
+    assert train.main(arguments) == 0
+    saved = load_model_dir(run / "model", TextEncoderConfig)
+    tokenizer = JsonTokenizer.from_huggingface(folder / "bert")
+    assert saved.source_tokenizer.sha256 == tokenizer.sha256
+    assert (saved.config.bos_id, saved.config.eos_id) == (tokenizer.bos_id, tokenizer.eos_id)
+
+
+def test_a_translation_with_the_tokenizer_of_bert(folder: Path, tmp_path: Path) -> None:
+    source, target = write_text(tmp_path, pairs=60)
+    content = JsonTokenizer.from_huggingface(folder / "bert").content()
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    options = ["--tokenizer", str(tmp_path / "tokenizer.json"), *SMALL_MODEL[:10]]
+    options += ["--src-train", str(source), "--tgt-train", str(target), "--held-out", "0.1"]
+    options += ["--precision", "float32", "--threads", "1", "--max-tokens", "300"]
+    options += ["--cache", str(tmp_path / "cache"), "--output", str(tmp_path / "run")]
+    assert train.main([*options, *steps(1), "--prepare-workers", "2"]) == 0
+    translator = Translator(tmp_path / "run" / "model")
+    assert isinstance(translator.source_tokenizer, JsonTokenizer)
+    assert len(translator.translate(["the old cat"])) == 1

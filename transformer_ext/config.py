@@ -877,7 +877,10 @@ class DataConfig:
         maximum=1.0,
     )
     tokenizer: str | None = option(
-        None, help="a SentencePiece model of yours for both languages", auto="one is trained"
+        None,
+        help="a SentencePiece model of yours for both languages, or a folder with a tokenizer of "
+        "BERT or GPT-2",
+        auto="one is trained",
     )
     src_tokenizer: str | None = option(
         None, help="a SentencePiece model of yours for the source", auto="one is trained"

@@ -57,6 +57,7 @@ from transformer_ext.data.progress import Progress
 from transformer_ext.data.tokenizer import (
     SentencePieceTokenizer,
     Tokenizer,
+    open_tokenizer,
     train_tokenizer,
     usable_cpus,
 )
@@ -551,19 +552,17 @@ class _Preparation:
                 source, target = source.with_tags(source_tags), target.with_tags((), prefixes)
             return source, target
         if config.tokenizer is not None:
-            tokenizer = SentencePieceTokenizer(config.tokenizer, None, source_tags, prefixes)
+            tokenizer = open_tokenizer(config.tokenizer, source_tags, prefixes)
             self.messages.append(f"tokenizer: {config.tokenizer}, {tokenizer.vocab_size:,} pieces")
             return tokenizer, tokenizer
         if config.src_tokenizer is not None and config.tgt_tokenizer is not None:
-            source = SentencePieceTokenizer(config.src_tokenizer)
-            target = SentencePieceTokenizer(config.tgt_tokenizer)
+            source = open_tokenizer(config.src_tokenizer)
+            target = open_tokenizer(config.tgt_tokenizer)
             if source.sha256 == target.sha256:
-                source = target = SentencePieceTokenizer(
-                    config.src_tokenizer, None, source_tags, prefixes
-                )
+                source = target = open_tokenizer(config.src_tokenizer, source_tags, prefixes)
             else:
-                source = SentencePieceTokenizer(config.src_tokenizer, None, source_tags)
-                target = SentencePieceTokenizer(config.tgt_tokenizer, None, (), prefixes)
+                source = open_tokenizer(config.src_tokenizer, source_tags)
+                target = open_tokenizer(config.tgt_tokenizer, (), prefixes)
             self.messages.append(
                 f"tokenizers: {config.src_tokenizer}, {source.vocab_size:,} pieces; "
                 f"{config.tgt_tokenizer}, {target.vocab_size:,} pieces"

@@ -29,7 +29,12 @@ from transformer_ext.data.preparation import (
     default_vocab_size,
 )
 from transformer_ext.data.text import Labels, TextCounts
-from transformer_ext.data.tokenizer import SentencePieceTokenizer, Tokenizer, train_tokenizer
+from transformer_ext.data.tokenizer import (
+    SentencePieceTokenizer,
+    Tokenizer,
+    open_tokenizer,
+    train_tokenizer,
+)
 
 #: Reads files as (text, label) and counts what it leaves out.
 Reader = Callable[[Sequence[str], TextCounts], Iterator[tuple[str, str]]]
@@ -240,7 +245,7 @@ def _tokenizer(
     messages: list[str],
 ) -> Tokenizer:
     if config.tokenizer is not None:
-        tokenizer = SentencePieceTokenizer(config.tokenizer)
+        tokenizer = open_tokenizer(config.tokenizer)
         messages.append(f"tokenizer: {config.tokenizer}, {tokenizer.vocab_size:,} pieces")
         return tokenizer
     wanted = config.vocab_size or default_vocab_size(count)

@@ -413,6 +413,29 @@ def _read(path: Path) -> bytes:
         raise TokenizerError(f"{path}: cannot be read: {error.strerror}") from None
 
 
+def open_tokenizer(
+    path: str | Path, source_tags: Sequence[str] = (), target_prefixes: Sequence[str] = ()
+) -> Tokenizer:
+    """The tokenizer that a person names.
+
+    Args:
+        path: a SentencePiece model, or a folder of Hugging Face with a tokenizer of BERT or GPT-2,
+            or the ``tokenizer.json`` in it.
+        source_tags: tags of source texts; each is a piece.
+        target_prefixes: tags of target texts; each is a piece.
+
+    Raises:
+        TokenizerError: there is no such tokenizer, or a tag is not a piece of it.
+    """
+    path = Path(path)
+    if not path.is_dir() and (path.name != "tokenizer.json" or not path.is_file()):
+        return SentencePieceTokenizer(path, None, source_tags, target_prefixes)
+    from transformer_ext.data.json_tokenizer import JsonTokenizer
+
+    found = JsonTokenizer.from_huggingface(path if path.is_dir() else path.parent)
+    return found.with_tags(source_tags, target_prefixes)
+
+
 def train_tokenizer(
     sentences: Iterable[str],
     *,
