@@ -187,7 +187,8 @@ def test_console_lists_only_commands_that_exist(capsys):
     assert console.main([]) == 0
     shown = capsys.readouterr().out
     for name in console.COMMANDS:
-        exists = importlib.util.find_spec(f"transformer_ext.{name}") is not None
+        module = f"transformer_ext.{name.replace('-', '_')}"
+        exists = importlib.util.find_spec(module) is not None
         assert (f"\n  {name} " in shown) == exists
     assert console.main(["no-such-command"]) == 2
     assert "no command 'no-such-command'" in capsys.readouterr().err

@@ -61,7 +61,7 @@ def live(*arguments: str) -> Callable[[], int]:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         # Pictures take as long as all the rest.
-        Figure.savefig = lambda self, path, **keywords: Path(path).write_bytes(b"picture")
+        Figure.savefig = lambda self, file, **keywords: file.write(b"picture")
         TranslationRun._draw_attention = lambda self, source, output, path: None  # type: ignore
         return train.main([str(argument) for argument in arguments])
 
