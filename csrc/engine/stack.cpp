@@ -71,7 +71,6 @@ float* StackRun::run(const Model& model, const Stack& stack, const PackedTokens&
   attention.max_key_length = longest;
   attention.cu_seqlens_q = packed.offsets();
   attention.cu_seqlens_k = packed.offsets();
-  attention.causal = options.causal;
   attention.scale = 1.0f / std::sqrt(static_cast<float>(config.head_dim));
   attention.query = {projected, 0, projected_width, config.head_dim};
   attention.key = {projected + query_width, 0, projected_width, config.head_dim};
@@ -96,7 +95,6 @@ float* StackRun::run(const Model& model, const Stack& stack, const PackedTokens&
         }
       });
     }
-    if (options.on_projected) options.on_projected(static_cast<int64_t>(i), projected);
     attention_kernels().forward(attention, parallel);
     if (options.wanted != nullptr && i + 1 == stack.layers.size()) {
       // From here on a token is for itself: three quarters of a usual layer's products are saved.

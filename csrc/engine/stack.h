@@ -1,4 +1,4 @@
-// A stack of layers on whole sequences: the encoder, or a decoder on tokens that are all known.
+// A stack of layers without attention to sources on whole sequences: an encoder.
 #pragma once
 
 #include <cstdint>
@@ -34,17 +34,13 @@ class PackedTokens {
   int64_t longest_ = 0;
 };
 
-// Runs a stack without attention to sources, and keeps the memory that this takes.
+// Runs a stack, and keeps the memory that this takes.
 class StackRun {
  public:
   struct Options {
-    bool causal = false;
     const int32_t* token_types = nullptr;  // of each token; null: all 0
     // Tokens, ascending, whose states alone are wanted; null: all.
     const std::vector<int32_t>* wanted = nullptr;
-    // Called with a layer's number and its [tokens, query_width + 2 * kv_width] of queries, keys
-    // and values, rotated where the model does so.
-    std::function<void(int64_t layer, const float* projected)> on_projected = nullptr;
     // Called before each layer on the thread that called; what it throws ends the run.
     std::function<void()> before_layer = nullptr;
   };

@@ -120,6 +120,8 @@ class Product {
     few_rows_ = a.m <= 3 && !turned_;
 
     if (a.m <= kBlockRows / 4) {  // one block of rows: cut the columns
+      // Fetching ahead as below would fetch what another thread takes next: BERT base on 16 tokens,
+      // 2 threads, 14.1 instead of 12.1 milliseconds, in bfloat16 6.8 instead of 5.9.
       block_rows_ = round_up(a.m, kRows);
       group_ = kTaskWork / (a.m * (k > 0 ? k : 1) * kColumns);
       group_ = group_ < 2 ? 2 : group_ < kGroupPanels ? group_ : kGroupPanels;
