@@ -749,7 +749,13 @@ def test_the_encoder_in_a_folder_of_its_own(tmp_path):
         found.weights["embedding.weight"], expected.weights["embedding.weight"]
     )
     done = from_huggingface(outer, tmp_path / "ours")
-    assert load_model_dir(tmp_path / "ours", TextEncoderConfig).config == done.config
+    ours = load_model_dir(tmp_path / "ours", TextEncoderConfig)
+    assert ours.config == done.config and ours.training["max_seq_length"] == 20
+    settings.write_text(json.dumps({"transformer_task": "feature-extraction"}))
+    for given, expected in ((20, 20), (1000, 32), (10**30, None), (1e30, None)):
+        change_json(outer / "0_Transformer" / "tokenizer_config.json", model_max_length=given)
+        found = load_model_dir(outer, TextEncoderConfig)
+        assert found.training.get("max_seq_length") == expected
 
 
 def test_modules_that_we_have_not_are_named(tmp_path):
@@ -788,6 +794,8 @@ def test_modules_that_we_have_not_are_named(tmp_path):
     settings = tmp_path / "m" / "sentence_bert_config.json"
     settings.write_text(json.dumps({"do_lower_case": True}))
     refused("do_lower_case: got True, expected False with a tokenizer that tells upper")
+    settings.write_text(json.dumps({"transformer_task": "fill-mask"}))
+    refused("transformer_task: got 'fill-mask', expected 'feature-extraction': states of")
     settings.write_text(json.dumps({"max_seq_length": 1}))
     refused("max_seq_length: got 1, expected an integer of at least 3")
 

@@ -20,7 +20,7 @@ from transformer_ext.huggingface.architecture import (
 from transformer_ext.huggingface.checkpoint import Checkpoint, Parts
 from transformer_ext.huggingface.conversion import split_heads
 from transformer_ext.huggingface.fields import THEIR_ACTIVATIONS, Fields, HuggingFaceError
-from transformer_ext.huggingface.pooling import SentenceModules, write_modules
+from transformer_ext.huggingface.pooling import MODULES_FILE, SentenceModules, write_modules
 from transformer_ext.model.config import TextEncoderConfig
 
 if TYPE_CHECKING:
@@ -119,14 +119,14 @@ def import_bert(
     if modules is not None:
         if classifier:
             raise HuggingFaceError(
-                f"{fields.path}: a classifier, but {modules.transformer / 'modules.json'} makes "
-                "vectors of texts: expected one of them"
+                f"{fields.path}: a classifier, but {MODULES_FILE} makes vectors of texts: expected "
+                "one of them"
             )
         pooler = False
-        for name in ("pooler.dense.weight", "pooler.dense.bias"):
-            if name in found:
-                found.ignore(name)
-        notes.append("left out: the pooler, which sentence-transformers does not use")
+        if "pooler.dense.weight" in found:
+            found.ignore("pooler.dense.weight")
+            found.ignore("pooler.dense.bias")
+            notes.append("left out: the pooler, which sentence-transformers does not use")
     width = fields.integer("hidden_size", 768, least=1)
     heads = fields.integer("num_attention_heads", 12, least=1)
     if width % heads:

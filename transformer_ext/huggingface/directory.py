@@ -115,6 +115,7 @@ def open_huggingface_dir(
                 "with a tokenizer that tells upper from lower case"
             )
         if modules.max_length is not None:
-            training["max_seq_length"] = modules.max_length
+            positions = imported.config.max_positions
+            training["max_seq_length"] = min(modules.max_length, positions)
     model = ModelDir(path, imported.config, weights, tokenizer, tokenizer, training)
     return Opened(model, imported.source, found.types, imported.notes)

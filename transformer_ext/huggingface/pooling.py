@@ -62,16 +62,31 @@ def read_modules(folder: Path) -> SentenceModules:
             "Pooling and possibly Normalize"
         )
     general = Fields.read(folder / "config_sentence_transformers.json")
+    general.only("model_type", "SentenceTransformer", "one vector of a text")
     general.absent("default_prompt_name", "texts have no prompt before them")
     general.absent("truncate_dim", "vectors are as wide as the model")
     settings = Fields.read(folders[0] / "sentence_bert_config.json")
+    settings.only("transformer_task", "feature-extraction", "states of the encoder are pooled")
+    settings.only("module_output_name", "token_embeddings", "states of the encoder are pooled")
+    # Newer versions have it with the tokenizer.
+    lengths = (settings, "max_seq_length")
+    if "max_seq_length" not in settings:
+        lengths = (Fields.read(folders[0] / "tokenizer_config.json"), "model_max_length")
     return SentenceModules(
         folders[0],
         _pooling(folders[1]),
         len(kinds) == 3,
         settings.boolean("do_lower_case", False),
-        settings.integer("max_seq_length", least=3) if "max_seq_length" in settings else None,
+        _longest(*lengths),
     )
+
+
+def _longest(fields: Fields, key: str) -> int | None:
+    """Tokens of a text; a number as large as a tokenizer without a limit has is none."""
+    value = fields.get(key)
+    if value is None or (isinstance(value, (int, float)) and value > 2**31 - 1):
+        return None
+    return fields.integer(key, least=3)
 
 
 def _pooling(folder: Path) -> str:
