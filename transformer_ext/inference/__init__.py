@@ -1,4 +1,4 @@
-"""Decoding: the compiled engine behind :class:`Translator`, and a plain Python beam search.
+"""Models at work: the compiled engines, texts in and out on top of them, a plain Python beam search.
 
 Nothing here imports torch, except the functions that are given a torch model.
 """

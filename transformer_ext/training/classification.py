@@ -189,9 +189,7 @@ class ClassificationRun(TextRun):
         parent: Parent[TextEncoderConfig] | None = None,
     ) -> None:
         # Texts of any length are read, as far as the model has positions, as BERT's are.
-        self._longest = None
-        if parent is not None and parent.config.positions == "learned":
-            self._longest = parent.config.max_positions
+        self._longest = None if parent is None else parent.config.longest
         super().__init__(config, machine, console, recipe, prepared, parent)
         sets = (prepared.train, prepared.dev_set, prepared.test_set)
         whole = [Labelled(dataset).lengths for dataset in sets if dataset is not None]

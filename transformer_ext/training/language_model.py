@@ -193,8 +193,8 @@ class LanguageModelRun(TextRun):
 
     def _has_room(self, tokens: int) -> bool:
         """Whether anything can follow so many tokens."""
-        c = self.architecture
-        return c.positions != "learned" or tokens < c.max_positions
+        longest = self.architecture.longest
+        return longest is None or tokens < longest
 
     # The end --------------------------------------------------------------------------------------
 

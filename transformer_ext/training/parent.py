@@ -1,8 +1,8 @@
 """Fine-tuning: a training that begins with the weights of a model directory.
 
 Weights, architecture and tokenizers are those of the model (a head for other labels is new);
-optimizer, schedule and the count of steps begin anew. The run keeps a copy of it in its folder, so that going on with the run does not
-need the model directory, and the two can be compared at the end.
+optimizer, schedule and the count of steps begin anew. The run keeps a copy of it in its folder, so
+that going on with the run does not need the model directory, and the two can be compared at the end.
 """
 
 from __future__ import annotations

@@ -116,14 +116,14 @@ class TextRun(Run):
                 f"--max-tokens: got {max_tokens}, but the longest of the {self.what} has {longest} "
                 f"tokens; expected at least {longest}"
             )
-        if self.architecture.positions != "learned":
+        most = self.architecture.longest
+        if most is None:
             return
         longest = max(
             int(self.make_examples(dataset).lengths.max())
             for dataset in (self.prepared.train, self.prepared.dev_set, self.prepared.test_set)
             if dataset is not None
         )
-        most = self.architecture.max_positions
         if longest > most and self.parent is not None:
             raise ConfigError(
                 f"--init-from: the model of {self.parent.name} has {most} positions, but the longest "

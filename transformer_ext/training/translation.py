@@ -127,13 +127,14 @@ class TranslationRun(Run):
                     f"tokens; expected at least {-(-longest // share)}, or a lower --max-length, "
                     "which leaves such pairs out"
                 )
-        if self.architecture.positions == "learned":
+        most = self.architecture.longest
+        if most is not None:
             sets = [train] if dev is None else [train, dev]
             sides = [side for data in sets for side in (data.source_lengths, data.target_lengths)]
             longest = max(int(lengths.max(initial=1)) for lengths in sides)
-            if longest > self.architecture.max_positions:
+            if longest > most:
                 raise ConfigError(
-                    f"--max-positions: got {self.architecture.max_positions}, but the longest "
+                    f"--max-positions: got {most}, but the longest "
                     f"sentence has {longest} tokens; expected at least {longest}, or a lower "
                     "--max-length, which leaves such pairs out of the training"
                 )
