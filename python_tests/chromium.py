@@ -20,7 +20,18 @@ from typing import Any
 import pytest
 
 _PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-PROGRAM = next(filter(None, map(shutil.which, _PROGRAMS)), None)
+
+
+def _find() -> str | None:
+    for program in filter(None, map(shutil.which, _PROGRAMS)):
+        # On some systems it is a script that only says how to install one.
+        said = subprocess.run([program, "--version"], capture_output=True, timeout=60)
+        if said.returncode == 0:
+            return program
+    return None
+
+
+PROGRAM = _find()
 
 needs_chromium = pytest.mark.skipif(PROGRAM is None, reason="no Chromium here")
 

@@ -17,7 +17,7 @@ from transformer_ext.visualization.page import attention_page, page_data, save_a
 
 EVIL = '</script><script>document.title="broken"</script>'
 ROWS = ["\u2581Klick", "\u05e9\u05dc\u05d5\u05dd", "\u70b9\u51fb", "</s>"]
-COLUMNS = ["\u2581Click", EVIL, "&amp;<b>", "\u0120it", "</s>"]
+COLUMNS = ["\u2581Click", EVIL, "&amp;<b>", "\u2581it", "</s>"]
 
 
 def maps() -> dict[str, AttentionMap]:
@@ -97,7 +97,7 @@ SAID = "document.getElementById('said').textContent"
 
 def shown(piece: str) -> str:
     """As the page has it."""
-    return re.sub("^[\u2581\u0120]", "\u00b7", piece)
+    return re.sub("^\u2581", "\u00b7", piece)
 
 
 def said(page: Page) -> str:

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
+from tokenizers import decoders, models, pre_tokenizers
 
+from transformer_ext.data.json_tokenizer import JsonTokenizer
 from transformer_ext.inference.options import SearchOptions
 from transformer_ext.inference.search import beam_search
 from transformer_ext.model import LanguageModel, TextEncoder, Transformer
@@ -31,6 +34,7 @@ from transformer_ext.visualization.label_smoothing import (
     draw_label_smoothing,
     smoothed_targets,
 )
+from transformer_ext.visualization.pieces import readable_pieces, spelt_in_bytes
 from transformer_ext.visualization.positions import draw_positions, position_table
 from transformer_ext.visualization.schedules import (
     draw_schedules,
@@ -89,14 +93,36 @@ def test_what_cannot_be_drawn_is_named(tmp_path: Path) -> None:
 
 
 def test_labels_are_plain_text() -> None:
-    assert piece_labels(["\u2581the", "\u0120a", "a\nb", " ", "$x$", "\u2581"]) == [
+    assert piece_labels(["\u2581the", "a\nb", " ", "$x$", "\u2581", "\ud800"]) == [
         "_the",
-        "_a",
-        "a\ufffdb",
+        r"a\nb",
         "_",
         r"\$x\$",
         "_",
+        r"\ud800",
     ]
+
+
+def test_byte_level_pieces_are_readable(tmp_path: Path) -> None:
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    for text in (" w\u00f6rld", "\u4f60\u597d", "a\n", "\u00a0x\x7f"):
+        ((spelt, _),) = pre_tokenizers.ByteLevel(False, use_regex=False).pre_tokenize_str(text)
+        assert spelt_in_bytes(spelt) == text.replace(" ", "\u2581")
+    assert all(len(spelt_in_bytes(letter)) in (1, 4) for letter in alphabet)
+    assert spelt_in_bytes("\u00e4\u00bd") == r"\xe4\xbd" and spelt_in_bytes("\u4f60") == "\u4f60"
+
+    library = tokenizers.Tokenizer(
+        models.BPE({piece: i for i, piece in enumerate([*sorted(alphabet), "<|endoftext|>"])}, [])
+    )
+    library.decoder = decoders.ByteLevel()
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    roles = dict.fromkeys(("bos", "eos", "pad", "unk"), "<|endoftext|>")
+    library.add_special_tokens(["<|endoftext|>"])
+    library.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = JsonTokenizer(tmp_path / "tokenizer.json", roles)
+    ids = [*tokenizer.encode(" a\u00f6"), tokenizer.eos_id]
+    assert readable_pieces(tokenizer, ids) == ["\u2581", "a", r"\xc3", r"\xb6", "<|endoftext|>"]
+    assert readable_pieces(Letters(), [5, 3]) == ["p5", "</s>"]
 
 
 # --- attention -----------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transformer_ext.visualization.figure import new_figure, piece_labels
+from transformer_ext.visualization.pieces import readable_pieces
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,9 +73,9 @@ def translation_attention(
     read = [model.config.decoder_start_id, *target_ids]
     device = next(model.parameters()).device
     trace = model.trace(torch.tensor([source], device=device), torch.tensor([read], device=device))
-    source_pieces = source_tokenizer.pieces(source)
-    read_pieces = target_tokenizer.pieces(read)
-    written = target_tokenizer.pieces([*target_ids, target_tokenizer.eos_id])
+    source_pieces = readable_pieces(source_tokenizer, source)
+    read_pieces = readable_pieces(target_tokenizer, read)
+    written = readable_pieces(target_tokenizer, [*target_ids, target_tokenizer.eos_id])
     depths = {"encoder": len(model.encoder.layers), "decoder": len(model.decoder.layers)}
     found = {
         "cross": (
@@ -133,7 +134,7 @@ def text_attention(
     weights = _weights(trace, f"{stack}.layers.{{}}.self_attention", depth)
     if weights is None:
         return {}
-    pieces = tokenizer.pieces(read)
+    pieces = readable_pieces(tokenizer, read)
     title = f"Self-attention of the {name}"
     return {stack: AttentionMap(title, pieces, pieces, weights)}
 

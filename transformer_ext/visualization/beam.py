@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from transformer_ext.inference.options import SearchOptions, SearchResult
 from transformer_ext.visualization.figure import new_figure, piece_labels
+from transformer_ext.visualization.pieces import readable_pieces
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -90,7 +91,7 @@ def beam_tree(
         node = BeamNode(
             parent=by_tokens[tuple(tokens[:-1])],
             token=tokens[-1],
-            piece=tokenizer.piece(tokens[-1]),
+            piece="",
             step=step,
             log_prob=scores[-1],
             total=total,
@@ -119,6 +120,9 @@ def beam_tree(
         seen = len(state.finished)
 
     (result,) = beam_search(model, [source_ids], options, observe=observe)
+    pieces = readable_pieces(tokenizer, [node.token for node in nodes])
+    for node, piece in zip(nodes, pieces, strict=True):
+        node.piece = piece
     for rank, found in enumerate(result.hypotheses, 1):
         ending = [model.config.eos_id] if found.ended else []
         index = by_tokens[tuple(found.tokens + ending)]

@@ -135,8 +135,10 @@ def piece_labels(pieces: Iterable[str]) -> list[str]:
     reads as a formula."""
     labels = []
     for piece in pieces:
-        # U+2581 begins a word with SentencePiece, U+0120 with byte-level BPE.
-        label = "".join(c if c.isprintable() else "\ufffd" for c in piece)
-        label = label.replace("\u2581", "_").replace("\u0120", "_").strip() or "_"
+        label = "".join(
+            c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode()
+            for c in piece
+        )
+        label = label.replace("\u2581", "_").strip() or "_"
         labels.append(label.replace("$", r"\$"))
     return labels
