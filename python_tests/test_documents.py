@@ -103,3 +103,30 @@ def test_an_error_in_a_page_names_its_line(tmp_path):
     with pytest.raises(ZeroDivisionError) as caught:
         pages.run_page(pages.read_page(path), tmp_path)
     assert (str(caught.traceback[-1].path), caught.traceback[-1].lineno + 1) == (str(path), 5)
+
+
+def test_reference_has_every_op_option_and_command(tmp_path, monkeypatch):
+    """Written from the package; the site is built from it by sphinx in .ci/run."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import reference
+
+    from transformer_ext import ops
+    from transformer_ext.__main__ import available
+    from transformer_ext.config import TrainConfig, options
+    from transformer_ext.inference.options import SearchOptions
+
+    reference.write(tmp_path / "reference")
+
+    def page(name: str) -> str:
+        return (tmp_path / "reference" / f"{name}.md").read_text(encoding="utf-8")
+
+    documented = page("ops")
+    for name in ops.__all__:
+        assert f"::{name}\n" in documented, name
+    for entry in [*options(TrainConfig), *options(SearchOptions)]:
+        assert f"| `{entry.key}` |" in page("options")
+    for command in available():
+        found = page(f"commands/{command}")
+        for action in reference.parser_of(command)._actions:
+            for flag in action.option_strings:
+                assert f"`{flag}`" in found, (command, flag)
