@@ -307,7 +307,9 @@ def test_the_tree_holds_every_step_of_the_search(changes) -> None:
     for step in range(1, last + 1):
         alive = [node for node in nodes if node.step == step and node.token != 3]
         assert len(alive) <= options.beam_size
-    texts = [text.get_text() for text in draw_beam(tree, "title").axes[0].texts]
+    drawn = draw_beam(tree, "title").axes[0].texts
+    assert len({text.get_position() for text in drawn}) == len(drawn)  # none upon another
+    texts = [text.get_text() for text in drawn]
     assert texts[0] == "title" and len(texts) == 3 + 2 * len(nodes)
     assert any(f"score {best.score:.3f}  no. 1" in text for text in texts)
 

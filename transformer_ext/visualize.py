@@ -95,13 +95,13 @@ def _attention_options(parser: ArgumentParser) -> None:
         help="of a picture: cross: translation to source (default); encoder, decoder: "
         "self-attention",
     )
-    for name, what in (("layer", "layer"), ("head", "head")):
+    for name in ("layer", "head"):
         parser.add_argument(
             f"--{name}",
             type=int,
             action="append",
             metavar="N",
-            help=f"of a picture: {what} to draw, from 1; may be given again (default: all)",
+            help=f"of a picture: {name} to draw, from 1; may be given again (default: all)",
         )
 
 

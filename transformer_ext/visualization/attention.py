@@ -120,18 +120,20 @@ def text_attention(
     """
     import torch
 
-    config = model.config
-    if config.kind == "decoder-only":
-        start = [config.bos_id] if getattr(config, "prepend_bos", True) or not ids else []
-        read, stack, name = [*start, *ids], "decoder", "language model"
-        depth = len(model.get_submodule("decoder.layers"))  # type: ignore[arg-type]
+    from transformer_ext.model import LanguageModel
+
+    if isinstance(model, LanguageModel):
+        stack, name, layers = "decoder", "language model", model.decoder.layers
+        # An empty text must have a first token.
+        begins = model.config.prepend_bos or not ids
+        read = [model.config.bos_id, *ids] if begins else list(ids)
     else:
-        read, stack, name = [config.bos_id, *ids, config.eos_id], "encoder", "text encoder"
-        depth = len(model.get_submodule("encoder.layers"))  # type: ignore[arg-type]
+        stack, name, layers = "encoder", "text encoder", model.encoder.layers
+        read = [model.config.bos_id, *ids, model.config.eos_id]
     device = next(model.parameters()).device
     lengths = torch.tensor([len(read)], device=device)
     trace = model.trace(torch.tensor([read], device=device), lengths)
-    weights = _weights(trace, f"{stack}.layers.{{}}.self_attention", depth)
+    weights = _weights(trace, f"{stack}.layers.{{}}.self_attention", len(layers))
     if weights is None:
         return {}
     pieces = readable_pieces(tokenizer, read)
