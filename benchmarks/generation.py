@@ -8,8 +8,8 @@ The architecture is that of GPT-2 small (124 million parameters, Radford et al. 
 weights, equal for all. A turn continues ``--batch`` prompts of ``--prompt`` tokens, together, by
 ``--new`` tokens each.
 
-Every competitor lives in a process of its own, has the same number of threads, is warmed up (the
-slow ones by 4 tokens), and all take turns; after a turn there is a pause, in which the threads of the
+Every competitor lives in a process of its own, has the same number of threads, is warmed up (transformers
+by 4 tokens), and all take turns; after a turn there is a pause, in which the threads of the
 one before go to sleep. Ratios are medians over the rounds of the ratio in one round.
 
 - of transformers: times ``generate`` in float32, and in the same type, with its usual cache.

@@ -72,6 +72,8 @@ class Transformers:
             task.folder, dtype=getattr(torch, type)
         ).eval()
         self._task = task
+        # A compiled step is made for the length of its cache.
+        self._few = task.new if cache == "compiled" else 4
         self._options: dict[str, Any] = {}
         if cache is not None:
             self._options["cache_implementation"] = "static"
@@ -86,7 +88,7 @@ class Transformers:
 
         task = self._task
         ids = torch.tensor(task.prompts)
-        new = 4 if few else task.new
+        new = self._few if few else task.new
         with torch.inference_mode():
             found = self._model.generate(
                 input_ids=ids,
