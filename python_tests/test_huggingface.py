@@ -780,6 +780,12 @@ def test_modules_that_we_have_not_are_named(tmp_path):
         ("[3]", "modules.json: module 0: expected an object"),
         ('[{"type": 3}]', "modules.json: module 0: expected the texts type and path"),
         ('[{"type": "a", "path": "../x"}]', "module 0: path: got '../x', expected a folder within"),
+        ('[{"type": "a", "path": "/etc"}]', "module 0: path: got '/etc', expected a folder within"),
+        ('[{"type": "a", "path": "\\ud800"}]', "module 0: path: got .*, expected a folder within"),
+        (
+            json.dumps([{"type": "a", "path": "x" * 300}]),
+            "module 0: path: got 'xxx.*a folder within",
+        ),
         ("[", "modules.json: broken, not JSON"),
     ):
         (tmp_path / "m" / "modules.json").write_text(text)
@@ -852,6 +858,20 @@ def test_there_and_back_nothing_changes(name, tmp_path):
         assert [id for id in again_ids if id not in (2, 3) or head[0] == "G"] == (
             ours.source_tokenizer.encode(text)
         )
+
+
+def test_a_pretrained_bert_keeps_pooler_and_masked_tokens(tmp_path, bert_dir):
+    to_huggingface(bert_dir, tmp_path / "again")
+    first, again = (load_model_dir(n, TextEncoderConfig) for n in (bert_dir, tmp_path / "again"))
+    assert first.config == again.config and again.config.pooler and again.config.masked_lm_head
+    assert_equal_weights(again.weights, first.weights)
+
+
+def test_weights_written_one_by_one_are_the_file_of_all_at_once(tmp_path, gpt2_dir):
+    weights = load_model_dir(gpt2_dir, LanguageModelConfig).weights
+    save_tensors(tmp_path / "lazy", weights, {"a": "b"})
+    save_tensors(tmp_path / "at_once", dict(weights), {"a": "b"})
+    assert (tmp_path / "lazy").read_bytes() == (tmp_path / "at_once").read_bytes()
 
 
 def our_model(kind, path, **changes):

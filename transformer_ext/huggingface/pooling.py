@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformer_ext.files import FileError, write_json
+from transformer_ext.files import FileError, is_file_name, write_json
 from transformer_ext.huggingface.fields import Fields, HuggingFaceError
 
 MODULES_FILE = "modules.json"
@@ -50,7 +50,9 @@ def read_modules(folder: Path) -> SentenceModules:
         kind, place = module.get("type"), module.get("path", "")
         if not isinstance(kind, str) or not isinstance(place, str):
             raise FileError(f"{path}: module {number}: expected the texts type and path")
-        if "\0" in place or Path(place).is_absolute() or ".." in Path(place).parts:
+        # A surrogate is no part of any name of a file.
+        within = len(place) < 1000 and place.encode(errors="ignore").decode() == place
+        if not (within and all(map(is_file_name, Path(place).parts))):
             raise FileError(
                 f"{path}: module {number}: path: got {place!r:.60}, expected a folder within"
             )
