@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import random
 import shutil
 import subprocess
 import sys
@@ -427,3 +429,62 @@ def test_broken_merges(broken: Path) -> None:
     assert JsonTokenizer.from_huggingface(broken).encode("ab") == [0, 1]
     (broken / "vocab.json").write_text('{"a": 0}')
     refused(broken, "no token begins or ends a text")
+
+
+WRONG = [None, True, -1, 0, 1.5, "x", "", [], {}, [[]], {"a": 1}, 2**70, "\ud800", 30522]
+
+
+def damaged(content: bytes, name: str, generator: random.Random) -> bytes:
+    """A file with some other bytes, or JSON with a value that is wrong or missing."""
+    if name.endswith(".json") and generator.random() < 0.6:
+        values = json.loads(content)
+        place = values
+        while True:
+            keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+            if not keys:
+                return b"{}"
+            key = generator.choice(keys[:30])
+            if not isinstance(place[key], (dict, list)) or generator.random() < 0.3:
+                break
+            place = place[key]
+        if generator.random() < 0.3:
+            del place[key]
+        else:
+            place[key] = generator.choice(WRONG)
+        return json.dumps(values).encode()
+    changed = bytearray(content)
+    for _ in range(generator.choice([1, 1, 3])):
+        at = generator.randrange(max(1, len(changed)))
+        if generator.random() < 0.6:
+            del changed[at : at + generator.randrange(1, 50)]
+        changed[at:at] = generator.choice([b"\n", b" ", b'"', b"\xff", b"{", b"0", b""])
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("kind", ["small_bert", "gpt2"])
+def test_damaged_files_are_an_error_or_a_tokenizer(
+    request: pytest.FixtureRequest, kind: str, tmp_path: Path
+) -> None:
+    folder = request.getfixturevalue(kind)
+    ours = JsonTokenizer.from_huggingface(folder)
+    good = {path.name: path.read_bytes() for path in folder.iterdir()} | ours.huggingface_files()
+    generator = random.Random(kind)
+    for case in range(int(os.environ.get("TRANSFORMER_EXT_FUZZ_CASES", 160)) // 2):
+        files = dict(good)
+        if case % 2:
+            # What the file with everything says is then to be read from the others.
+            del files["tokenizer.json"]
+        name = generator.choice(sorted(files))
+        files[name] = damaged(files[name], name, generator)
+        shutil.rmtree(tmp_path / "m", ignore_errors=True)
+        (tmp_path / "m").mkdir()
+        for other, content in files.items():
+            (tmp_path / "m" / other).write_bytes(content)
+        try:
+            found = JsonTokenizer.from_huggingface(tmp_path / "m")
+            ids = found.encode("the \u00e9 [MASK] \u4e2d <|endoftext|>")
+            assert all(id < found.vocab_size for id in ids)
+            found.decode(ids)
+            found.huggingface_files()
+        except TokenizerError as error:
+            assert "\n" not in str(error), name

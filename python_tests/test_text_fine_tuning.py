@@ -22,6 +22,7 @@ from transformer_ext.config import TrainConfig, from_dict
 from transformer_ext.data.dataset import ParallelDataset, build_dataset
 from transformer_ext.data.json_tokenizer import JsonTokenizer
 from transformer_ext.data.text import Labelled, Labels
+from transformer_ext.data.tokenizer import SentencePieceTokenizer
 from transformer_ext.files import ModelDir, load_model_dir, save_model_dir
 from transformer_ext.huggingface.convert import to_huggingface
 from transformer_ext.inference.classifier import TextClassifier
@@ -373,3 +374,29 @@ def test_a_translation_with_the_tokenizer_of_bert(folder: Path, tmp_path: Path) 
     translator = Translator(tmp_path / "run" / "model")
     assert isinstance(translator.source_tokenizer, JsonTokenizer)
     assert len(translator.translate(["the old cat"])) == 1
+
+
+def test_a_language_model_of_ours_goes_on_with_its_tokenizer(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, parent = tmp_path / "first", tmp_path / "first" / "model"
+    arguments = command(folder, "language-model", parent, *SMALL_MODEL[:6], "--vocab-size", "300")
+    place = arguments.index("--init-from")
+    options = ["--max-steps", "20", "--validate-every", "20", "--output", str(first)]
+    assert train.main([*arguments[:place], *arguments[place + 2 :], *options]) == 0
+    learnt = re.findall(r"validation at step 20: loss ([\d.]+) ", capsys.readouterr().out)
+    arguments = command(folder, "language-model", parent)
+    options = ["--max-steps", "4", "--validate-every", "2", "--learning-rate", "1e-3"]
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    assert train.main([*arguments, *options, "--output", str(straight)]) == 0
+    # The same text: it begins where the first training ended.
+    assert re.findall(r"before fine-tuning: loss ([\d.]+) ", capsys.readouterr().out) == learnt
+    with interrupted_after(2):
+        assert train.main([*arguments, *options, "--output", str(stopped)]) == 130
+    shutil.rmtree(first)
+    assert train.main(["--resume", "--output", str(stopped)]) == 0
+    models = [load_model_dir(run / "model", LanguageModelConfig) for run in (straight, stopped)]
+    assert models[0].config == models[1].config and models[0].config.prepend_bos
+    for name, weight in models[0].weights.items():
+        assert np.array_equal(weight, models[1].weights[name]), name
+    assert isinstance(models[0].source_tokenizer, SentencePieceTokenizer)

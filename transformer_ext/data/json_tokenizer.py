@@ -655,14 +655,14 @@ def _check_model(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     if kind is None:
         # Early files leave it out.
         kind = "BPE" if "merges" in model else "WordPiece" if "unk_token" in model else None
-    if kind not in _CLASS_OF_MODEL:
+    if not isinstance(kind, str) or kind not in _CLASS_OF_MODEL:
         raise TokenizerError(
             f"{path}: model: got {reprlib.repr(kind)}, expected {' or '.join(_CLASS_OF_MODEL)}"
         )
     _vocab(path, model.get("vocab"))
     if kind == "BPE":
         _merges(path, model.get("merges"))
-    elif model.get("unk_token") not in model["vocab"]:
+    elif not isinstance(unknown := model.get("unk_token"), str) or unknown not in model["vocab"]:
         raise TokenizerError(
             f"{path}: its vocabulary lacks the unk_token {reprlib.repr(model.get('unk_token'))}"
         )
