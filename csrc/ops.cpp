@@ -77,9 +77,10 @@ STABLE_TORCH_LIBRARY(transformer_ext, m) {
   m.def(
       "activation_backward(Tensor grad, Tensor saved, Tensor? bias, int kind, float dropout_p, "
       "Tensor? rng, int site) -> (Tensor, Tensor)");
+  // type: of the result, 0: float32, 1: bfloat16, 2: float16 (CUDA only).
   m.def(
       "embedding_forward(Tensor ids, Tensor weight, float scale, Tensor? positions, "
-      "Tensor? position_table, float dropout_p, Tensor? rng, int site, bool bfloat16) -> Tensor");
+      "Tensor? position_table, float dropout_p, Tensor? rng, int site, int type) -> Tensor");
   m.def(
       "embedding_backward(Tensor grad, Tensor ids, int rows, float scale, float dropout_p, "
       "Tensor? rng, int site) -> Tensor");

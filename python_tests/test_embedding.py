@@ -199,7 +199,7 @@ def test_raw_ops_are_sound():
     for place, narrow in (((positions, table), True), ((None, None), False)):
         torch.library.opcheck(
             ops.embedding_forward.default,
-            (ids, weight, 2.0, *place, 0.3, RNG, 4, narrow),
+            (ids, weight, 2.0, *place, 0.3, RNG, 4, int(narrow)),
             test_utils=checks,
         )
     torch.library.opcheck(

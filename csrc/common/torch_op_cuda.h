@@ -5,7 +5,9 @@
 
 #include <torch/csrc/stable/accelerator.h>
 
+#include "common/float_type.h"
 #include "common/torch_op.h"
+#include "dropout/dropout_cuda.h"
 
 // Lives in libtorch_cuda.so. Weak, so that the library loads (and is of no use) in a CPU-only
 // torch.
@@ -25,6 +27,43 @@ struct CudaContext {
   torch::stable::accelerator::DeviceGuard guard;
   void* stream = nullptr;
 };
+
+inline FloatType float_type_of(const Tensor& x, const char* argument) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return FloatType::float32;
+    case ScalarType::BFloat16:
+      return FloatType::bfloat16;
+    case ScalarType::Half:
+      return FloatType::float16;
+    default:
+      STD_TORCH_CHECK(false, argument, ": got ", torch::headeronly::toString(x.scalar_type()),
+                      ", expected float32, bfloat16 or float16");
+  }
+}
+
+inline void check_device(const Tensor& x, const char* argument, const Tensor& like) {
+  STD_TORCH_CHECK(x.device() == like.device(), argument, ": is not on the device of the others");
+}
+
+// The same tensor's pointer, on the device of `like`; null without one.
+template <class T>
+const T* data_or_null(const std::optional<Tensor>& x, const char* argument, const Tensor& like) {
+  if (!x) return nullptr;
+  check_device(*x, argument, like);
+  check_contiguous(*x, argument);
+  return data<T>(*x, argument);
+}
+
+// Off without rng, or when p rounds to 0. rng is on the device of `like` and is read there.
+inline CudaDropout cuda_dropout_argument(double p, const std::optional<Tensor>& rng, int64_t site,
+                                         const Tensor& like) {
+  STD_TORCH_CHECK(p >= 0.0 && p <= 1.0, "dropout_p: got ", p, ", expected a number from 0 to 1");
+  STD_TORCH_CHECK(site >= 0 && site < 65536, "site: got ", site,
+                  ", expected a number from 0 to 65535");
+  if (rng) check_shape(*rng, "rng", {3});
+  return cuda_dropout(data_or_null<int64_t>(rng, "rng", like), site, p);
+}
 
 // The launchers return cudaGetLastError()'s text, or nullptr where all is well.
 inline void check_launch(const char* error, const char* op) {

@@ -8,15 +8,9 @@
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "dropout/philox.h"
+#include "embedding/indices.h"
 
 namespace transformer_ext {
-
-// Row numbers of a table, as int64 or int32 (the other pointer is nullptr). The kernels trust them:
-// the caller checks that each lies in its table.
-struct Indices {
-  const int64_t* wide;
-  const int32_t* narrow;
-};
 
 // out[t] = dropout(weight[ids[t]] * scale + position_table[positions[t]]), out [tokens, columns].
 // Dropout: row = t.

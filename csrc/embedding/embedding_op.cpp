@@ -27,7 +27,7 @@ Indices indices_of(const Tensor& x, const char* argument, int64_t rows) {
 Tensor embedding_forward(const Tensor& ids, const Tensor& weight, double scale,
                          const std::optional<Tensor>& positions,
                          const std::optional<Tensor>& position_table, double dropout_p,
-                         const std::optional<Tensor>& rng, int64_t site, bool bfloat16_out) {
+                         const std::optional<Tensor>& rng, int64_t site, int64_t type) {
   check_shape(weight, "weight", {-1, -1});
   check_contiguous(weight, "weight");
   const int64_t columns = weight.size(1);
@@ -43,7 +43,8 @@ Tensor embedding_forward(const Tensor& ids, const Tensor& weight, double scale,
   const Dropout dropout = dropout_argument(dropout_p, rng, site);
   std::vector<int64_t> sizes(sizes_of(ids).begin(), sizes_of(ids).end());
   sizes.push_back(columns);
-  Tensor out = empty(sizes, bfloat16_out ? ScalarType::BFloat16 : ScalarType::Float, weight);
+  STD_TORCH_CHECK(type == 0 || type == 1, "type: got ", type, ", expected 0 or 1 on a CPU");
+  Tensor out = empty(sizes, type == 1 ? ScalarType::BFloat16 : ScalarType::Float, weight);
   TorchParallel parallel;
   dispatch_float(out, "out", [&](auto tag) {
     using T = typename decltype(tag)::type;

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <set>
 #include <string>
@@ -49,7 +50,18 @@ TEST(CudaEmulation, AReductionIsTheSameForAllThreads) {
   }
 }
 
-#if !defined(__SANITIZE_THREAD__)  // which ends the process at the race
+#if defined(__SANITIZE_THREAD__)
+// In a schedule that hides it, too.
+TEST(CudaEmulationDeathTest, AMissingBarrierIsARace) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  const auto run = [] {
+    cuda_emulation::set_schedule(1);
+    error_of(BrokenKernel::no_barrier);
+    std::exit(0);
+  };
+  EXPECT_EXIT(run(), testing::ExitedWithCode(66), "data race");
+}
+#else
 TEST(CudaEmulation, AMissingBarrierIsSeen) {
   const std::vector<float> x = random_values(64, 1);
   cuda_emulation::set_schedule(0);

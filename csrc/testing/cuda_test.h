@@ -3,12 +3,14 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <random>
 #include <vector>
 
 #include "common/bfloat16.h"
+#include "common/float_type.h"
 #include "testing/cuda_emulation.h"
 #include "testing/cuda_emulation/cuda_fp16.h"
 
@@ -47,6 +49,12 @@ std::vector<float> widen(const std::vector<T>& x) {
   return out;
 }
 
+template <class T>
+constexpr FloatType float_type() {
+  if (std::is_same_v<T, float>) return FloatType::float32;
+  return std::is_same_v<T, half> ? FloatType::float16 : FloatType::bfloat16;
+}
+
 // Half the distance of 1 to the next number.
 template <class T>
 constexpr double unit() {
@@ -60,6 +68,17 @@ inline std::vector<float> random_values(size_t count, unsigned seed, float devia
   std::vector<float> x(count);
   for (float& v : x) v = normal(random);
   return x;
+}
+
+// Where `expected` is NaN, nothing was to be written.
+template <class T>
+void expect_near(const std::vector<T>& got, const std::vector<float>& expected, double relative,
+                 const char* name) {
+  for (size_t i = 0; i < got.size(); ++i) {
+    if (std::isnan(expected[i])) continue;
+    const double v = value(got[i]);
+    EXPECT_NEAR(v, expected[i], relative * (1 + std::fabs(expected[i]))) << name << " " << i;
+  }
 }
 
 // Runs `kernels` (which returns what the kernels wrote, as a vector) under several schedules, and

@@ -17,6 +17,9 @@ from transformer_ext.ops.dropout import check_dropout, dropout_reference
 
 __all__ = ["embedding", "embedding_reference", "sinusoidal_positions"]
 
+# Of the result; the index is the kernels' number of the type. float16 on a GPU only.
+_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 def sinusoidal_positions(
     length: int,
@@ -133,7 +136,7 @@ class _Embedding(torch.autograd.Function):
             site,
         )
         return _forward(
-            ids, weight, scale, positions, position_table, p, rng, site, dtype == torch.bfloat16
+            ids, weight, scale, positions, position_table, p, rng, site, _TYPES.index(dtype)
         )
 
     @staticmethod
@@ -172,7 +175,7 @@ def embedding(
         position_table: float32 ``[positions, columns]``; it gets a gradient if it requires one.
         dropout_p, rng, site: see :mod:`transformer_ext.ops.dropout`; the row is the index in the
             flattened ``ids``.
-        dtype: of the result, float32 or bfloat16; None: that of ``weight``.
+        dtype: of the result, float32 or bfloat16, on a GPU float16 too; None: that of ``weight``.
 
     Returns:
         ``[*ids.shape, columns]``. The gradients are dense and float32, each row summed in the order
@@ -181,11 +184,12 @@ def embedding(
     Raises:
         ValueError, TypeError: shapes or dtypes that do not fit; see also
             :func:`transformer_ext.ops.dropout.check_dropout`.
-        RuntimeError, IndexError: an id or a position outside its table (where the device can tell).
+        RuntimeError, IndexError: an id or a position outside its table. A GPU cannot tell without
+            being waited for: there the token's row is NaN, and it has no gradient.
     """
     dtype = weight.dtype if dtype is None else dtype
     if (
-        dtype not in (torch.float32, torch.bfloat16)
+        dtype not in (_TYPES if weight.is_cuda else _TYPES[:2])
         or not use_compiled("embedding_forward", weight, position_table)
         or weight.dtype != torch.float32
     ):
@@ -224,9 +228,8 @@ if has_kernel("embedding_forward", "cpu"):
     _backward = torch.ops.transformer_ext.embedding_backward.default
 
     @torch.library.register_fake("transformer_ext::embedding_forward")
-    def _(ids, weight, scale, positions, position_table, dropout_p, rng, site, bfloat16):
-        dtype = torch.bfloat16 if bfloat16 else torch.float32
-        return weight.new_empty((*ids.shape, weight.shape[1]), dtype=dtype)
+    def _(ids, weight, scale, positions, position_table, dropout_p, rng, site, type):
+        return weight.new_empty((*ids.shape, weight.shape[1]), dtype=_TYPES[type])
 
     @torch.library.register_fake("transformer_ext::embedding_backward")
     def _(grad, ids, rows, scale, dropout_p, rng, site):
