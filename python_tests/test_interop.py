@@ -197,6 +197,12 @@ REFUSED_OF_THEIRS = {
     "layer_norm_eps: expected one value for all layers": lambda: with_changed(
         lambda m: setattr(m.decoder.norm, "eps", 0.5)
     ),
+    "bias: expected one value for all layers, got True, False": lambda: with_changed(
+        lambda m: setattr(m.encoder.layers[1], "linear2", nn.Linear(40, 24, bias=False))
+    ),
+    "bias: expected one value for all layers, got False, True": lambda: with_changed(
+        lambda m: [setattr(x.self_attn, "in_proj_bias", None) for x in m.encoder.layers]
+    ),
     "norm after the stack: expected one value for all layers, got False, True": lambda: (
         with_changed(lambda m: setattr(m.encoder, "norm", None))
     ),

@@ -270,12 +270,19 @@ def test_confidence_has_a_cost() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"beam_size": 1}, {"max_length": 6}, {"repetition_penalty": 1.3}]
+    ("changes", "ended"),
+    [
+        ({}, True),
+        ({"beam_size": 1}, False),
+        ({"max_length": 6, "min_length": 5}, True),
+        ({"repetition_penalty": 1.3}, True),
+        ({"num_hypotheses": 3, "min_length": 2}, True),
+    ],
 )
-def test_the_tree_holds_every_step_of_the_search(changes) -> None:
-    model = transformer()
+def test_the_tree_holds_every_step_of_the_search(changes, ended) -> None:
+    model = transformer(tie="none", output_bias=True)
     with torch.no_grad():
-        model.generator.weight[3] *= 3  # so that hypotheses end at different steps
+        model.generator.bias[3] = 1.0  # so that hypotheses end at different steps
     source = [5, 6, 7, 3]
     options = SearchOptions(**{"beam_size": 3, "num_hypotheses": 1, "max_length": 12, **changes})
     tree = beam_tree(model, source, Letters(), options)
@@ -298,12 +305,19 @@ def test_the_tree_holds_every_step_of_the_search(changes) -> None:
     (winner,) = [i for i, node in enumerate(nodes) if node.rank == 1]
     assert ways[winner] == best.tokens + ending and nodes[winner].score == best.score
     assert sum(node.log_prob for node in nodes if node.best) == pytest.approx(best.log_prob)
+    assert any(node.end == "ended" for node in nodes) == ended
+    ranked = {node.rank: node.score for node in nodes if node.rank is not None}
+    assert ranked == {i: found.score for i, found in enumerate(expected.hypotheses, 1)}
     parents = {node.parent for node in nodes}
     last = max(node.step for node in nodes)
     for index, node in enumerate(nodes):
         assert (node.end == "went on") == (index in parents)
         assert (node.end == "ended") == (node.token == 3)
         assert node.end != "cut" or node.step == last
+        if node.end == "ended":
+            assert node.score == pytest.approx(node.total / options.penalty(node.step - 1, True))
+        else:
+            assert (node.score is None) == (node.rank is None)
     for step in range(1, last + 1):
         alive = [node for node in nodes if node.step == step and node.token != 3]
         assert len(alive) <= options.beam_size

@@ -85,6 +85,20 @@ def test_states_lead_to_each_other():
     torch.testing.assert_close(
         states["encoder.input"], states["encoder.tokens"] + states["encoder.positions"]
     )
+    first = model.encoder.layers[0]
+    with torch.no_grad():
+        attended = trace.attentions["encoder.layers.0.self_attention"].output
+        after = first.self_attention_norm(states["encoder.input"] + attended)
+        torch.testing.assert_close(states["encoder.layers.0.self_attention"], after)
+        last = first.feed_forward_norm(after + first.feed_forward(after))
+    torch.testing.assert_close(states["encoder.layers.0.feed_forward"], last)
+    torch.testing.assert_close(states["encoder.output"], states["encoder.layers.1.feed_forward"])
+    with torch.no_grad():
+        attended = trace.attentions["decoder.layers.2.self_attention"].output
+        after = model.decoder.layers[2].self_attention_norm(
+            states["decoder.layers.1.feed_forward"] + attended
+        )
+    torch.testing.assert_close(states["decoder.layers.2.self_attention"], after)
     layer = model.decoder.layers[2]
     before = states["decoder.layers.2.self_attention"]
     with torch.no_grad():
