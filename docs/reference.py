@@ -42,8 +42,8 @@ class _Parser(Exception):
         self.parser = parser
 
 
-def parser_of(command: str) -> argparse.ArgumentParser:
-    """The parser that a command makes for itself."""
+def parser_of(command: str, *arguments: str) -> argparse.ArgumentParser:
+    """The parser that a command makes for itself, given these arguments."""
 
     def stop(self: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
         raise _Parser(self)
@@ -52,7 +52,7 @@ def parser_of(command: str) -> argparse.ArgumentParser:
     main = getattr(main, "__wrapped__", main)
     with mock.patch.object(ArgumentParser, "parse_args", stop):
         try:
-            main(["--help"])
+            main([*arguments, "--help"])
         except _Parser as found:
             return found.parser
     raise RuntimeError(f"{command}: makes no ArgumentParser")
@@ -125,13 +125,11 @@ def _api_page(title: str, names: list[str]) -> str:
 
 
 def _command_page(command: str, what: str) -> str:
-    parser = parser_of(command)
     parts = [f"# {command}\n", f"{what[0].upper()}{what[1:]}: `python -m {_module(command)}`.\n"]
-    commands = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
-    parts.append(_parser_text(parser))
-    for action in commands:
-        for name, inner in action.choices.items():
-            parts += [f"## {command} {name}\n", _parser_text(inner)]
+    parts.append(_parser_text(parser_of(command)))
+    # visualize has a parser for each kind of picture.
+    for name in getattr(importlib.import_module(_module(command)), "PICTURES", ()):
+        parts += [f"## {command} {name}\n", _parser_text(parser_of(command, name))]
     return "\n".join(parts)
 
 
@@ -146,7 +144,7 @@ def _parser_text(parser: argparse.ArgumentParser) -> str:
     for group in parser._action_groups:
         rows = []
         for action in group._group_actions:
-            if action.help == argparse.SUPPRESS or isinstance(action, argparse._SubParsersAction):
+            if action.help == argparse.SUPPRESS:
                 continue
             flags = ", ".join(f"`{flag}`" for flag in action.option_strings)
             value = action.metavar or ("" if action.nargs == 0 else action.dest)

@@ -130,3 +130,4 @@ def test_reference_has_every_op_option_and_command(tmp_path, monkeypatch):
         for action in reference.parser_of(command)._actions:
             for flag in action.option_strings:
                 assert f"`{flag}`" in found, (command, flag)
+    assert "`--head`" in page("commands/visualize")
