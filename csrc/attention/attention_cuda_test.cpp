@@ -1,0 +1,262 @@
+#include "attention/attention_cuda.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "testing/cuda_test.h"
+
+namespace transformer_ext {
+namespace {
+
+using namespace cuda_test;
+
+template <class T>
+constexpr FloatType type_of() {
+  if (std::is_same_v<T, float>) return FloatType::float32;
+  return std::is_same_v<T, half> ? FloatType::float16 : FloatType::bfloat16;
+}
+
+struct Shape {
+  std::vector<int32_t> query_lengths, key_lengths;
+  int64_t heads, kv_heads, head_dim;
+  bool causal = false;
+  double dropout_p = 0.0;
+  bool padded = false;  // key_lengths, a mask and a bias; else packed
+  int64_t offset = 0;   // of all tensors from an address that vectors could be read from
+};
+
+std::ostream& operator<<(std::ostream& out, const Shape& s) {
+  return out << s.query_lengths.size() << " sequences, first of " << s.query_lengths[0] << " and "
+             << s.key_lengths[0] << ", heads " << s.heads << "/" << s.kv_heads << ", head_dim "
+             << s.head_dim << ", causal " << s.causal << ", dropout " << s.dropout_p << ", padded "
+             << s.padded;
+}
+
+// The same problem in the type of the GPU, and in float32 for the CPU's kernel. What nobody may
+// read is NaN: slack rows, padding, what queries that see nothing are asked with.
+struct Problem {
+  static constexpr int64_t kSlack = 3;
+  static constexpr int64_t kRng[3] = {11, 12, 13};
+  static constexpr int64_t kSite = 5;
+
+  explicit Problem(const Shape& shape) : shape(shape), batch(shape.query_lengths.size()) {
+    longest_query = *std::max_element(shape.query_lengths.begin(), shape.query_lengths.end());
+    longest_key = *std::max_element(shape.key_lengths.begin(), shape.key_lengths.end());
+    ends_q.push_back(0);
+    ends_k.push_back(0);
+    for (size_t b = 0; b < batch; ++b) {
+      ends_q.push_back(ends_q.back() + shape.query_lengths[b]);
+      ends_k.push_back(ends_k.back() + shape.key_lengths[b]);
+      lengths.push_back(shape.key_lengths[b]);
+    }
+    queries = shape.padded ? longest_query : ends_q.back() + kSlack;
+    keys = shape.padded ? longest_key : ends_k.back() + kSlack;
+    const int64_t sequences = shape.padded ? static_cast<int64_t>(batch) : 1;
+    query = random_values(size_t(sequences * queries * shape.heads * shape.head_dim), 1);
+    grad_out = random_values(query.size(), 2);
+    key = random_values(size_t(sequences * keys * shape.kv_heads * shape.head_dim), 3);
+    value = random_values(key.size(), 4);
+    if (shape.padded) {
+      mask_and_bias();
+    } else {
+      poison(query, ends_q.back() * shape.heads * shape.head_dim);
+      poison(grad_out, ends_q.back() * shape.heads * shape.head_dim);
+      poison(key, ends_k.back() * shape.kv_heads * shape.head_dim);
+      poison(value, ends_k.back() * shape.kv_heads * shape.head_dim);
+    }
+  }
+
+  static void poison(std::vector<float>& x, int64_t begin) {
+    std::fill(x.begin() + begin, x.end(), kNan);
+  }
+
+  // Query 0 of each sequence sees nothing; keys behind a sequence's length hold NaN.
+  void mask_and_bias() {
+    std::mt19937 random(5);
+    mask.resize(batch * size_t(queries * keys), 1);
+    bias = random_values(size_t(shape.heads * queries * keys), 6);
+    for (uint8_t& m : mask) m = random() % 4 != 0;
+    for (float& x : bias) {
+      if (random() % 9 == 0) x = -std::numeric_limits<float>::infinity();
+    }
+    for (size_t b = 0; b < batch; ++b) {
+      std::fill_n(mask.begin() + int64_t(b) * queries * keys, keys, uint8_t{0});
+      const int64_t row = shape.heads * shape.head_dim;
+      std::fill_n(query.begin() + int64_t(b) * queries * row, row, kNan);
+      std::fill_n(grad_out.begin() + int64_t(b) * queries * row, row, kNan);
+      const int64_t key_row = shape.kv_heads * shape.head_dim;
+      for (int64_t j = shape.key_lengths[b]; j < keys; ++j) {
+        std::fill_n(key.begin() + (int64_t(b) * keys + j) * key_row, key_row, kNan);
+        std::fill_n(value.begin() + (int64_t(b) * keys + j) * key_row, key_row, kNan);
+      }
+    }
+  }
+
+  template <class T>
+  AttentionTensor view(const std::vector<T>& x, int64_t tokens, int64_t heads) const {
+    return {const_cast<T*>(x.data()) + shape.offset, tokens * heads * shape.head_dim,
+            heads * shape.head_dim, shape.head_dim};
+  }
+
+  // Results: out, gradients of query, key and value, one behind the other.
+  template <class T, class Run>
+  std::vector<T> solve(Run&& run) const {
+    const auto copy = [&](const std::vector<float>& x) {
+      std::vector<T> narrow = convert<T>(x);
+      narrow.insert(narrow.begin(), size_t(shape.offset), rounded<T>(0.0f));
+      return narrow;
+    };
+    const std::vector<T> q = copy(query), k = copy(key), v = copy(value), g = copy(grad_out);
+    std::vector<T> out(q.size(), rounded<T>(kNan)), grad_query = out;
+    std::vector<T> grad_key(k.size(), rounded<T>(kNan)), grad_value = grad_key;
+    const int64_t rows = (shape.padded ? int64_t(batch) : 1) * shape.heads * queries;
+    std::vector<float> statistics(size_t(2 * rows), kNan), delta(size_t(rows), kNan);
+    AttentionBackwardArgs a;
+    a.batch = int64_t(batch);
+    a.heads = shape.heads;
+    a.kv_heads = shape.kv_heads;
+    a.head_dim = shape.head_dim;
+    a.query_length = queries;
+    a.key_length = keys;
+    a.max_query_length = longest_query;
+    a.max_key_length = longest_key;
+    a.causal = shape.causal;
+    a.scale = float(1.0 / std::sqrt(double(shape.head_dim)));
+    if (shape.padded) {
+      a.key_lengths = lengths.data();
+      a.mask = mask.data();
+      a.bias = bias.data();
+      const int64_t mask_strides[4] = {queries * keys, 0, keys, 1};
+      const int64_t bias_strides[4] = {0, queries * keys, keys, 1};
+      std::copy_n(mask_strides, 4, a.mask_strides);
+      std::copy_n(bias_strides, 4, a.bias_strides);
+    } else {
+      a.cu_seqlens_q = ends_q.data();
+      a.cu_seqlens_k = ends_k.data();
+    }
+    a.query = view(q, queries, shape.heads);
+    a.key = view(k, keys, shape.kv_heads);
+    a.value = view(v, keys, shape.kv_heads);
+    a.out = view(out, queries, shape.heads);
+    a.grad_out = view(g, queries, shape.heads);
+    a.grad_query = view(grad_query, queries, shape.heads);
+    a.grad_key = view(grad_key, keys, shape.kv_heads);
+    a.grad_value = view(grad_value, keys, shape.kv_heads);
+    a.statistics = statistics.data();
+    run(a, delta.data());
+    std::vector<T> all;
+    for (const std::vector<T>* x : {&out, &grad_query, &grad_key, &grad_value}) {
+      all.insert(all.end(), x->begin() + shape.offset, x->end());
+    }
+    return all;
+  }
+
+  // On the CPU, of inputs rounded to T.
+  template <class T>
+  std::vector<float> expected() const {
+    Problem exact = *this;
+    exact.shape.offset = 0;
+    for (std::vector<float>* x : {&exact.query, &exact.key, &exact.value, &exact.grad_out}) {
+      *x = widen(convert<T>(*x));
+    }
+    return exact.template solve<float>([&](AttentionBackwardArgs a, float*) {
+      a.dropout = make_dropout(kRng, kSite, shape.dropout_p);
+      Serial serial;
+      attention_kernels().forward(a, serial);
+      attention_kernels().backward(a, serial);
+    });
+  }
+
+  Shape shape;
+  size_t batch;
+  int32_t longest_query = 0, longest_key = 0;
+  int64_t queries = 0, keys = 0;
+  std::vector<int32_t> ends_q, ends_k;
+  std::vector<int64_t> lengths;
+  std::vector<uint8_t> mask;
+  std::vector<float> bias, query, key, value, grad_out;
+};
+
+template <class T>
+void compare_with_cpu(const Shape& shape) {
+  SCOPED_TRACE(testing::Message() << shape);
+  const Problem problem(shape);
+  const CudaDropout dropout = cuda_dropout(Problem::kRng, Problem::kSite, shape.dropout_p);
+  const std::vector<float> got = widen(for_each_schedule([&] {
+    return problem.solve<T>([&](const AttentionBackwardArgs& a, float* delta) {
+      EXPECT_LAUNCHED(attention_forward_cuda(a, type_of<T>(), dropout, nullptr));
+      EXPECT_LAUNCHED(attention_backward_cuda(a, type_of<T>(), dropout, delta, nullptr));
+    });
+  }));
+  const std::vector<float> expected = problem.expected<T>();
+  ASSERT_EQ(got.size(), expected.size());
+  for (size_t i = 0; i < got.size(); ++i) {
+    if (expected[i] == 0.0f) {
+      // Nothing was attended to; a rounded output moves a gradient that is 0 by chance.
+      ASSERT_NEAR(got[i], 0.0f, 64 * unit<T>()) << i;
+    } else {
+      ASSERT_NEAR(got[i], expected[i], (16 * unit<T>() + 1e-5) * (1 + std::fabs(expected[i]))) << i;
+    }
+  }
+}
+
+template <class T>
+void compare_all() {
+  for (const Shape& shape : {
+           Shape{{1}, {1}, 1, 1, 1},
+           Shape{{5, 0, 33}, {5, 0, 33}, 2, 2, 64, true},
+           Shape{{7, 20, 3}, {40, 1, 0}, 4, 2, 17},
+           Shape{{35}, {66}, 2, 1, 33, false, 0.3},
+           Shape{{40, 9}, {40, 9}, 2, 2, 8, true, 0.5},
+           Shape{{18, 3}, {18, 3}, 1, 1, 64, true, 0.1, false, 1},
+           Shape{{6, 6, 6}, {37, 2, 0}, 4, 2, 20, false, 0.0, true},
+           Shape{{19, 19}, {12, 19}, 2, 2, 12, true, 0.4, true},
+           Shape{{3}, {5}, 1, 1, 130},
+       }) {
+    compare_with_cpu<T>(shape);
+  }
+}
+
+TEST(AttentionCuda, AgreesWithTheCpuInFloat32) { compare_all<float>(); }
+TEST(AttentionCuda, AgreesWithTheCpuInBfloat16) { compare_all<bfloat16>(); }
+TEST(AttentionCuda, AgreesWithTheCpuInFloat16) { compare_all<half>(); }
+
+// Exactly 0, forward and backward, where a query sees nothing and where there is no query; NaN
+// comes out of a query that sees one, and of no other.
+TEST(AttentionCuda, WhatIsMaskedIsExactlyZero) {
+  const Shape shape{{4, 4}, {9, 6}, 2, 2, 16, false, 0.0, true};
+  Problem problem(shape);
+  const int64_t row = shape.heads * shape.head_dim;
+  const auto run = [&](const AttentionBackwardArgs& a, float* delta) {
+    EXPECT_LAUNCHED(attention_forward_cuda(a, FloatType::float32, {}, nullptr));
+    EXPECT_LAUNCHED(attention_backward_cuda(a, FloatType::float32, {}, delta, nullptr));
+  };
+  std::vector<float> got = problem.solve<float>(run);
+  for (const float x : got) ASSERT_FALSE(std::isnan(x));
+  const size_t gradients = problem.query.size();
+  for (size_t sequence : {0, 1}) {
+    for (int64_t i = 0; i < row; ++i) {
+      const size_t at = sequence * size_t(4 * row + 0) + size_t(i);
+      EXPECT_EQ(got[at], 0.0f);
+      EXPECT_EQ(got[gradients + at], 0.0f);
+    }
+  }
+  for (int64_t j = 6; j < 9; ++j) {
+    for (int64_t i = 0; i < row; ++i) {
+      EXPECT_EQ(got[2 * gradients + size_t((9 + j) * row + i)], 0.0f);
+    }
+  }
+  // Key 3 of sequence 0 is seen by query 2 alone.
+  for (int64_t query = 0; query < 4; ++query) {
+    problem.mask[size_t(query * 9 + 3)] = query == 2;
+  }
+  std::fill(problem.bias.begin(), problem.bias.end(), 0.0f);
+  std::fill_n(problem.value.begin() + 3 * row, row, kNan);
+  got = problem.solve<float>(run);
+  for (int64_t query = 0; query < 4; ++query) {
+    EXPECT_EQ(std::isnan(got[size_t(query * row)]), query == 2) << query;
+  }
+}
+
+}  // namespace
+}  // namespace transformer_ext
