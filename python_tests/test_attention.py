@@ -536,3 +536,78 @@ def test_raw_op_refuses_a_wrong_table_of_sequences():
             torch.ops.transformer_ext.attention_forward(
                 x, x, x, good, ends, None, None, None, 3, 3, False, 1.0, 0.0, None, 0
             )
+
+
+# --- on a GPU: the kernels run on the CPU in csrc/attention/attention_cuda_test.cpp ---------------
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU in this machine")
+CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def compare_on_cuda(inputs, grad, dtype, **options):
+    exact = run(attention_reference, inputs, grad, **options)
+    inputs, grad = [x.to(dtype) for x in inputs], grad.to(dtype)
+    peer = run(attention_reference, inputs, grad, **options)
+    moved = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    with set_backend("compiled"):
+        got = run(attention, [x.cuda() for x in inputs], grad.cuda(), **moved)
+    for g, e, p in zip(got, exact, peer, strict=True):
+        assert_as_precise(g.cpu(), e, p)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", CUDA_DTYPES)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_cuda_precision_against_float64(shape, causal, dtype):
+    *inputs, grad = problem(shape)
+    lengths = torch.arange(shape[0]) * 7 % shape[4] + 1
+    compare_on_cuda(inputs, grad, dtype, causal=causal, key_lengths=lengths)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", CUDA_DTYPES)
+@pytest.mark.parametrize("head_dim", [1, 3, 31, 32, 33, 64, 80, 128, 200, 256])
+def test_cuda_head_dims_and_dropout(head_dim, dtype):
+    *inputs, grad = problem((2, 2, 1, 21, 35, head_dim))
+    compare_on_cuda(inputs, grad, dtype, scale=0.3, dropout_p=0.3, rng=RNG, site=4)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", CUDA_DTYPES)
+def test_cuda_packed_equals_cpu(dtype):
+    packed = Packed.from_lengths([5, 1, 33, 70], 112)
+    qkv = torch.randn(112, 3 * 4 * 16).to(dtype)
+    grad = torch.randn(112, 4 * 16).to(dtype)
+    options = {"causal": True, "dropout_p": 0.2, "site": 3}
+    results = []
+    for device in ("cpu", "cuda"):
+        there = packed.to(device)
+        backend = "reference" if device == "cpu" else "compiled"
+        with set_backend(backend):
+            leaf = qkv.to(device).requires_grad_()
+            out = self_attention_packed(leaf, 4, 4, there, rng=RNG.to(device), **options)
+            out.backward(grad.to(device))
+        results.append((out.detach().cpu(), leaf.grad.cpu()))
+    tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+@needs_gpu
+def test_cuda_graph_draws_anew_at_each_replay():
+    packed = Packed.from_lengths([9, 30], 40).to("cuda")
+    qkv, rng = torch.randn(40, 3 * 2 * 8, device="cuda"), RNG.cuda()
+    options = {"dropout_p": 0.5, "rng": rng, "site": 2}
+    warm = torch.cuda.Stream()
+    with torch.cuda.stream(warm), set_backend("compiled"):
+        self_attention_packed(qkv, 2, 2, packed, **options)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), set_backend("compiled"):
+        out = self_attention_packed(qkv, 2, 2, packed, **options)
+    for step in (3, 4):
+        rng[1] = step
+        graph.replay()
+        with set_backend("compiled"):
+            assert torch.equal(out, self_attention_packed(qkv, 2, 2, packed, **options))

@@ -483,3 +483,28 @@ def test_wrong_arguments_are_named(backend):
             torch.ops.transformer_ext.cross_entropy_(
                 torch.randn(4, 9), None, targets, None, 0.1, IGNORED, True
             )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU in this machine")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocabulary", [1, 5, 64, 1000, 32001])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_cuda_kernel(vocabulary, dtype, label_smoothing):
+    """The kernel runs on the CPU too, in csrc/cross_entropy/cross_entropy_cuda_test.cpp."""
+    logits = (torch.randn(9, vocabulary) * 4).to(dtype)
+    targets = torch.randint(vocabulary, (9,))
+    targets[::4] = -100
+    options = {"label_smoothing": label_smoothing, "normalizer": 7.0}
+
+    def run(face, rows, where):
+        leaf = rows.to(where).requires_grad_()
+        output = face(leaf, targets.to(where), **options)
+        (grad,) = torch.autograd.grad(output.loss, leaf)
+        return output.loss.detach().cpu(), output.nll_sum.detach().cpu(), grad.cpu()
+
+    exact = run(subject.label_smoothing_loss_reference, logits.double(), "cpu")
+    peer = run(subject.label_smoothing_loss_reference, logits, "cpu")
+    with set_backend("compiled"):
+        got = run(subject.label_smoothing_loss, logits, "cuda")
+    for ours, true, plain in zip(got, exact, peer, strict=True):
+        assert_as_precise(ours, true, plain.to(ours.dtype), factor=4.0, roundings=4.0)

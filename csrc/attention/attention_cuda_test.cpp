@@ -10,12 +10,6 @@ namespace {
 
 using namespace cuda_test;
 
-template <class T>
-constexpr FloatType type_of() {
-  if (std::is_same_v<T, float>) return FloatType::float32;
-  return std::is_same_v<T, half> ? FloatType::float16 : FloatType::bfloat16;
-}
-
 struct Shape {
   std::vector<int32_t> query_lengths, key_lengths;
   int64_t heads, kv_heads, head_dim;
@@ -184,8 +178,8 @@ void compare_with_cpu(const Shape& shape) {
   const CudaDropout dropout = cuda_dropout(Problem::kRng, Problem::kSite, shape.dropout_p);
   const std::vector<float> got = widen(for_each_schedule([&] {
     return problem.solve<T>([&](const AttentionBackwardArgs& a, float* delta) {
-      EXPECT_LAUNCHED(attention_forward_cuda(a, type_of<T>(), dropout, nullptr));
-      EXPECT_LAUNCHED(attention_backward_cuda(a, type_of<T>(), dropout, delta, nullptr));
+      EXPECT_LAUNCHED(attention_forward_cuda(a, float_type<T>(), dropout, nullptr));
+      EXPECT_LAUNCHED(attention_backward_cuda(a, float_type<T>(), dropout, delta, nullptr));
     });
   }));
   const std::vector<float> expected = problem.expected<T>();

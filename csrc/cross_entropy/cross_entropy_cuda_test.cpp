@@ -10,12 +10,6 @@ namespace {
 
 using namespace cuda_test;
 
-template <class T>
-constexpr FloatType type_of() {
-  if (std::is_same_v<T, float>) return FloatType::float32;
-  return std::is_same_v<T, half> ? FloatType::float16 : FloatType::bfloat16;
-}
-
 constexpr int64_t kIgnored = -100;
 constexpr int64_t kRowCount = 5;
 
@@ -57,7 +51,7 @@ void compare_with_cpu(int64_t columns, float smoothing, bool with_bias, bool in_
     a.scale = &scale;
     a.row_sums = row_sums.data();
     a.sums = sums.data();
-    EXPECT_LAUNCHED(cross_entropy_cuda(a, type_of<T>(), nullptr));
+    EXPECT_LAUNCHED(cross_entropy_cuda(a, float_type<T>(), nullptr));
     return std::vector<T>((in_place ? logits : grad).begin() + offset,
                           (in_place ? logits : grad).end());
   });

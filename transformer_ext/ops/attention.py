@@ -91,7 +91,9 @@ def attention(
     """
     _check_padded(query, key, value, key_lengths, mask, bias)
     plain = return_weights or return_scores
-    if not plain and use_compiled("attention_forward", query):
+    # The CUDA kernel makes no gradient of bias.
+    plain = plain or (query.is_cuda and bias is not None and bias.requires_grad)
+    if not plain and _use_kernel(query, query.shape[-1]):
         on = check_dropout(dropout_p, rng, site)
         return _PaddedAttention.apply(
             _unit_stride(query),
@@ -183,7 +185,7 @@ def attention_packed(
         ValueError, TypeError: shapes or dtypes that do not fit.
     """
     _check_packed(query, key, value, q, k)
-    if use_compiled("attention_forward", query):
+    if _use_kernel(query, query.shape[-1]):
         heads = (query.shape[1], key.shape[1])
         return _packed(heads, q, k, causal, scale, dropout_p, rng, site, query, key, value)
     return attention_packed_reference(
@@ -266,7 +268,7 @@ def self_attention_packed(
         ValueError: a width that is no multiple of ``heads + 2 * kv_heads``, or what
             :func:`attention_packed` raises.
     """
-    if use_compiled("attention_forward", qkv):
+    if _use_kernel(qkv, qkv.shape[-1] // (heads + 2 * kv_heads)):
         query, key, value = _split(qkv, "qkv", (heads, kv_heads, kv_heads))
         _check_packed(query, key, value, packed, packed)
         return _packed(
@@ -352,7 +354,7 @@ def cross_attention_packed(
         ValueError: a width that is no multiple of the number of heads in it, or what
             :func:`attention_packed` raises.
     """
-    if use_compiled("attention_forward", query):
+    if _use_kernel(query, query.shape[-1] // heads):
         (split_query,) = _split(query, "query", (heads,))
         key, value = _split(kv, "kv", (kv_heads, kv_heads))
         _check_packed(split_query, key, value, packed_q, packed_k)
@@ -618,6 +620,15 @@ class _PackedAttention(torch.autograd.Function):
             None,
         )
         return None, None, None, None, None, None, None, None, None, *grads
+
+
+#: Widest head of the CUDA kernel, whose tiles lie in shared memory.
+_MAX_CUDA_HEAD_DIM = 256
+
+
+def _use_kernel(query: Tensor, head_dim: int) -> bool:
+    too_wide = query.is_cuda and head_dim > _MAX_CUDA_HEAD_DIM
+    return not too_wide and use_compiled("attention_forward", query)
 
 
 def _parts(heads: tuple[int, int], buffers: Sequence[Tensor]) -> list[Tensor]:

@@ -324,8 +324,8 @@ def _outputs(
 
 
 def _times(grad: Tensor, factor: Tensor) -> Tensor:
-    """grad * factor; for the usual factor of 1 grad itself, without a pass over it."""
-    if not torch.compiler.is_compiling() and float(factor) == 1.0:
+    """grad * factor; for the usual factor of 1, where it can be read, grad itself without a pass."""
+    if not torch.compiler.is_compiling() and not factor.is_cuda and float(factor) == 1.0:
         return grad
     return grad * factor.to(grad.dtype)
 
@@ -375,7 +375,8 @@ class _LabelSmoothingLoss(torch.autograd.Function):
         if rows.shape[1] > 1 and rows.stride(1) != 1:
             rows = rows.contiguous()
         targets = targets.reshape(-1).contiguous()
-        if not torch.compiler.is_compiling():
+        # On a GPU the host would have to wait; there the loss becomes NaN.
+        if not torch.compiler.is_compiling() and not targets.is_cuda:
             _check_range(targets[targets != ignore_index], rows.shape[1])
         sums, grad = torch.ops.transformer_ext.cross_entropy(
             rows,
