@@ -1,10 +1,11 @@
 """Bias + activation + dropout against PyTorch's composition, forward and backward.
 
 python benchmarks/activation.py --threads 2
+python benchmarks/activation.py --device cuda
 """
 
 import torch
-from timing import arguments, copier, median_seconds, print_row
+from timing import arguments, by_device, copier, dtypes, median_seconds, print_row
 from torch.nn import functional
 
 from transformer_ext.ops import activation
@@ -21,8 +22,11 @@ FUNCTIONS = {
     "swiglu": lambda x: functional.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],
 }
 
-for rows, columns in ((256, 2048), (4096, 2048)):
-    for dtype in (torch.float32, torch.bfloat16):
+shapes = by_device(
+    options, ((256, 2048), (4096, 2048)), ((4096, 2048), (25000, 2048), (25000, 4096))
+)
+for rows, columns in shapes:
+    for dtype in dtypes(options):
         for kind, function in FUNCTIONS.items():
             wide = columns * (2 if is_gated(kind) else 1)
             x = torch.randn(rows, wide).to(dtype).requires_grad_()

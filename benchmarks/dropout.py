@@ -1,10 +1,11 @@
 """Dropout against PyTorch's.
 
 python benchmarks/dropout.py --threads 2
+python benchmarks/dropout.py --device cuda
 """
 
 import torch
-from timing import arguments, copier, median_seconds, print_row
+from timing import arguments, by_device, copier, dtypes, median_seconds, print_row
 from torch.nn import functional
 
 from transformer_ext.ops import dropout
@@ -12,8 +13,9 @@ from transformer_ext.ops import dropout
 options = arguments(__doc__)
 rng = torch.tensor([1, 2, 3])
 
-for rows, columns in ((256, 512), (4096, 512), (4096, 2048)):
-    for dtype in (torch.float32, torch.bfloat16):
+shapes = by_device(options, ((256, 512), (4096, 512), (4096, 2048)), ((25000, 512), (25000, 2048)))
+for rows, columns in shapes:
+    for dtype in dtypes(options):
         x = torch.randn(rows, columns).to(dtype)
         size = 2 * x.numel() * x.element_size()
         times = median_seconds(

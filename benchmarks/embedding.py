@@ -1,10 +1,11 @@
 """Embedding + positions + dropout against PyTorch's composition, forward and backward.
 
 python benchmarks/embedding.py --threads 2
+python benchmarks/embedding.py --device cuda
 """
 
 import torch
-from timing import arguments, copier, median_seconds, print_row
+from timing import arguments, by_device, copier, dtypes, median_seconds, print_row
 from torch.nn import functional
 
 from transformer_ext.ops import embedding, sinusoidal_positions
@@ -12,13 +13,18 @@ from transformer_ext.ops import embedding, sinusoidal_positions
 options = arguments(__doc__)
 rng = torch.tensor([1, 2, 3])
 
-for tokens, words, columns in ((4096, 8000, 256), (4096, 32000, 512)):
+shapes = by_device(
+    options,
+    ((4096, 8000, 256), (4096, 32000, 512)),
+    ((4096, 37000, 512), (25000, 37000, 512), (25000, 37000, 1024)),
+)
+for tokens, words, columns in shapes:
     # Ids as in text: the k-th most frequent word about as often as 1 / k.
     ids = torch.multinomial(1.0 / torch.arange(1, words + 1), tokens, replacement=True)
     positions = (torch.arange(tokens) % 50).int()
     weight = torch.randn(words, columns, requires_grad=True)
     table = sinusoidal_positions(50, columns)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in dtypes(options):
         for p in (0.0, 0.1):
 
             def ours(p=p, dtype=dtype, ids=ids, weight=weight, positions=positions, table=table):

@@ -1,10 +1,11 @@
 """Residual + dropout + norm against PyTorch's composition, forward and backward.
 
 python benchmarks/residual_norm.py --threads 2
+python benchmarks/residual_norm.py --device cuda
 """
 
 import torch
-from timing import arguments, copier, median_seconds, print_row
+from timing import arguments, by_device, copier, dtypes, median_seconds, print_row
 from torch.nn import functional
 
 from transformer_ext.ops import norm, residual_norm
@@ -12,8 +13,13 @@ from transformer_ext.ops import norm, residual_norm
 options = arguments(__doc__)
 rng = torch.tensor([1, 2, 3])
 
-for rows, columns in ((256, 512), (1024, 512), (4096, 256), (4096, 512), (32768, 512)):
-    for dtype in (torch.float32, torch.bfloat16):
+shapes = by_device(
+    options,
+    ((256, 512), (1024, 512), (4096, 256), (4096, 512), (32768, 512)),
+    ((4096, 512), (25000, 512), (25000, 1024), (25000, 2048)),
+)
+for rows, columns in shapes:
+    for dtype in dtypes(options):
         x, residual, grad = (torch.randn(rows, columns).to(dtype) for _ in range(3))
         x.requires_grad_()
         residual.requires_grad_()
@@ -29,6 +35,8 @@ for rows, columns in ((256, 512), (1024, 512), (4096, 256), (4096, 512), (32768,
             def peer(p=p, inputs=inputs, columns=columns):
                 x, residual, weight, bias = inputs
                 total = residual + functional.dropout(x, p, training=p > 0)
+                if x.is_cuda:  # which takes parameters of the type of x alone
+                    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
                 return functional.layer_norm(total, (columns,), weight, bias)
 
             def backward(y, inputs=inputs, grad=grad):

@@ -1,10 +1,11 @@
 """Masked softmax of attention scores [32, 8, 128, 128], forward and backward, against PyTorch.
 
     python benchmarks/softmax.py
+    python benchmarks/softmax.py --device cuda
 
 The peer is torch.softmax(scores.masked_fill(~mask, -inf), -1). The bytes are those of the five
 passes over the scores that forward (read, write) and backward (two reads, one write) need; memory
-is by how much a step raises the peak of a fresh process.
+(CPU only) is by how much a step raises the peak of a fresh process.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 from memory import raised_peak
-from timing import arguments, copier, median_seconds, print_row
+from timing import arguments, copier, dtypes, median_seconds, print_row
 
 from transformer_ext.ops import masked_softmax
 
@@ -40,14 +41,15 @@ def step(name: str, dtype: torch.dtype) -> Callable[[], object]:
 
 def main() -> None:
     options = arguments(__doc__)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in dtypes(options):
         size = 5 * torch.Size(SHAPE).numel() * dtype.itemsize
         calls = {name: step(name, dtype) for name in ("ours", "torch")}
         times = median_seconds({**calls, "copy": copier(size, dtype)}, options.seconds)
-        memory = {name: raised_peak(step, name, dtype) for name in ("ours", "torch")}
-        print_row(
-            f"masked softmax {dtype}, MiB {memory['ours']:.0f} : {memory['torch']:.0f}", times, size
-        )
+        name = f"masked softmax {dtype}"
+        if options.device == "cpu":
+            memory = {name: raised_peak(step, name, dtype) for name in ("ours", "torch")}
+            name += f", MiB {memory['ours']:.0f} : {memory['torch']:.0f}"
+        print_row(name, times, size)
 
 
 if __name__ == "__main__":

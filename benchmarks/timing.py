@@ -6,13 +6,19 @@ import argparse
 import time
 from collections.abc import Callable, Mapping
 from statistics import median
+from typing import TypeVar
 
 import torch
 
 from transformer_ext.training.environment import keep_freed_memory
 
+Shapes = TypeVar("Shapes")
+
 # A turn lasts at least so long, so that the clock and the caches of the one before do not count.
 _TURN = 0.5e-3
+# So many calls are one CUDA graph: launched one by one from Python, a small kernel would be measured
+# by how long its launch takes.
+_GRAPHED = 20
 
 
 def median_seconds(
@@ -21,18 +27,48 @@ def median_seconds(
     """The median time of a call of each function.
 
     They take turns, so that a busy moment hits all alike. A turn is one call that is not counted,
-    which brings back to the caches what fits there, and calls for about half a millisecond.
+    which brings back to the caches what fits there, and calls for about half a millisecond. On a GPU
+    the calls are replayed as a CUDA graph, and what fits stays in its cache.
 
     Args:
         functions: by name.
         seconds: about how long to measure, all together.
     """
 
+    on_gpu = torch.get_default_device().type == "cuda"
+    if on_gpu:
+        seconds_of = median_seconds_of_graphs(functions, seconds)
+        return {name: time / _GRAPHED for name, time in seconds_of.items()}
+    return _median_seconds(functions, seconds, lambda: None)
+
+
+def median_seconds_of_graphs(
+    functions: Mapping[str, Callable[[], object]], seconds: float
+) -> dict[str, float]:
+    """The median time of ``_GRAPHED`` calls of each function, as a CUDA graph."""
+    replays = {}
+    for name, function in functions.items():
+        for _ in range(3):
+            function()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            for _ in range(_GRAPHED):
+                function()
+        replays[name] = graph.replay
+    return _median_seconds(replays, seconds, torch.cuda.synchronize)
+
+
+def _median_seconds(
+    functions: Mapping[str, Callable[[], object]], seconds: float, finish: Callable[[], None]
+) -> dict[str, float]:
     def turn(function: Callable[[], object], calls: int) -> float:
         function()
+        finish()
         start = time.perf_counter()
         for _ in range(calls):
             function()
+        finish()
         return (time.perf_counter() - start) / calls
 
     calls = {
@@ -58,20 +94,40 @@ def copier(size: int, dtype: torch.dtype = torch.float32) -> Callable[[], object
 
 
 def arguments(description: str | None) -> argparse.Namespace:
-    """The options that all benchmarks of kernels have; sets threads and allocator.
+    """The options that all benchmarks of kernels have; sets threads, device and allocator.
 
     The allocator keeps freed pages, as it does in ``train``, for all competitors alike: otherwise
-    page faults are most of what is measured on tensors above 32 MiB.
+    page faults are most of what is measured on tensors above 32 MiB. Tensors made from now on are
+    on ``--device``; on a GPU all work is on a stream of its own, which a graph can record.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each row of the table")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     keep_freed_memory()
+    device = torch.device(options.device)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            parser.error("--device: got cuda, but torch finds no GPU")
+        torch.cuda.set_device(device)
+        torch.cuda.set_stream(torch.cuda.Stream())
+    torch.set_default_device(device)
     return options
+
+
+def dtypes(options: argparse.Namespace) -> tuple[torch.dtype, ...]:
+    """Those that the compiled kernels take on the device."""
+    both = (torch.float32, torch.bfloat16)
+    return both if torch.device(options.device).type == "cpu" else (*both, torch.float16)
+
+
+def by_device(options: argparse.Namespace, cpu: Shapes, cuda: Shapes) -> Shapes:
+    """The shapes for the device."""
+    return cpu if torch.device(options.device).type == "cpu" else cuda
 
 
 def print_row(name: str, times: Mapping[str, float], size: int) -> None:

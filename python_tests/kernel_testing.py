@@ -6,8 +6,9 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,29 @@ needs_compiled = pytest.mark.skipif(not load_ops(), reason="no compiled ops in t
 
 # Parameters of a test that runs with both implementations of an op.
 BACKENDS = (pytest.param("compiled", marks=needs_compiled), "reference")
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU in this machine")
+
+# Where compiled kernels run, and in which precision: parameters "device" and "dtype" of a test.
+PLACES = (
+    ("cpu", torch.float32),
+    ("cpu", torch.bfloat16),
+    *(
+        pytest.param("cuda", dtype, marks=needs_gpu)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    ),
+)
+
+
+def moved(value: Any, device: str) -> Any:
+    """``value`` with all tensors in it on the device; lists, tuples and dicts are gone through."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: moved(item, device) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(moved(item, device) for item in value)
+    return value
 
 
 @contextlib.contextmanager
@@ -80,6 +104,38 @@ def assert_all_as_precise(
             assert_as_precise(ours, true, plain, factor=32.0, roundings=32.0)
 
 
+def assert_graph_safe(results: Callable[[], Sequence[torch.Tensor]], rng: torch.Tensor) -> None:
+    """On a GPU: the same bits each time, and from a CUDA graph, which sees a new step of ``rng``.
+
+    Args:
+        results: runs forward and backward.
+        rng: what it draws dropout from; its step is changed, and changed back.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), set_backend("compiled"):
+        first = [x.clone() for x in results()]
+        again = [x.clone() for x in results()]
+        rng[1] += 1
+        other = [x.clone() for x in results()]
+        rng[1] -= 1
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            recorded = results()
+        graph.replay()
+        replayed = [x.clone() for x in recorded]
+        rng[1] += 1
+        graph.replay()
+        rng[1] -= 1
+        torch.cuda.synchronize()
+    for a, b, c in zip(first, again, replayed, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+    for a, b in zip(other, recorded, strict=True):
+        assert torch.equal(a, b)
+
+
 def rerun_at_isa(isa: str, test_file: str, select: str) -> None:
     """Run the selected tests of a file anew, in a process held to an instruction set."""
     if ISAS.index(isa) > ISAS.index(torch.ops.transformer_ext.isa()):
@@ -99,10 +155,14 @@ def rerun_at_isa(isa: str, test_file: str, select: str) -> None:
 __all__ = [
     "BACKENDS",
     "ISAS",
+    "PLACES",
     "assert_all_as_precise",
     "assert_as_precise",
+    "assert_graph_safe",
     "max_error",
+    "moved",
     "needs_compiled",
+    "needs_gpu",
     "rerun_at_isa",
     "set_backend",
     "threads",

@@ -3,8 +3,12 @@ import torch
 from kernel_testing import (
     BACKENDS,
     ISAS,
+    PLACES,
     assert_all_as_precise,
+    assert_graph_safe,
+    moved,
     needs_compiled,
+    needs_gpu,
     rerun_at_isa,
     set_backend,
     threads,
@@ -32,11 +36,11 @@ def run(face, kind, x, bias, grad, **options):
 
 
 @needs_compiled
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("device", "dtype"), PLACES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("shape", [(37, 1), (29, 7), (37, 64), (2, 3, 65), (99, 517)])
-def test_precision_against_float64(shape, p, kind, dtype):
+def test_precision_against_float64(shape, p, kind, device, dtype):
     x, bias, grad = case(kind, shape, dtype)
     options = {"dropout_p": p, "rng": RNG, "site": 7}
     for b in (bias, None):
@@ -44,8 +48,18 @@ def test_precision_against_float64(shape, p, kind, dtype):
         exact = run(activation_reference, kind, x.double(), wide_bias, grad.double(), **options)
         peer = run(activation_reference, kind, x, b, grad, **options)
         with set_backend("compiled"):
-            got = run(activation, kind, x, b, grad, **options)
-        assert_all_as_precise(got, exact, peer)
+            got = run(activation, kind, *moved((x, b, grad), device), **moved(options, device))
+        assert_all_as_precise(moved(got, "cpu"), exact, peer)
+
+
+@needs_gpu
+@pytest.mark.parametrize("kind", ("relu", "swiglu"))
+def test_gradients_on_a_gpu_are_the_same_bits_each_time_and_in_a_graph(kind):
+    x, bias, grad = moved(case(kind, (3001, 515), torch.bfloat16), "cuda")
+    rng = RNG.cuda()
+    assert_graph_safe(
+        lambda: run(activation, kind, x, bias, grad, dropout_p=0.1, rng=rng, site=2), rng
+    )
 
 
 @needs_compiled

@@ -5,8 +5,12 @@ import torch
 from kernel_testing import (
     BACKENDS,
     ISAS,
+    PLACES,
     assert_all_as_precise,
+    assert_graph_safe,
+    moved,
     needs_compiled,
+    needs_gpu,
     rerun_at_isa,
     set_backend,
     threads,
@@ -41,11 +45,11 @@ def run(face, ids, weight, positions, table, grad, dtype, **options):
 
 
 @needs_compiled
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("device", "dtype"), PLACES)
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("learned", [True, False])
 @pytest.mark.parametrize("columns", [1, 7, 16, 64, 65, 200, 515])
-def test_precision_against_float64(columns, learned, p, dtype):
+def test_precision_against_float64(columns, learned, p, device, dtype):
     options = {"scale": math.sqrt(columns), "dropout_p": p, "rng": RNG, "site": 7}
     for shape in ((), (5,), (3, 29), (211,)):
         ids, weight, positions, table, grad = case(shape, columns)
@@ -64,8 +68,33 @@ def test_precision_against_float64(columns, learned, p, dtype):
         )
         peer = run(embedding_reference, ids, weight, positions, table, grad, dtype, **options)
         with set_backend("compiled"):
-            got = run(embedding, ids, weight, positions, table, grad, dtype, **options)
-        assert_all_as_precise(got, exact, peer)
+            got = run(
+                embedding,
+                *moved((ids, weight, positions, table, grad), device),
+                dtype,
+                **moved(options, device),
+            )
+        assert_all_as_precise(moved(got, "cpu"), exact, peer)
+
+
+@needs_gpu
+def test_gradients_on_a_gpu_are_the_same_bits_each_time_and_in_a_graph():
+    ids, weight, positions, table, grad = moved(case((3001,), 515, words=70000), "cuda")
+    ids = ids % 300 * (ids % 2) + ids % 70000 * (1 - ids % 2)  # a few frequent ids, as in text
+    options = {"dropout_p": 0.1, "rng": RNG.cuda(), "dtype": torch.bfloat16}
+    assert_graph_safe(
+        lambda: run(embedding, ids, weight, positions, table, grad, **options), options["rng"]
+    )
+
+
+@needs_gpu
+def test_an_id_outside_of_the_table_gives_nan_on_a_gpu():
+    weight = torch.ones(3, 8, device="cuda")
+    ids = torch.tensor([0, 3, -1, 2], device="cuda")
+    with set_backend("compiled"):
+        y, grad = run(embedding, ids, weight, None, None, torch.ones(4, 8).cuda(), torch.float32)
+    assert y.isnan().all(1).tolist() == [False, True, True, False]
+    assert grad[:, 0].tolist() == [1.0, 0.0, 1.0]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

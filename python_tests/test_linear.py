@@ -9,7 +9,15 @@ import sys
 
 import pytest
 import torch
-from kernel_testing import BACKENDS, ISAS, assert_as_precise, max_error, needs_compiled, threads
+from kernel_testing import (
+    BACKENDS,
+    ISAS,
+    assert_as_precise,
+    max_error,
+    needs_compiled,
+    needs_gpu,
+    threads,
+)
 from torch import nn
 
 from transformer_ext.ops import linear, linear_reference, set_backend
@@ -548,3 +556,18 @@ def test_choices_name_a_library_for_each_product():
     }
     assert {r["library"] for r in rows} <= {"torch", "transformer_ext"}
     assert all(r["reason"] for r in rows)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_column_sums_on_a_gpu(dtype):
+    column_sum = torch.ops.transformer_ext.column_sum_
+    for rows, columns in ((0, 5), (3, 1), (17, 71), (3001, 2080)):
+        x = torch.randn(rows, columns + 8).to(dtype)[:, :columns]
+        expected = x.double().sum(0)
+        out = torch.full((columns,), torch.nan, device="cuda")
+        column_sum(out, x.cuda(), False)
+        torch.testing.assert_close(out.cpu().double(), expected, rtol=1e-5, atol=1e-3)
+        again = torch.zeros_like(out)
+        column_sum(again, x.cuda(), True)
+        assert torch.equal(again, out)

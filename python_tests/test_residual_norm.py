@@ -3,8 +3,12 @@ import torch
 from kernel_testing import (
     BACKENDS,
     ISAS,
+    PLACES,
     assert_all_as_precise,
+    assert_graph_safe,
+    moved,
     needs_compiled,
+    needs_gpu,
     rerun_at_isa,
     set_backend,
     threads,
@@ -62,21 +66,31 @@ def wide(tensors):
     return tuple(None if x is None else x.double() for x in tensors)
 
 
-def check_precision(face, twin, inputs, grads, **options):
+def check_precision(face, twin, inputs, grads, device="cpu", **options):
     exact = sum(run(twin, wide(inputs), wide(grads), **options), [])
     peer = sum(run(twin, inputs, grads, **options), [])
     with set_backend("compiled"):
-        got = sum(run(face, inputs, grads, **options), [])
-    assert_all_as_precise(got, exact, peer)
+        got = sum(run(face, *moved((inputs, grads), device), **moved(options, device)), [])
+    assert_all_as_precise(moved(got, "cpu"), exact, peer)
+
+
+@needs_gpu
+@pytest.mark.parametrize("columns", [512, 1500])
+def test_results_on_a_gpu_are_the_same_bits_each_time_and_in_a_graph(columns):
+    inputs, grads = moved(case((3001, columns), torch.bfloat16), "cuda")
+    rng = RNG.cuda()
+    assert_graph_safe(
+        lambda: sum(run(residual_norm, inputs, grads, dropout_p=0.1, rng=rng, site=2), []), rng
+    )
 
 
 @needs_compiled
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("device", "dtype"), PLACES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("shape", [(37, 1), (29, 7), (2, 3, 65), (203, 512), (2, 2051)])
-def test_precision_against_float64(shape, p, kind, dtype):
-    options = {"kind": kind, "dropout_p": p, "rng": RNG, "site": 7}
+def test_precision_against_float64(shape, p, kind, device, dtype):
+    options = {"kind": kind, "dropout_p": p, "rng": RNG, "site": 7, "device": device}
     for residual in (True, False):
         for affine in (True, False):
             inputs, grads = case(shape, dtype, shape[-1], residual, affine)
@@ -84,20 +98,20 @@ def test_precision_against_float64(shape, p, kind, dtype):
 
 
 @needs_compiled
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("device", "dtype"), PLACES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(9,), (4, 64), (67, 300)])
-def test_norm_alone_precision(shape, kind, dtype):
+def test_norm_alone_precision(shape, kind, device, dtype):
     (x, _, weight, bias), (grad, _) = case(shape, dtype)
-    check_precision(norm, norm_reference, (x, weight, bias), (grad,), kind=kind)
+    check_precision(norm, norm_reference, (x, weight, bias), (grad,), kind=kind, device=device)
 
 
 @needs_compiled
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("device", "dtype"), PLACES)
 @pytest.mark.parametrize("residual", [True, False])
-def test_residual_dropout_precision(residual, dtype):
+def test_residual_dropout_precision(residual, device, dtype):
     (x, other, _, _), (grad, _) = case((67, 301), dtype, residual=residual)
-    options = {"dropout_p": 0.2, "rng": RNG, "site": 3}
+    options = {"dropout_p": 0.2, "rng": RNG, "site": 3, "device": device}
     check_precision(residual_dropout, residual_dropout_reference, (x, other), (grad,), **options)
 
 

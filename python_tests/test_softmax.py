@@ -5,6 +5,7 @@ from kernel_testing import (
     ISAS,
     assert_as_precise,
     needs_compiled,
+    needs_gpu,
     rerun_at_isa,
     set_backend,
     threads,
@@ -238,7 +239,7 @@ def test_wrong_arguments_are_named(arguments, options, error, message):
             face(*arguments, **options)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU in this machine")
+@needs_gpu
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
 @pytest.mark.parametrize("name", FACES)
 @pytest.mark.parametrize("columns", [1, 5, 64, 100, 129, 500, 1000, 1023, 1024, 1028, 5001])

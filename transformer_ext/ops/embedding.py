@@ -178,8 +178,8 @@ def embedding(
         dtype: of the result, float32 or bfloat16, on a GPU float16 too; None: that of ``weight``.
 
     Returns:
-        ``[*ids.shape, columns]``. The gradients are dense and float32, each row summed in the order
-        of the tokens.
+        ``[*ids.shape, columns]``. The gradients are dense and float32, each row summed in an order
+        that the ids alone decide: on a CPU that of the tokens.
 
     Raises:
         ValueError, TypeError: shapes or dtypes that do not fit; see also
