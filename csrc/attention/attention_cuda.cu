@@ -345,7 +345,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // delta = sum of grad_out * out for each query row; then the gradient of the queries.
 template <class T, int kChunks>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     grad_query_kernel(AttentionBackwardArgs a, CudaDropout dropout_argument, float* delta,
                       Plan plan) {
   TRANSFORMER_EXT_DYNAMIC_SHARED(memory);
@@ -443,7 +443,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // A block has kRows keys of a key/value head, and passes over the queries of all its query heads.
 template <class T, int kChunks>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     grad_key_value_kernel(AttentionBackwardArgs a, CudaDropout dropout_argument, const float* delta,
                           Plan plan) {
   TRANSFORMER_EXT_DYNAMIC_SHARED(memory);
