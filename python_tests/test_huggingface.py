@@ -24,7 +24,7 @@ from huggingface_helpers import (
 )
 from kernel_testing import needs_compiled
 
-from transformer_ext import convert
+from transformer_ext import convert, pipeline
 from transformer_ext.data.json_tokenizer import JsonTokenizer
 from transformer_ext.data.tokenizer import SentencePieceTokenizer, train_tokenizer
 from transformer_ext.files import (
@@ -440,17 +440,26 @@ def test_a_broken_index_is_one_clear_error(tmp_path):
         load_model_dir(tmp_path / "m", ModelConfig)
 
 
-def test_numbers_that_are_none_are_named(tmp_path):
-    write_bert_dir(tmp_path / "m")
-    name = "encoder.layer.1.attention.self.key.weight"
+@pytest.mark.parametrize(
+    ("write", "read", "name"),
+    [
+        (write_bert_dir, encoder_of, "encoder.layer.1.attention.self.key.weight"),
+        (write_bert_dir, encoder_of, "encoder.layer.0.attention.output.dense.weight"),
+        (write_bert_dir, encoder_of, "encoder.layer.1.output.LayerNorm.weight"),
+        (write_gpt2_dir, language_model_of, "transformer.h.1.mlp.c_fc.weight"),
+    ],
+    ids=["joined", "as it lies", "norm", "turned around"],
+)
+def test_numbers_that_are_none_are_named(write, read, name, tmp_path):
+    write(tmp_path / "m")
 
     def broken(tensors):
-        tensors[name][3, 2] = np.nan
+        tensors[name].flat[5] = np.nan
         return tensors
 
     change_tensors(tmp_path / "m", broken)
-    with pytest.raises(FileError, match=f"model.safetensors: {name}: has NaN or infinity"):
-        encoder_of(tmp_path / "m")
+    with pytest.raises(FileError, match=f"model.safetensors: .*{name[12:]}: has NaN or infinity"):
+        read(tmp_path / "m")
 
 
 def test_reading_takes_neither_torch_nor_a_second_copy(tmp_path):
@@ -634,6 +643,22 @@ def test_another_end_for_generation_is_refused(tmp_path, gpt2_dir):
     message = r"generation_config.json: eos_token_id: got \[266, 5\], expected an integer"
     with pytest.raises(HuggingFaceError, match=message):
         load_model_dir(folder, LanguageModelConfig)
+
+
+def test_settings_of_generation_are_named(tmp_path, gpt2_dir, capsys):
+    folder = shutil.copytree(gpt2_dir, tmp_path / "m")
+    assert "generation_not_used" not in load_model_dir(folder, LanguageModelConfig).training
+    settings = {"do_sample": False, "repetition_penalty": 3.0, "suppress_tokens": [1]}
+    change_json(folder / "generation_config.json", **settings, num_beams=1, top_k=50)
+    found = load_model_dir(folder, LanguageModelConfig)
+    assert found.training["generation_not_used"] == settings
+    with pytest.warns(UserWarning, match=r"do_sample False, repetition_penalty 3.0, supp") as seen:
+        pipeline("text-generation", folder)("the", max_new_tokens=2)
+    assert len(seen) == 1
+    words = ["--from-huggingface", str(folder), "--output", str(tmp_path / "ours")]
+    assert convert.main(words) == 0
+    line = "not used: do_sample, repetition_penalty, suppress_tokens of generation_config.json"
+    assert line in capsys.readouterr().out.splitlines()
 
 
 def test_another_kind_of_model_is_named(bert_dir, gpt2_dir):
@@ -962,7 +987,12 @@ def test_a_language_model_of_our_own_computes_the_same_in_transformers(changes, 
         ("bert", {"norm": "rms"}, "norm: got rms, .*expected layer"),
         ("bert", {"activation": "swiglu"}, "activation: got swiglu, .*expected relu, gelu"),
         ("bert", {"head_dim": 5}, r"head_dim: got 5, .*expected d_model / nhead \(6\)"),
-        ("bert", {"labels": ["a", "b"]}, "pooler: got false, .*expected true with labels"),
+        ("bert", {"labels": ["a", "b"]}, "pooler: got first, false, .*--pooling first --pooler"),
+        (
+            "bert",
+            {"labels": ["a", "b"], "pooling": "mean"},
+            "pooling, pooler: got mean, false, but a BERT's labels.*--pooling first --pooler",
+        ),
         ("bert", {"pooler": True, "pooling": "mean"}, "pooler: got true with pooling mean and"),
         (
             "bert",

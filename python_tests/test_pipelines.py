@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from transformer_ext import (
+    LanguageModel,
+    LanguageModelConfig,
     SentenceEncoder,
     Transformer,
     __main__,
@@ -24,7 +26,9 @@ from transformer_ext import (
 )
 from transformer_ext.data.corpus import read_pairs, shipped_corpus
 from transformer_ext.data.tokenizer import SentencePieceTokenizer, train_tokenizer
-from transformer_ext.files import FileError, save_model_dir
+from transformer_ext.files import FileError, load_model_dir, save_model_dir
+from transformer_ext.inference.continuation import continuations
+from transformer_ext.inference.options import SearchOptions
 from transformer_ext.inference.translator import Translator
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -323,6 +327,30 @@ def test_text_that_ends_is_that_of_transformers(
     found = ours(prompts, return_tensors=True, **options)
     same(found, others(prompts, return_tensors=True, **options))
     assert any(texts[0]["generated_token_ids"][-1] == 0 for texts in found)
+
+
+@pytest.mark.parametrize("name", ["pad_token", "bos_token"])
+def test_pieces_of_text_that_also_pad_or_begin_are_generated(
+    name: str, tmp_path: Path, sentences: list[str]
+) -> None:
+    model = save_gpt2(tmp_path, sentences)
+    piece = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))[";"]
+    with torch.no_grad():
+        # The likeliest piece, whatever was before.
+        model.transformer.ln_f.bias.copy_(3 * model.transformer.wte.weight[piece])
+    model.save_pretrained(tmp_path)
+    settings = {"tokenizer_class": "GPT2Tokenizer", name: ";"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    options = {"do_sample": False, "max_new_tokens": 6, "return_tensors": True}
+    others = theirs("text-generation", tmp_path)("Open the", **options)
+    tokens = others[0]["generated_token_ids"]
+    assert piece in tokens[-6:]
+    same(pipeline("text-generation", tmp_path)("Open the", **options), others)
+    saved = load_model_dir(tmp_path, LanguageModelConfig)
+    plain = LanguageModel(saved.config).load_weights(saved.weights).eval()
+    search = SearchOptions(beam_size=1, max_length=6)
+    (found,) = continuations(plain, [tokens[:-6]], search)
+    assert found.hypotheses[0].tokens == tokens[-6:]
 
 
 def test_sampled_text_is_of_the_same_shape_and_repeated_by_its_seed(gpt2: Path) -> None:

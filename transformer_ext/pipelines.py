@@ -43,7 +43,7 @@ def pipeline(
 
     ::
 
-        fill = pipeline("fill-mask", "bert-base-uncased")
+        fill = pipeline("fill-mask", "./bert-base-uncased")
         fill("Paris is the [MASK] of France.", top_k=2)
 
     Args:
@@ -295,7 +295,8 @@ class TextGenerationPipeline(Pipeline):
     (``length_penalty, early_stopping``). ``min_new_tokens, repetition_penalty,
     no_repeat_ngram_size`` are for both. ``return_full_text=False`` leaves the text itself out,
     ``return_tensors=True`` gives ``{"generated_token_ids": [...]}``. The same ``seed`` (0) gives the
-    same results.
+    same results. Settings of a folder's ``generation_config.json`` are not taken over; a warning
+    names those that ask for something else.
     """
 
     task = "text-generation"
@@ -310,6 +311,15 @@ class TextGenerationPipeline(Pipeline):
         from transformer_ext.inference.continuation import TextGenerator
 
         self.generator = TextGenerator(model, **engine)
+        if self.generator.not_used:
+            named = ", ".join(
+                f"{key} {value!r:.40}" for key, value in self.generator.not_used.items()
+            )
+            warnings.warn(
+                f"{model}: generation_config.json: not taken over: {named}; what there is an option "
+                "for can be said to the pipeline",
+                stacklevel=4,
+            )
 
     def _run(self, inputs: Sequence[str], begin: int, options: dict[str, Any]) -> list[Any]:
         from transformer_ext.inference.options import SearchOptions

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from transformer_ext.data.tokenizer import Tokenizer
 from transformer_ext.files import FileError
@@ -55,6 +55,7 @@ class Imported(Generic[ConfigT]):
         source: name of their class, for a person to read.
         notes: what is worth saying.
         foreign: beginnings of the names of tensors of other heads, and what such heads are.
+        generation: settings of generating that are not taken over.
     """
 
     config: ConfigT
@@ -62,6 +63,7 @@ class Imported(Generic[ConfigT]):
     source: str
     notes: list[str]
     foreign: Mapping[str, str]
+    generation: Mapping[str, Any] = field(default_factory=dict)
 
 
 def check_common(fields: Fields, architectures: Collection[str], known: Collection[str]) -> str:

@@ -254,6 +254,12 @@ def _architecture(config: TextEncoderConfig) -> str:
 
 def _check_exportable(path: Path, config: TextEncoderConfig) -> None:
     plain = not config.labels
+    if config.labels and (not config.pooler or config.pooling != "first"):
+        raise HuggingFaceError(
+            f"{path}: pooling, pooler: got {config.pooling}, {str(config.pooler).lower()}, but a "
+            "BERT's labels are read from the first token through its pooler: expected first, true "
+            "(train with --pooling first --pooler)"
+        )
     expected = {
         "norm_first": (not config.norm_first, "false (post-norm)"),
         "final_norm": (not config.final_norm, "false"),
@@ -266,8 +272,6 @@ def _check_exportable(path: Path, config: TextEncoderConfig) -> None:
             config.head_dim * config.nhead == config.d_model,
             f"d_model / nhead ({config.d_model / config.nhead:g})",
         ),
-        "pooler": (config.pooler or plain, "true with labels"),
-        "pooling": (config.pooling == "first" or plain, "first with labels"),
         "normalize": (not config.normalize or plain, "false with labels"),
         "masked_lm_head": (not config.masked_lm_head or plain, "false with labels"),
         "labels": (len(config.labels) != 1, "none, or two or more"),

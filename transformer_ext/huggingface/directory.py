@@ -107,6 +107,8 @@ def open_huggingface_dir(
     weights = ConvertedWeights(found, imported.parts, parameter_shapes(imported.config))
     found.refuse_left(imported.foreign)
     training: dict[str, Any] = {"converted_from": imported.source}
+    if imported.generation:
+        training["generation_not_used"] = dict(imported.generation)
     if modules is not None:
         letters = " ".join(string.ascii_lowercase)
         if modules.lower_case and tokenizer.encode(letters.upper()) != tokenizer.encode(letters):

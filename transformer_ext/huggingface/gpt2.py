@@ -49,6 +49,49 @@ _FOREIGN = {
     "multiple_choice_head.": "a head for choices",
     "qa_outputs.": "a head for question answering",
 }
+#: Keys of ``generation_config.json`` that change no text that is generated here.
+_NO_SETTINGS = {
+    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
+    *("transformers_version", "use_cache", "cache_implementation", "cache_config"),
+    *("output_attentions", "output_hidden_states", "output_scores", "output_logits"),
+    "return_dict_in_generate",
+}
+#: What text generation does of itself; a setting that says so needs not be taken over.
+_USUAL_SETTINGS: dict[str, Any] = {
+    "do_sample": True,
+    "temperature": 0.7,
+    "top_k": 50,
+    "top_p": 1.0,
+    "max_new_tokens": 256,
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "num_return_sequences": 1,
+    "length_penalty": 1.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "encoder_no_repeat_ngram_size": 0,
+    "diversity_penalty": 0.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "typical_p": 1.0,
+    "min_length": 0,
+    "early_stopping": False,
+    "remove_invalid_values": False,
+    "renormalize_logits": False,
+}
+
+
+def _settings(generation: Fields) -> dict[str, Any]:
+    """Those of ``generation_config.json`` that ask for another text than is generated here."""
+    return {
+        key: value
+        for key, value in generation.values.items()
+        if not key.startswith("_")
+        and key not in _NO_SETTINGS
+        and value not in ([], {})
+        and not (key in _USUAL_SETTINGS and value == _USUAL_SETTINGS[key])
+    }
 
 
 def _linear_names(depth: int) -> dict[str, list[str]]:
@@ -102,6 +145,9 @@ def import_gpt2(
             end = ends.integer("eos_token_id", most=vocabulary - 1)
             if end != tokenizer.eos_id:
                 ends.fail("eos_token_id", f"{tokenizer.eos_id} as in {tokenizer.path.name}")
+    settings = _settings(generation)
+    if settings:
+        notes.append(f"not used: {', '.join(settings)} of {generation.path.name}")
     dropout = fields.probability("resid_pdrop", 0.1)
     if fields.probability("embd_pdrop", 0.1) != dropout:
         notes.append("not used: embd_pdrop; in training it is resid_pdrop")
@@ -134,7 +180,7 @@ def import_gpt2(
         # The causal mask, which older versions stored.
         if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):
             found.ignore(name)
-    return Imported(config, parts, architecture or "GPT2LMHeadModel", notes, _FOREIGN)
+    return Imported(config, parts, architecture or "GPT2LMHeadModel", notes, _FOREIGN, settings)
 
 
 def _tied(fields: Fields, found: Checkpoint, architecture: str) -> bool:

@@ -113,6 +113,7 @@ class TextGenerator:
     Attributes:
         config: of the model.
         tokenizer: its tokenizer.
+        not_used: settings of the folder's ``generation_config.json`` that nobody here follows.
 
     Raises:
         FileError: no such model, or one of another kind.
@@ -130,6 +131,7 @@ class TextGenerator:
         saved = load_model_dir(folder, LanguageModelConfig)
         self.config = saved.config
         self.tokenizer = saved.source_tokenizer
+        self.not_used: dict[str, Any] = dict(saved.training.get("generation_not_used") or {})
         self._engine: LanguageModelEngine | None = None
         if device == "cpu":
             self._engine = LanguageModelEngine(

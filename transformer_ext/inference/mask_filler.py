@@ -53,7 +53,7 @@ class MaskFiller(TextModel):
 
     ::
 
-        filler = MaskFiller("bert-base-uncased")
+        filler = MaskFiller("./bert-base-uncased")
         for filling in filler(["Paris is the [MASK] of France."])[0][0]:
             print(filling.score, filling.text)
 

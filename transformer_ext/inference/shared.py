@@ -21,7 +21,13 @@ if TYPE_CHECKING:
 
 
 def never_proposed(config: TransformerConfig | LanguageModelConfig) -> frozenset[int]:
-    """Ids that no search proposes: padding, and the tokens that only begin a sentence."""
+    """Ids that no search proposes: padding, and the tokens that only begin a sentence.
+
+    None for a language model whose texts begin without a start token: they are written one behind
+    the other, without padding, and any id may name a piece of text, as GPT-2's may.
+    """
+    if isinstance(config, LanguageModelConfig) and not config.prepend_bos:
+        return frozenset()
     never = {config.pad_id, config.bos_id}
     if isinstance(config, TransformerConfig):
         never.add(config.decoder_start_id)
