@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+
 import numpy as np
 
 from transformer_ext.data.tokenizer import SentencePieceTokenizer, train_tokenizer
@@ -17,6 +22,20 @@ SENTENCES = [
     "Klicken Sie auf die Schaltfläche, um den Dialog zu öffnen.",
     "Öffnen Sie die Datei und speichern Sie die Tabelle.",
 ]
+
+
+@contextlib.contextmanager
+def ctrl_c(seconds: float = 0.2) -> Iterator[None]:
+    """SIGINT comes so long after the block begins, if it is still at work then."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    timer = threading.Timer(seconds, signal.raise_signal, (signal.SIGINT,))
+    try:
+        timer.start()
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        signal.signal(signal.SIGINT, before)
 
 
 def save_random_model(folder, *, max_train_length=40, seed=5, sentences=SENTENCES, **changes):

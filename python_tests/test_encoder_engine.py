@@ -10,6 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from decoding_helpers import ctrl_c  # noqa: E402
 from huggingface_helpers import write_bert_dir  # noqa: E402
 
 from transformer_ext import ops  # noqa: E402
@@ -18,6 +19,7 @@ from transformer_ext.files import load_model_dir, parameter_shapes  # noqa: E402
 from transformer_ext.inference.compiled import UnsupportedModelError  # noqa: E402
 from transformer_ext.inference.encoder_engine import EncoderEngine  # noqa: E402
 from transformer_ext.inference.quantization import linear_int8, quantize_rows  # noqa: E402
+from transformer_ext.inference.torch_encoder import TorchEncoder  # noqa: E402
 from transformer_ext.model.config import TextEncoderConfig, TransformerConfig  # noqa: E402
 from transformer_ext.model.text_encoder import TextEncoder  # noqa: E402
 from transformer_ext.ops import set_backend  # noqa: E402
@@ -259,25 +261,67 @@ def test_no_texts():
     assert engine.token_scores([[5, 6]], [[]])[0].shape == (0, 50)
 
 
+@pytest.mark.parametrize("kind", ["compiled", "torch"])
+def test_wrong_texts_are_named(kind):
+    def make(**fields):
+        model = make_model(**fields)
+        return make_engine(model) if kind == "compiled" else TorchEncoder(model)
+
+    rows = "expected a sequence of integers for each text"
+    encoder = make(**BERT)
+    for call, message in [
+        (lambda: encoder.states([[5], []]), r"texts: number 1 \(from 0\) has no token"),
+        (lambda: encoder.pooled([[5], [], [6]]), r"texts: number 1 \(from 0\) has no token"),
+        (lambda: encoder.states([[5, 50]]), "texts: got 50, expected integers from 0 to 49"),
+        (lambda: encoder.pooled([[-1]]), "texts: got -1, expected integers from 0 to 49"),
+        (lambda: encoder.pooled([[2**40]]), "texts: got 1099511627776, expected integers"),
+        (lambda: encoder.pooled([["a"]]), "texts: got 'a', expected integers from 0 to 49"),
+        (lambda: encoder.pooled([[1.5]]), "texts: got 1.5, expected integers from 0 to 49"),
+        (lambda: encoder.states([1, 2]), f"texts: got 1, {rows}"),
+        (lambda: encoder.states(np.array([1, 2])), "texts: got .*1.*, " + rows),
+        (lambda: encoder.pooled(1), f"texts: got 1, {rows}"),
+        (
+            lambda: encoder.pooled([[5], [5] * 41]),
+            r"texts: number 1 \(from 0\) has 41 tokens.* positions for 40 \(max_positions\)",
+        ),
+        (lambda: encoder.pooled([[5]], [[2]]), "token_types: got 2, expected integers from 0 to 1"),
+        (
+            lambda: encoder.states([[5, 6], [5]], [[0], [0, 1]]),
+            "token_types: got 1, expected one for each of the 2 tokens of a text",
+        ),
+        (lambda: encoder.pooled([[5]], []), "token_types: got 0, expected one for each of the 1"),
+        (
+            lambda: encoder.states([[5], [6]], [[0]]),
+            "token_types: got 1, expected one for each of the 2 texts",
+        ),
+        (lambda: encoder.pooled([[5]], [0]), f"token_types: got 0, {rows}"),
+        (
+            lambda: encoder.token_scores([[5, 6], [7]], [[2], [0]]),
+            "positions: got 2, expected 0 to 1 in a text of 2 tokens",
+        ),
+        (lambda: encoder.token_scores([[5]], [[-1]]), "positions: got -1, expected integers from"),
+        (lambda: encoder.token_scores([[5]], [0]), f"positions: got 0, {rows}"),
+        (lambda: encoder.token_scores([[5]], []), "positions: got 0, expected one for each of the"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert encoder.states([]) == [] and encoder.pooled([]).shape == (0, 32)
+    assert encoder.states([[np.int64(5), np.int32(6)]])[0].shape == (2, 32)
+    bare = make(vocab_size=50)
+    for call, message in [
+        (lambda: bare.label_scores([[5]]), "label_scores: the model has no labels"),
+        (lambda: bare.token_scores([[5]], [[0]]), "the model has no masked_lm_head"),
+        (lambda: bare.pooled([[5]], [[0]]), "token_types: expected none, the model has no"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
 def test_what_does_not_fit_is_named():
     model = make_model(**BERT)
     engine = make_engine(model)
     assert engine.positions == 40 and engine.threads == 1
     for call, message in [
-        (lambda: engine.states([[5], []]), r"texts: number 1 \(from 0\) has no token"),
-        (lambda: engine.states([[5, 50]]), "ids: got 50, expected 0 to 49"),
-        (lambda: engine.pooled([[-1]]), "texts: got -1, expected integers from 0 on"),
-        (lambda: engine.pooled([[2**40]]), "texts: got 1099511627776, expected integers"),
-        (lambda: engine.pooled([["a"]]), "texts: got 'a', expected integers from 0 on"),
-        (lambda: engine.pooled([[5] * 41]), r"41 tokens is longer than the 40 .*\(max_positions\)"),
-        (lambda: engine.pooled([[5]], [[2]]), "token_types: got 2, expected 0 to 1"),
-        (
-            lambda: engine.pooled([[5]], [[0, 0]]),
-            "token_types: got 2, expected one for each of the",
-        ),
-        (lambda: engine.pooled([[5]], []), "token_types: got 0, expected one for each of the 1"),
-        (lambda: engine.token_scores([[5]], [[1]]), "positions: got 1, expected 0 to 0 in a text"),
-        (lambda: engine.token_scores([[5]], []), "positions: got 0, expected one for each of the"),
         (lambda: engine.states([[5]], batch_size=0), "batch_size: got 0"),
         (lambda: engine.states([[5]], batch_tokens=0), "batch_tokens: got 0"),
         (lambda: make_engine(model, threads=0), "threads: got 0"),
@@ -287,9 +331,6 @@ def test_what_does_not_fit_is_named():
             call()
     bare = make_engine(make_model(vocab_size=50))
     for call, message in [
-        (lambda: bare.label_scores([[5]]), "label_scores: the model has no labels"),
-        (lambda: bare.token_scores([[5]], [[0]]), "the model has no masked_lm_head"),
-        (lambda: bare.pooled([[5]], [[0]]), "token_types: expected none, the model has no"),
         (lambda: bare._open().label_scores(ids=[[5]], token_types=[]), "the model has no labels"),
         (
             lambda: bare._open().score(
@@ -319,6 +360,15 @@ def test_what_does_not_fit_is_named():
     for call in (lambda: engine.states([]), lambda: engine.pooled([[5]])):
         with pytest.raises(ValueError, match="closed"):
             call()
+
+
+def test_ctrl_c_ends_a_long_text():
+    # It would take half a minute; a layer, after which signals are looked at, a fraction of a second.
+    engine = make_engine(make_model(vocab_size=50, num_layers=64))
+    before = engine.states([[5, 6]])[0]
+    with pytest.raises(KeyboardInterrupt), ctrl_c():
+        engine.states([[5] * 16_384])
+    np.testing.assert_array_equal(engine.states([[5, 6]])[0], before)
 
 
 def test_several_threads_share_an_engine():

@@ -14,7 +14,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from decoding_helpers import SENTENCES  # noqa: E402
+from decoding_helpers import SENTENCES, ctrl_c  # noqa: E402
 from huggingface_helpers import write_gpt2_dir  # noqa: E402
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
@@ -507,8 +507,13 @@ def test_a_line_longer_than_the_positions_is_named(folder, capsysbinary, tmp_pat
 def test_wrong_arguments_are_named():
     engine = make_engine(make_model(**VARIANTS["gpt-2"]))
     for prompts, options, message in (
-        ([[37]], {}, "prompt ids: got 37, expected 0 to 36"),
-        ([[-1, 4]], {}, "prompt ids: got -1, expected 0 to 36"),
+        ([[37]], {}, "prompts: got 37, expected integers from 0 to 36"),
+        ([[-1, 4]], {}, "prompts: got -1, expected integers from 0 to 36"),
+        ([[2**31]], {}, "prompts: got 2147483648, expected integers from 0 to 36"),
+        ([[1.5]], {}, "prompts: got 1.5, expected integers from 0 to 36"),
+        ([["x"]], {}, "prompts: got 'x', expected integers from 0 to 36"),
+        ([1], {}, "prompts: got 1, expected a sequence of integers for each text"),
+        (1, {}, "prompts: got 1, expected a sequence of integers for each text"),
         ([[4] * 25], {}, "prompts: number 0 .* has 25 tokens .* learned positions for 24"),
         ([[4]], {"return_alignment": True}, "options: attention to a source is asked for"),
         ([[4]], {"suppressed_tokens": (99,)}, "suppressed_tokens: got 99"),
@@ -517,8 +522,24 @@ def test_wrong_arguments_are_named():
             engine.search(prompts, SearchOptions(**options))
     with pytest.raises(ValueError, match="numbers: got 1, expected one for each of the 2 prompts"):
         engine.search([[4], [5]], numbers=[1])
-    with pytest.raises(ValueError, match="target ids: got 40"):
-        engine.score([[40]])
+    for numbers, got in (([-1], "-1"), ([0.5], "0.5"), ([2**64], str(2**64))):
+        message = f"numbers: got {got}, expected integers from 0 to {2**64 - 1}$"
+        with pytest.raises(ValueError, match=message):
+            engine.search([[4]], numbers=numbers)
+    with pytest.raises(ValueError, match="numbers: got 3, expected a sequence of integers"):
+        engine.search([[4]], numbers=3)
+    for text, got in (([40], "40"), ([2**31], str(2**31)), ([1.5], "1.5"), (["x"], "'x'")):
+        with pytest.raises(ValueError, match=f"texts: got {got}, expected integers from 0 to 36"):
+            engine.score([text])
+    with pytest.raises(ValueError, match="texts: got 1, expected a sequence of integers for each"):
+        engine.score([1, 2])
+    # Integers of numpy are integers.
+    given = [[np.int64(4), np.int32(5)], np.array([6])]
+    assert engine.score(given) == engine.score([[4, 5], [6]])
+    options = SearchOptions(sampling=True, max_length=3)
+    assert engine.search(given, options, numbers=np.array([2**63, 1], np.uint64)) == engine.search(
+        [[4, 5], [6]], options, numbers=[2**63, 1]
+    )
     with pytest.raises(ValueError, match="batch_tokens: got 0"):
         engine.search([[4]], batch_tokens=0)
     # As long as there are positions, something may follow; the last token needs none.
@@ -528,6 +549,16 @@ def test_wrong_arguments_are_named():
     engine.close()
     with pytest.raises(ValueError, match="closed"):
         engine.search([[4]])
+
+
+def test_ctrl_c_ends_a_long_prompt():
+    # It would take half a minute; a layer, after which signals are looked at, a fraction of a second.
+    engine = make_engine(make_model(num_layers=64))
+    options = SearchOptions(beam_size=1, max_length=1)
+    before = engine.search([[5, 6]], options)
+    with pytest.raises(KeyboardInterrupt), ctrl_c():
+        engine.search([[5] * 16_384], options)
+    assert engine.search([[5, 6]], options) == before
 
 
 def test_imports_no_torch(folder):

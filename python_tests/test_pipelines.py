@@ -367,6 +367,37 @@ def test_sampled_text_is_of_the_same_shape_and_repeated_by_its_seed(gpt2: Path) 
     assert ours("Open the", top_k=0) != best
 
 
+def test_sampling_defaults_are_those_of_transformers(
+    gpt2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = pipeline("text-generation", gpt2)
+    searched: list[Any] = []
+
+    def generate(inputs: list[str], options: Any, **_: Any) -> list[Any]:
+        searched.append(options)
+        return [[] for _ in inputs]
+
+    monkeypatch.setattr(ours.generator, "generate", generate)
+    ours("Open the")
+    options = searched[0]
+    others = theirs("text-generation", gpt2)
+
+    def sample(*_: Any, generation_config: Any, **__: Any) -> Any:
+        searched.append(generation_config)
+        raise InterruptedError
+
+    # What generate() calls when all defaults are in their places.
+    monkeypatch.setattr(type(others.model), "_sample", sample)
+    with pytest.raises(InterruptedError):
+        others("Open the")
+    expected = searched[1]
+    assert options.sampling is expected.do_sample is True
+    assert options.temperature == expected.temperature
+    assert options.top_k == expected.top_k
+    assert (options.top_p or 1.0) == expected.top_p
+    assert options.max_length == expected.max_new_tokens
+
+
 def test_generation_ends_with_the_positions_of_the_model(gpt2: Path) -> None:
     ours = pipeline("text-generation", gpt2, do_sample=False)
     (result,) = ours("Open the", return_tensors=True)

@@ -125,6 +125,19 @@ def test_a_text_longer_than_the_positions_is_an_error_or_cut(tmp_path, tokenizer
         assert types == [[0] * (kept + 2) + [1] * (12 - kept - 2)]
 
 
+def test_a_model_too_short_for_the_special_tokens_is_named(tmp_path, tokenizer) -> None:
+    save(tmp_path / "m", tokenizer, labels=["a", "b"], max_positions=2)
+    classifier = TextClassifier(tmp_path / "m")
+    (alone,), _ = classifier.sequences(["to be"], truncation=True)
+    assert alone == [tokenizer.bos_id, tokenizer.eos_id]
+    with pytest.raises(ValueError) as caught:
+        classifier(["", "to be"], [None, "be"], truncation=True)
+    assert str(caught.value) == (
+        "texts: number 1 (from 0) cannot be cut to the 2 tokens that the model reads at most: its "
+        "start and end tokens alone are 3"
+    )
+
+
 def test_wrong_input_is_one_clear_error(tmp_path, tokenizer) -> None:
     save(tmp_path / "m", tokenizer, labels=["a", "b"], num_token_types=0)
     classifier = TextClassifier(tmp_path / "m")

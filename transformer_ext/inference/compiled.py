@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from transformer_ext._native import native
 from transformer_ext.files import Weights, parameter_shapes
-from transformer_ext.inference.options import COMPUTE_TYPES, MOST_AT_ONCE, check_at_once
+from transformer_ext.inference.options import (
+    COMPUTE_TYPES,
+    LARGEST_ID,
+    MOST_AT_ONCE,
+    check_at_once,
+)
 from transformer_ext.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -158,6 +164,48 @@ class CompiledModel(Generic[ConfigT]):
         if self._engine is None:
             raise ValueError("this engine (or translator) is closed")
         return self._engine
+
+
+def integer_rows(
+    name: str, values: Sequence[Sequence[int]], largest: int = LARGEST_ID
+) -> list[list[int]]:
+    """As the compiled engine takes them.
+
+    Args:
+        name: of the argument, for the message.
+        values: a sequence of integers for each text.
+        largest: of the integers.
+
+    Raises:
+        ValueError: something else.
+    """
+    if not isinstance(values, Iterable):
+        raise ValueError(
+            f"{name}: got {values!r:.60}, expected a sequence of integers for each text"
+        )
+    return [integers(name, row, largest, "a sequence of integers for each text") for row in values]
+
+
+def integers(
+    name: str,
+    values: Sequence[int],
+    largest: int = LARGEST_ID,
+    expected: str = "a sequence of integers",
+) -> list[int]:
+    """One of :func:`integer_rows`; ``expected`` is said of what is no sequence."""
+    row = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(row, Iterable):
+        raise ValueError(f"{name}: got {row!r:.60}, expected {expected}")
+    found = []
+    for value in row:
+        try:
+            number = operator.index(value)
+        except TypeError:
+            number = -1
+        if not 0 <= number <= largest:
+            raise ValueError(f"{name}: got {value!r:.60}, expected integers from 0 to {largest}")
+        found.append(number)
+    return found
 
 
 def batches_by_length(

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from transformer_ext.inference.compiled import CompiledModel, batches_by_length
+from transformer_ext.inference.compiled import CompiledModel
+from transformer_ext.inference.encoder_input import (
+    check_labels,
+    check_masked_head,
+    checked_batches,
+)
 from transformer_ext.model.config import TextEncoderConfig
 
 if TYPE_CHECKING:
@@ -70,11 +75,11 @@ class EncoderEngine(CompiledModel[TextEncoderConfig]):
         Returns:
             for each text ``[tokens, d_model]``.
         """
-        results: list[Any] = [None] * len(texts)
+        results: dict[int, Any] = {}
         for batch, asked in self._batches(texts, token_types, batch_size, batch_tokens):
             for i, array in zip(batch, self._open().states(**asked), strict=True):
                 results[i] = array
-        return results
+        return [results[i] for i in range(len(texts))]
 
     def pooled(
         self,
@@ -98,10 +103,11 @@ class EncoderEngine(CompiledModel[TextEncoderConfig]):
         """
         import numpy as np
 
-        results = np.empty((len(texts), self.config.d_model), np.float32)
+        results: dict[int, Any] = {}
         for batch, asked in self._batches(texts, token_types, batch_size, batch_tokens):
-            results[batch] = self._open().pooled(**asked)
-        return results
+            results.update(zip(batch, self._open().pooled(**asked), strict=True))
+        rows = [results[i] for i in range(len(texts))]
+        return np.array(rows, np.float32).reshape(-1, self.config.d_model)
 
     def label_scores(
         self,
@@ -127,12 +133,12 @@ class EncoderEngine(CompiledModel[TextEncoderConfig]):
         """
         import numpy as np
 
-        if not self.config.labels:
-            raise ValueError("label_scores: the model has no labels, so no classifier")
-        results = np.empty((len(texts), len(self.config.labels)), np.float32)
+        check_labels(self.config)
+        results: dict[int, Any] = {}
         for batch, asked in self._batches(texts, token_types, batch_size, batch_tokens):
-            results[batch] = self._open().label_scores(**asked)
-        return results
+            results.update(zip(batch, self._open().label_scores(**asked), strict=True))
+        rows = [results[i] for i in range(len(texts))]
+        return np.array(rows, np.float32).reshape(-1, len(self.config.labels))
 
     def token_scores(
         self,
@@ -160,16 +166,12 @@ class EncoderEngine(CompiledModel[TextEncoderConfig]):
             ValueError: see the class; a position outside of its text; or the model has no
                 masked_lm_head.
         """
-        if not self.config.masked_lm_head:
-            raise ValueError("token_scores: the model has no masked_lm_head")
-        _check_count("positions", positions, texts)
-        results: list[Any] = [None] * len(texts)
-        for batch, asked in self._batches(texts, token_types, batch_size, batch_tokens):
-            rows = [_integers("positions", positions[i]) for i in batch]
-            found = self._open().token_scores(**asked, positions=rows)
-            for i, array in zip(batch, found, strict=True):
+        check_masked_head(self.config)
+        results: dict[int, Any] = {}
+        for batch, asked in self._batches(texts, token_types, batch_size, batch_tokens, positions):
+            for i, array in zip(batch, self._open().token_scores(**asked), strict=True):
                 results[i] = array
-        return results
+        return [results[i] for i in range(len(texts))]
 
     def _batches(
         self,
@@ -177,35 +179,15 @@ class EncoderEngine(CompiledModel[TextEncoderConfig]):
         token_types: Sequence[Sequence[int]] | None,
         batch_size: int,
         batch_tokens: int,
+        positions: Sequence[Sequence[int]] | None = None,
     ) -> Iterator[tuple[list[int], dict[str, Any]]]:
         """Numbers of the texts of each batch, and what the compiled engine is told of them."""
         self._open()
-        if token_types is not None:
-            _check_count("token_types", token_types, texts)
-        for number, text in enumerate(texts):
-            if not len(text):
-                raise ValueError(f"texts: number {number} (from 0) has no token")
-        for batch in batches_by_length(texts, batch_size, batch_tokens):
-            ids = [_integers("texts", texts[i]) for i in batch]
-            types = (
-                []
-                if token_types is None
-                else [_integers("token_types", token_types[i]) for i in batch]
+        for batch in checked_batches(
+            self.config, texts, token_types, positions, batch_size, batch_tokens
+        ):
+            asked = {"ids": batch.ids, "token_types": batch.token_types or []}
+            yield (
+                batch.rows,
+                asked if positions is None else {**asked, "positions": batch.positions},
             )
-            yield batch, {"ids": ids, "token_types": types}
-
-
-def _check_count(name: str, values: Sequence[Any], texts: Sequence[Any]) -> None:
-    if len(values) != len(texts):
-        raise ValueError(
-            f"{name}: got {len(values)}, expected one for each of the {len(texts)} texts"
-        )
-
-
-def _integers(name: str, values: Sequence[int]) -> list[int]:
-    """As the compiled engine takes them."""
-    row = values.tolist() if hasattr(values, "tolist") else list(values)
-    for value in row:
-        if not isinstance(value, int) or not 0 <= value < 2**31:
-            raise ValueError(f"{name}: got {value!r}, expected integers from 0 on")
-    return row

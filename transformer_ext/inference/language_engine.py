@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from transformer_ext.inference.compiled import CompiledModel
+from transformer_ext.inference.compiled import CompiledModel, integer_rows, integers
 from transformer_ext.inference.native_search import native_options, read_result
 from transformer_ext.inference.options import SearchOptions, SearchResult, check_at_once
 from transformer_ext.inference.shared import continuation_limits, fed_tokens, never_proposed
@@ -67,11 +67,14 @@ class LanguageModelEngine(CompiledModel[LanguageModelConfig]):
         """
         options = options or SearchOptions()
         engine = self._open()
-        fed = [fed_tokens(self.config, prompt) for prompt in prompts]
+        given = integer_rows("prompts", prompts, self.config.vocab_size - 1)
+        if numbers is not None:
+            numbers = integers("numbers", numbers, 2**64 - 1)
+        fed = [fed_tokens(self.config, prompt) for prompt in given]
         limits = continuation_limits(self.config, options, fed, numbers)
         width = options.num_hypotheses if options.sampling else options.beam_size
         sizes = [len(f) + width * limit for f, limit in zip(fed, limits, strict=True)]
-        results: list[SearchResult | None] = [None] * len(prompts)
+        results: list[SearchResult | None] = [None] * len(given)
         for batch in _batches(sizes, batch_size, batch_tokens):
             found = engine.search(
                 sources=[],
@@ -117,11 +120,12 @@ class LanguageModelEngine(CompiledModel[LanguageModelConfig]):
         """
         engine = self._open()
         start_id = self.config.bos_id if self.config.prepend_bos else -1
-        scores: list[list[float]] = [[] for _ in texts]
-        for batch in _batches([len(text) for text in texts], batch_size, batch_tokens):
+        given = integer_rows("texts", texts, self.config.vocab_size - 1)
+        scores: list[list[float]] = [[] for _ in given]
+        for batch in _batches([len(text) for text in given], batch_size, batch_tokens):
             found = engine.score(
                 sources=[],
-                targets=[list(texts[i]) for i in batch],
+                targets=[given[i] for i in batch],
                 start_id=start_id,
                 others=[],
                 attention_layers=[],

@@ -156,6 +156,12 @@ class TextModel:
                         f"has {length} tokens, start and end included, but the model reads at most "
                         f"{longest}; truncation cuts it",
                     )
+                if longest < special:
+                    raise TextError(
+                        number,
+                        f"cannot be cut to the {longest} tokens that the model reads at most: its "
+                        f"start and end tokens alone are {special}",
+                    )
                 first, second = _cut(first, second, longest - special)
             behind = [] if second is None else [*second, end]
             sequences.append([start, *first, end, *behind])

@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from transformer_ext.inference.compiled import batches_by_length
+from transformer_ext.inference.encoder_input import (
+    Batch,
+    check_labels,
+    check_masked_head,
+    checked_batches,
+)
 from transformer_ext.inference.options import MOST_AT_ONCE
 from transformer_ext.packed import Packed
 
@@ -26,8 +31,9 @@ _BATCH_TOKENS = 8192
 class TorchEncoder:
     """A :class:`~transformer_ext.model.text_encoder.TextEncoder` on lists of ids.
 
-    Arguments and results are those of
-    :class:`~transformer_ext.inference.encoder_engine.EncoderEngine`.
+    Arguments, results and errors are those of
+    :class:`~transformer_ext.inference.encoder_engine.EncoderEngine`, but how much is computed
+    together is not chosen.
 
     Args:
         model: the model; put it in evaluation mode before.
@@ -43,13 +49,11 @@ class TorchEncoder:
         token_types: Sequence[Sequence[int]] | None = None,
     ) -> list[NDArray[np.float32]]:
         """The state of each token: for each text ``[tokens, d_model]``."""
-        found: list[NDArray[np.float32]] = [np.empty((0, 0), np.float32)] * len(texts)
-        for rows, ids, packed, types in self._batches(texts, token_types):
+        found: dict[int, NDArray[np.float32]] = {}
+        for batch, ids, packed, types in self._batches(texts, token_types):
             hidden = _array(self.model.encode_packed(ids, packed, types))
-            ends = np.cumsum([len(texts[row]) for row in rows])
-            for row, states in zip(rows, np.split(hidden, ends[:-1]), strict=True):
-                found[row] = states
-        return found
+            found.update(_split(hidden, batch.rows, batch.ids))
+        return [found[row] for row in range(len(texts))]
 
     def pooled(
         self,
@@ -65,6 +69,7 @@ class TorchEncoder:
         token_types: Sequence[Sequence[int]] | None = None,
     ) -> NDArray[np.float32]:
         """Unnormalised scores of the labels, ``[texts, labels]``."""
+        check_labels(self.config)
         generator = self.model.generator
         assert generator is not None
         return self._vectors(texts, token_types, len(self.config.labels), generator.logits)
@@ -76,16 +81,15 @@ class TorchEncoder:
         token_types: Sequence[Sequence[int]] | None = None,
     ) -> list[NDArray[np.float32]]:
         """Unnormalised scores of all tokens at some positions, ``[positions, vocab_size]`` each."""
-        found: list[NDArray[np.float32]] = [np.empty((0, 0), np.float32)] * len(texts)
-        for rows, ids, packed, types in self._batches(texts, token_types):
+        check_masked_head(self.config)
+        found: dict[int, NDArray[np.float32]] = {}
+        for batch, ids, packed, types in self._batches(texts, token_types, positions):
             hidden = self.model.encode_packed(ids, packed, types)
             starts = packed.cu_seqlens.tolist()
-            wanted = [starts[i] + at for i, row in enumerate(rows) for at in positions[row]]
+            wanted = [starts[i] + at for i, asked in enumerate(batch.positions) for at in asked]
             scores = _array(self.model.masked_logits(hidden[wanted]))
-            ends = np.cumsum([len(positions[row]) for row in rows])
-            for row, part in zip(rows, np.split(scores, ends[:-1]), strict=True):
-                found[row] = part
-        return found
+            found.update(_split(scores, batch.rows, batch.positions))
+        return [found[row] for row in range(len(texts))]
 
     def _vectors(
         self,
@@ -94,26 +98,40 @@ class TorchEncoder:
         width: int,
         head: Callable[[Tensor], Tensor],
     ) -> NDArray[np.float32]:
-        found = np.empty((len(texts), width), np.float32)
-        for rows, ids, packed, types in self._batches(texts, token_types):
-            found[rows] = _array(head(self.model.forward_packed(ids, packed, types)))
-        return found
+        found: dict[int, NDArray[np.float32]] = {}
+        for batch, ids, packed, types in self._batches(texts, token_types):
+            vectors = _array(head(self.model.forward_packed(ids, packed, types)))
+            found.update(zip(batch.rows, vectors, strict=True))
+        rows = [found[row] for row in range(len(texts))]
+        return np.array(rows, np.float32).reshape(-1, width)
 
     def _batches(
         self,
         texts: Sequence[Sequence[int]],
         token_types: Sequence[Sequence[int]] | None,
-    ) -> Iterator[tuple[list[int], Tensor, Packed, Tensor | None]]:
+        positions: Sequence[Sequence[int]] | None = None,
+    ) -> Iterator[tuple[Batch, Tensor, Packed, Tensor | None]]:
         device = next(self.model.parameters()).device
 
-        def flat(values: Sequence[Sequence[int]], rows: list[int]) -> Tensor:
-            return torch.tensor([value for row in rows for value in values[row]], device=device)
+        def flat(values: list[list[int]]) -> Tensor:
+            return torch.tensor([value for row in values for value in row], device=device)
 
+        most = MOST_AT_ONCE["batch_size"]
         with torch.inference_mode():
-            for rows in batches_by_length(texts, MOST_AT_ONCE["batch_size"], _BATCH_TOKENS):
-                packed = Packed.from_lengths([len(texts[row]) for row in rows], device=device)
-                types = None if token_types is None else flat(token_types, rows)
-                yield rows, flat(texts, rows), packed, types
+            for batch in checked_batches(
+                self.config, texts, token_types, positions, most, _BATCH_TOKENS
+            ):
+                packed = Packed.from_lengths([len(ids) for ids in batch.ids], device=device)
+                types = None if batch.token_types is None else flat(batch.token_types)
+                yield batch, flat(batch.ids), packed, types
+
+
+def _split(
+    values: NDArray[np.float32], rows: list[int], parts: list[list[int]]
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """What belongs to each text, by its number."""
+    ends = np.cumsum([len(part) for part in parts])
+    return zip(rows, np.split(values, ends[:-1]), strict=True)
 
 
 def _array(values: Tensor) -> NDArray[np.float32]:

@@ -22,7 +22,7 @@ from transformer_ext.files import atomic_write
 from transformer_ext.inference.classifier import Prediction, TextClassifier
 from transformer_ext.model import TextEncoder, TextEncoderConfig, classifier_preset
 from transformer_ext.training.machine import Machine
-from transformer_ext.training.parent import Parent
+from transformer_ext.training.parent import Parent, said
 from transformer_ext.training.report import Console, JsonLog
 from transformer_ext.training.sizing import Recipe, fill, recipe_for, text_tuning_recipe
 from transformer_ext.training.text_run import Examples, TextRun, one_stack
@@ -93,10 +93,6 @@ def shipped_recipe(device_type: str) -> Recipe:
         early_stop_patience=None,
         label_smoothing=0.0,
     )
-
-
-def _said(value: Any) -> Any:
-    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
 
 
 def _fields(config: TrainConfig) -> dict[str, Any]:
@@ -237,7 +233,7 @@ class ClassificationRun(TextRun):
         for name, value in (("pooling", pooling), ("pooler", pooler)):
             before = getattr(own, name)
             if value != before:
-                self._changes.append(f"{name}: {_said(value)} instead of {_said(before)}")
+                self._changes.append(f"{name}: {said(value)} instead of {said(before)}")
         same = sorted(own.labels) == labels and not self._changes
         self._new_head = not same
         self.architecture = dataclasses.replace(

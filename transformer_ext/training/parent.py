@@ -103,7 +103,7 @@ class Parent(Generic[ConfigT]):
 
     def _refuse(self, name: str, value: Any, own: str) -> None:
         raise ConfigError(
-            f"--{name.replace('_', '-')}: got {_said(value)}, but the model of --init-from {self.name} "
+            f"--{name.replace('_', '-')}: got {said(value)}, but the model of --init-from {self.name} "
             f"{own}; leave the option out"
         )
 
@@ -113,7 +113,7 @@ class Parent(Generic[ConfigT]):
         for name, value in PRESETS[preset].items():
             own = getattr(self.config, self._field(name), value)
             if name not in _DROPOUTS and own != value:
-                self._refuse("preset", f"{preset} ({name} {value})", f"has {name} {_said(own)}")
+                self._refuse("preset", f"{preset} ({name} {value})", f"has {name} {said(own)}")
 
     def _field(self, option: str) -> str:
         """The field of the architecture that an option of the model is about."""
@@ -135,7 +135,7 @@ class Parent(Generic[ConfigT]):
                 own = "all" if own else "none"
                 value = value and ("none" if value == "none" else "all")
             if name not in _DROPOUTS and value is not None and value != own:
-                self._refuse(name, value, f"has {_said(own)}")
+                self._refuse(name, value, f"has {said(own)}")
         if "dropout" in changes:
             # Those that were the same follow, as where only one is given for a new model.
             for name in _DROPOUTS[1:]:
@@ -198,7 +198,8 @@ def _digest(model: ModelDir[Any]) -> str:
     )
 
 
-def _said(value: Any) -> Any:
+def said(value: Any) -> Any:
+    """A value of an option as messages say it."""
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
 
 
