@@ -76,6 +76,23 @@ def test_atomic_write_replaces(tmp_path) -> None:
     assert not leftovers(path.parent)
 
 
+def test_atomic_write_does_not_replace_what_is_no_file(tmp_path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        atomic_write(fifo, "text")
+        assert os.read(reader, 9) == b"text" and fifo.is_fifo()
+    finally:
+        os.close(reader)
+    link, target = tmp_path / "link", tmp_path / "sub" / "file"
+    link.symlink_to(target)
+    for text in ("new", "newer"):
+        atomic_write(link, text)
+        assert link.is_symlink() and target.read_text() == text
+    assert not leftovers(tmp_path) and not leftovers(target.parent)
+
+
 def test_atomic_write_leaves_nothing_after_an_error(tmp_path) -> None:
     path = tmp_path / "file"
     path.mkdir()

@@ -483,7 +483,8 @@ def test_the_command_writes_a_line_for_each(folder, capsysbinary, tmp_path):
         (["--num-hypotheses", 2, "--beam-size", 2], "--num-hypotheses: got 2, expected --format"),
         (["--top-k", 3], "top_k: got 3 without sampling"),
         (["--threads", 0], "--threads: got 0, expected an integer from 1"),
-        (["--coverage-penalty", 0.3], "options: attention to a source is asked for"),
+        (["--coverage-penalty", 0.3], "--coverage-penalty: got 0.3, but a language model has no"),
+        (["--return-attention"], "--return-attention: got True, but a language model has no"),
         (["--compute-type", "int3"], "--compute-type"),
     ],
 )
@@ -500,8 +501,27 @@ def test_a_line_longer_than_the_positions_is_named(folder, capsysbinary, tmp_pat
     text = "Open\n" * 2 + "Open the file. " * 30 + "\n"
     status, _, error = run([folder], text, capsysbinary, tmp_path)
     assert status == 2
-    assert error.startswith("error: prompts: number 2 (from 0) has") and error.count("\n") == 1
+    assert error.startswith("error: line 3 has") and error.count("\n") == 1
     assert "learned positions for 40" in error
+
+
+def test_the_help_has_the_default_of_the_command(capsys):
+    with pytest.raises(SystemExit):
+        generate.main(["--help"])
+    found = " ".join(capsys.readouterr().out.split())
+    described = found.split("--beam-size N ")[1].split(" --")[0]
+    assert "default: 1" in described and "default: 4" not in described
+
+
+def test_texts_of_a_wrong_kind_are_named(folder):
+    generator = TextGenerator(folder)
+    for call in (generator, generator.generate):
+        with pytest.raises(TypeError, match="beginnings: got a text, expected a sequence of texts"):
+            call("Open")
+    with pytest.raises(ValueError, match=r"beginnings: number 1 \(from 0\) has half a character"):
+        generator(["Open", "\ud800"])
+    options = SearchOptions(beam_size=1, max_length=2)
+    assert generator(iter(["Open"]), options) == generator(["Open"], options)
 
 
 def test_wrong_arguments_are_named():
@@ -515,7 +535,7 @@ def test_wrong_arguments_are_named():
         ([1], {}, "prompts: got 1, expected a sequence of integers for each text"),
         (1, {}, "prompts: got 1, expected a sequence of integers for each text"),
         ([[4] * 25], {}, "prompts: number 0 .* has 25 tokens .* learned positions for 24"),
-        ([[4]], {"return_alignment": True}, "options: attention to a source is asked for"),
+        ([[4]], {"return_alignment": True}, "return_alignment: got True, but a language"),
         ([[4]], {"suppressed_tokens": (99,)}, "suppressed_tokens: got 99"),
     ):
         with pytest.raises(ValueError, match=message):

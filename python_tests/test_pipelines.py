@@ -28,6 +28,7 @@ from transformer_ext.data.corpus import read_pairs, shipped_corpus
 from transformer_ext.data.tokenizer import SentencePieceTokenizer, train_tokenizer
 from transformer_ext.files import FileError, load_model_dir, save_model_dir
 from transformer_ext.inference.continuation import continuations
+from transformer_ext.inference.mask_filler import MaskFiller
 from transformer_ext.inference.options import SearchOptions
 from transformer_ext.inference.translator import Translator
 
@@ -167,6 +168,12 @@ def test_fill_mask_of_one_target_and_of_a_text_that_is_no_piece(bert: Path) -> N
     same(found, others(text, targets=["filezzz", "the"]))
 
 
+def test_fill_mask_reads_an_iterator(bert: Path) -> None:
+    filler = MaskFiller(bert)
+    texts = ["Open the [MASK].", "[MASK] it"]
+    assert filler(iter(texts)) == filler(texts)
+
+
 def test_fill_mask_says_what_is_wrong(bert: Path, classifier: Path) -> None:
     ours = pipeline("fill-mask", bert)
     message = r"texts: number 1 \(from 0\) has no \[MASK\]: 'no mask'"
@@ -179,6 +186,13 @@ def test_fill_mask_says_what_is_wrong(bert: Path, classifier: Path) -> None:
             ours("[MASK]", top_k=top_k)
     with pytest.raises(ValueError, match="targets: got none, expected at least one"):
         ours("[MASK]", targets=[])
+    for targets, message in (
+        (5, "targets: got int, expected a sequence of texts"),
+        (b"x", "targets: got bytes, expected a sequence of texts"),
+        (["the", 1], "targets: got int at position 1, expected a text"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            ours("[MASK]", targets=targets)
     with pytest.raises(FileError, match="the model has no head for masked tokens"):
         pipeline("fill-mask", classifier)
 
@@ -280,6 +294,12 @@ def test_text_classification_says_what_is_wrong(classifier: Path, bert: Path) ->
             ours("x", top_k=top_k)
     with pytest.raises(ValueError, match="function_to_apply: got 'tanh', expected one of softmax"):
         ours("x", function_to_apply="tanh")
+    with pytest.raises(ValueError, match=r"function_to_apply: got \[1\], expected one of softmax"):
+        ours("x", function_to_apply=[1])
+    with pytest.raises(ValueError, match=r"texts: number 1 \(from 0\) has half a character"):
+        ours(["x", "\ud800"])
+    with pytest.raises(ValueError, match=r"pairs: number 0 \(from 0\) has half a character"):
+        ours({"text": "x", "text_pair": "\ud800"})
     with pytest.raises(TypeError, match=r"inputs: got \{'text': 3\}.*expected a text or \{'text'"):
         ours({"text": 3})
     with pytest.raises(TypeError, match=r"inputs: got list at position 0, expected a text or"):
@@ -478,7 +498,7 @@ def test_inputs_and_options_of_a_wrong_kind_are_one_error(bert: Path, tmp_path: 
     with pytest.raises(ValueError, match="task: got .'fill-mask'., expected one of translation"):
         pipeline(["fill-mask"], bert)
     ours = pipeline("fill-mask", bert)
-    with pytest.raises(UnicodeEncodeError, match="surrogates not allowed"):
+    with pytest.raises(ValueError, match=r"texts: number 1 \(from 0\) has half a character"):
         ours(["[MASK]", "[MASK] \ud800"])
     with pytest.raises(TypeError, match="inputs: got int, expected a text, or a list or"):
         ours(3)
@@ -583,10 +603,38 @@ def test_embed_command_writes_a_vector_for_each_line(
     expected = SentenceEncoder(bert, pooling="mean", normalize=True).encode(lines)
     assert vectors.dtype == np.float32
     np.testing.assert_array_equal(vectors, expected)
+    arguments.append("--overwrite")
     assert embed.main(arguments) == 0
     np.testing.assert_array_equal(np.load(output), SentenceEncoder(bert).encode(lines))
     text.write_text("")
     assert embed.main(arguments) == 0 and np.load(output).shape == (0, 24)
+
+
+def test_embed_command_does_not_write_over_what_is_there(
+    bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, output = tmp_path / "text", tmp_path / "vectors.npy"
+    text.write_text("a line\n")
+    output.write_text("old")
+    link = tmp_path / "link"
+    link.symlink_to(output)
+    for place, options, message in (
+        (output, [], "is there already; --overwrite replaces it"),
+        (link, [], "is there already; --overwrite replaces it"),
+        (text, ["--overwrite"], "is an input, expected another file"),
+        (tmp_path, ["--overwrite"], "is a folder, expected a file"),
+        (text / "below", [], f"cannot be written, {text} is no folder"),
+    ):
+        # Known before the model is looked for.
+        assert embed.main(["no model", str(text), "--output", str(place), *options]) == 2
+        assert capsys.readouterr().err == f"error: --output: {place} {message}\n"
+    assert (text.read_text(), output.read_text()) == ("a line\n", "old")
+    assert embed.main([str(bert), str(text), "--output", str(link), "--overwrite"]) == 0
+    assert link.is_symlink() and np.load(output).shape == (1, 24)
+    null = tmp_path / "null"
+    null.symlink_to("/dev/null")
+    assert embed.main([str(bert), str(text), "--output", str(null)]) == 0
+    assert null.is_symlink() and null.is_char_device()
 
 
 def test_commands_say_which_line_is_wrong_and_write_nothing(

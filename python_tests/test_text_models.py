@@ -138,6 +138,16 @@ def test_a_model_too_short_for_the_special_tokens_is_named(tmp_path, tokenizer) 
     )
 
 
+def test_an_iterator_is_as_good_as_a_list(tmp_path, tokenizer) -> None:
+    save(tmp_path / "m", tokenizer, labels=["a", "b"])
+    texts, pairs = ["to be", "or not", "be"], ["not", None, "to"]
+    classifier = TextClassifier(tmp_path / "m")
+    assert classifier(iter(texts), iter(pairs)) == classifier(texts, pairs)
+    encoder = SentenceEncoder(tmp_path / "m")
+    np.testing.assert_array_equal(encoder.encode(iter(texts)), encoder.encode(texts))
+    assert len(encoder.encode(text for text in texts)) == 3
+
+
 def test_wrong_input_is_one_clear_error(tmp_path, tokenizer) -> None:
     save(tmp_path / "m", tokenizer, labels=["a", "b"], num_token_types=0)
     classifier = TextClassifier(tmp_path / "m")
@@ -147,6 +157,8 @@ def test_wrong_input_is_one_clear_error(tmp_path, tokenizer) -> None:
         classifier(None)
     with pytest.raises(TypeError, match="texts: got int at position 1, expected a text"):
         classifier(["be", 3])
+    with pytest.raises(ValueError, match=r"texts: number 1 \(from 0\) has half a character"):
+        classifier(["be", "a \udc00"])
     with pytest.raises(ValueError, match="pairs: this model has no token types"):
         classifier(["be"], ["to"])
     save(tmp_path / "plain", tokenizer)

@@ -546,17 +546,27 @@ def to_commented_yaml(config: Any) -> str:
     return "\n".join(lines) + "\n"
 
 
-def add_arguments(parser: argparse.ArgumentParser, cls: type) -> None:
+def add_arguments(
+    parser: argparse.ArgumentParser, cls: type, defaults: Mapping[str, Any] | None = None
+) -> None:
     """Add every option of a configuration dataclass to a parser, a section for each group.
 
     The parsed namespace holds only the options given; :func:`given` collects them.
+
+    Args:
+        parser: of the command.
+        cls: the dataclass.
+        defaults: what the help calls the default, by key, where the command has another one.
     """
     for name, (text, found) in _groups(cls).items():
         section = parser.add_argument_group(name or "general", text or None)
         for entry in found:
             if entry.records:
                 continue
-            help = entry.description().replace("%", "%%")
+            shown = entry
+            if defaults and entry.key in defaults:
+                shown = dataclasses.replace(entry, default=defaults[entry.key])
+            help = shown.description().replace("%", "%%")
             keywords: dict[str, Any] = {"dest": _dest(entry), "default": argparse.SUPPRESS}
             if entry.kind is bool:
                 section.add_argument(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from collections.abc import Sequence
 
@@ -21,6 +22,7 @@ def _parser() -> ArgumentParser:
     )
     add_text_arguments(parser)
     parser.add_argument("--output", required=True, metavar="FILE.npy", help="file to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file of --output")
     parser.add_argument(
         "--pooling",
         choices=POOLINGS,
@@ -33,10 +35,47 @@ def _parser() -> ArgumentParser:
     return parser
 
 
+def _check_output(output: str, inputs: Sequence[str], overwrite: bool) -> None:
+    """Before the work whose result it is to hold.
+
+    Raises:
+        ValueError: the file is in the way, or cannot be written as far as can be seen.
+    """
+    if os.path.isdir(output):
+        raise ValueError(f"--output: {output} is a folder, expected a file")
+    if os.path.isfile(output):
+        for name in inputs or ["-"]:
+            if _is_same(output, name):
+                raise ValueError(f"--output: {output} is an input, expected another file")
+        if not overwrite:
+            raise ValueError(f"--output: {output} is there already; --overwrite replaces it")
+    # A file is replaced by another one in its folder, which need not be there yet.
+    place = os.path.realpath(output)
+    if os.path.isfile(output) or not os.path.exists(output):
+        place = os.path.dirname(place)
+        while not os.path.lexists(place):
+            place = os.path.dirname(place)
+        if not os.path.isdir(place):
+            raise ValueError(f"--output: {output} cannot be written, {place} is no folder")
+    else:
+        place = output
+    if not os.access(place, os.W_OK):
+        raise ValueError(f"--output: {output} may not be written")
+
+
+def _is_same(output: str, name: str) -> bool:
+    try:
+        given = os.fstat(0) if name == "-" else os.stat(name)
+    except OSError:
+        return False
+    return os.path.samestat(os.stat(output), given)
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     arguments = _parser().parse_args(argv)
+    _check_output(arguments.output, arguments.files, arguments.overwrite)
     import numpy as np
     from numpy.typing import NDArray
 

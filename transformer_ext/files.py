@@ -162,9 +162,21 @@ _unfinished: set[Path] = set()
 
 @contextlib.contextmanager
 def _atomic_file(path: str | Path, size: int) -> Iterator[BinaryIO]:
-    """A file to write, that appears under its name only when complete and on disk."""
+    """A file to write, that appears under its name only when complete and on disk.
+
+    A link stays, and the file that it leads to is written; a device or a FIFO is written as it is.
+    """
     path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        try:
+            with open(path, "wb", buffering=0) as file:
+                yield cast(BinaryIO, file)
+        except OSError as error:
+            raise write_error(path, error, size) from error
+        return
     whole = path.parent not in _unfinished
+    if path.is_symlink():
+        path = path.resolve()
     temporary = _temporary(path) if whole else path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -194,6 +206,8 @@ def _write(file: BinaryIO, data: bytes | memoryview) -> None:
 
 def atomic_write(path: str | Path, data: bytes | str) -> None:
     """Write a file so that at any moment, power cut included, it is the old or the new one.
+
+    A link is followed. A device or a FIFO cannot be replaced: it is written to.
 
     Args:
         path: the file; its folder is made if there is none.

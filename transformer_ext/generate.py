@@ -19,6 +19,7 @@ from transformer_ext.inference.options import (
     add_batch_arguments,
     add_engine_arguments,
 )
+from transformer_ext.inference.shared import PromptError, asked_of_source
 
 if TYPE_CHECKING:
     from transformer_ext.inference.continuation import GeneratedText
@@ -62,7 +63,7 @@ def _parser() -> ArgumentParser:
         help="search as the named program does, where the options below do not say otherwise "
         "(default: %(default)s)",
     )
-    add_arguments(parser, SearchOptions)
+    add_arguments(parser, SearchOptions, {"beam_size": 1})
     return parser
 
 
@@ -107,8 +108,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--num-hypotheses: got {options.num_hypotheses}, expected --format jsonl with more "
             "than 1"
         )
+    asked = asked_of_source(options)
+    if asked is not None:
+        parser.error(
+            f"--{asked.replace('_', '-')}: got {getattr(options, asked)}, but a language model has no "
+            "source to attend to"
+        )
     from transformer_ext.inference.continuation import TextGenerator
     from transformer_ext.inference.lines import TextLines, input_blocks
+    from transformer_ext.inference.text_model import TextError
 
     generator = TextGenerator(
         arguments.model, threads=arguments.threads, compute_type=arguments.compute_type
@@ -117,13 +125,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = TextLines()
     try:
         for lines in input_blocks(text, arguments.files, 4 * arguments.batch_size):
-            written = generator.generate(
-                lines,
-                options,
-                numbers=range(number, number + len(lines)),
-                batch_size=arguments.batch_size,
-                batch_tokens=arguments.batch_tokens,
-            )
+            try:
+                written = generator.generate(
+                    lines,
+                    options,
+                    numbers=range(number, number + len(lines)),
+                    batch_size=arguments.batch_size,
+                    batch_tokens=arguments.batch_tokens,
+                )
+            except PromptError as error:
+                raise ValueError(f"line {error.number + 1} {error.reason}") from None
+            except TextError as error:
+                raise ValueError(f"line {number + error.number + 1} {error.reason}") from None
             for texts in written:
                 sys.stdout.buffer.write(line_of(texts, arguments.format).encode() + b"\n")
             sys.stdout.buffer.flush()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformer_ext.config import ConfigError, nearest
-from transformer_ext.inference.text_model import TextError, softmax
+from transformer_ext.inference.text_model import TextError, check_texts, softmax
 
 if TYPE_CHECKING:
     import numpy as np
@@ -150,7 +150,7 @@ class Pipeline:
             try:
                 results = self._run(block, begin, {**self.defaults, **options})
             except TextError as error:
-                raise TextError(begin + error.number, error.reason) from None
+                raise TextError(begin + error.number, error.reason, error.name) from None
             for result in results:
                 yield self._of_many(result, options)
             begin += len(block)
@@ -268,7 +268,7 @@ class TranslationPipeline(Pipeline):
 
     def _run(self, inputs: Sequence[str], begin: int, options: dict[str, Any]) -> list[Any]:
         translator = self.translator
-        sources = translator.encode(inputs)
+        sources = translator.encode(check_texts("texts", inputs))
         over_long = translator.count_over_long(sources)
         if over_long:
             warnings.warn(translator.over_long_message(over_long), stacklevel=3)
@@ -448,7 +448,7 @@ class TextClassificationPipeline(Pipeline):
         if top_k is not None and (type(top_k) is not int or top_k < 1):
             raise ValueError(f"top_k: got {top_k!r}, expected an integer of at least 1, or None")
         function = options["function_to_apply"] or ("sigmoid" if len(labels) == 1 else "softmax")
-        if function not in _FUNCTIONS:
+        if not isinstance(function, str) or function not in _FUNCTIONS:
             raise ValueError(
                 f"function_to_apply: got {function!r}, expected one of {', '.join(_FUNCTIONS)}"
             )

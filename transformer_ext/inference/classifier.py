@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -56,8 +56,8 @@ class TextClassifier(TextModel):
 
     def __call__(
         self,
-        texts: Sequence[str],
-        pairs: Sequence[str | None] | None = None,
+        texts: Iterable[str],
+        pairs: Iterable[str | None] | None = None,
         *,
         truncation: bool = False,
     ) -> list[Prediction]:
@@ -71,8 +71,8 @@ class TextClassifier(TextModel):
 
     def scores(
         self,
-        texts: Sequence[str],
-        pairs: Sequence[str | None] | None = None,
+        texts: Iterable[str],
+        pairs: Iterable[str | None] | None = None,
         *,
         truncation: bool = False,
     ) -> NDArray[np.float32]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from transformer_ext.inference.shared import (
     fed_tokens,
     never_proposed,
 )
+from transformer_ext.inference.text_model import check_texts
 from transformer_ext.model.config import LanguageModelConfig
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ class TextGenerator:
 
     def generate(
         self,
-        beginnings: Sequence[str],
+        beginnings: Iterable[str],
         options: SearchOptions | None = None,
         *,
         numbers: Sequence[int] | None = None,
@@ -179,9 +180,10 @@ class TextGenerator:
             batch_tokens: see there.
 
         Raises:
-            ValueError: see there.
+            TypeError: something that is no text.
+            ValueError: see there; a text with half a character.
         """
-        ids = self.tokenizer.encode_batch(list(beginnings))
+        ids = self.tokenizer.encode_batch(check_texts("beginnings", beginnings))
         found = self.search(
             ids,
             options or SearchOptions(beam_size=1),
@@ -204,7 +206,7 @@ class TextGenerator:
 
     def __call__(
         self,
-        beginnings: Sequence[str],
+        beginnings: Iterable[str],
         options: SearchOptions | None = None,
         *,
         numbers: Sequence[int] | None = None,

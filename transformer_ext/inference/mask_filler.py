@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from transformer_ext.data.json_tokenizer import JsonTokenizer
 from transformer_ext.files import FileError
-from transformer_ext.inference.text_model import TextError, TextModel, softmax
+from transformer_ext.inference.text_model import TextError, TextModel, check_texts, softmax
 from transformer_ext.model.config import TextEncoderConfig
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class MaskFiller(TextModel):
 
     def __call__(
         self,
-        texts: Sequence[str],
+        texts: Iterable[str],
         *,
         top_k: int = 5,
         targets: Sequence[str] | None = None,
@@ -103,11 +103,12 @@ class MaskFiller(TextModel):
 
         Raises:
             TypeError, ValueError: see :meth:`TextModel.sequences`; a text without a mask (a
-                :class:`TextError`), a wrong ``top_k``, no target.
+                :class:`TextError`), a wrong ``top_k``, targets that are no texts, no target.
         """
         if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
             raise ValueError(f"top_k: got {top_k!r}, expected an integer of at least 1")
         allowed = None if targets is None else self._target_ids(targets)
+        texts = check_texts("texts", texts)
         sequences, _ = self.sequences(texts, truncation=truncation)
         mask = self.tokenizer.mask_id
         positions = [[place for place, id in enumerate(ids) if id == mask] for ids in sequences]
@@ -159,7 +160,7 @@ class MaskFiller(TextModel):
 
     def _target_ids(self, targets: Sequence[str]) -> list[int]:
         found = []
-        for target in targets:
+        for target in check_texts("targets", targets):
             id = self.tokenizer.find(target)
             if id is None:
                 pieces = self.tokenizer.encode(target)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
@@ -68,10 +68,10 @@ class SentenceEncoder(TextModel):
     def encode(self, texts: str, *, truncation: bool = False) -> NDArray[np.float32]: ...
 
     @overload
-    def encode(self, texts: Sequence[str], *, truncation: bool = False) -> NDArray[np.float32]: ...
+    def encode(self, texts: Iterable[str], *, truncation: bool = False) -> NDArray[np.float32]: ...
 
     def encode(
-        self, texts: str | Sequence[str], *, truncation: bool = False
+        self, texts: str | Iterable[str], *, truncation: bool = False
     ) -> NDArray[np.float32]:
         """A vector for each text.
 
@@ -92,7 +92,7 @@ class SentenceEncoder(TextModel):
         return self.encoder.pooled(*found)
 
     def states(
-        self, texts: Sequence[str], *, truncation: bool = False
+        self, texts: Iterable[str], *, truncation: bool = False
     ) -> list[NDArray[np.float32]]:
         """A vector for each token of each text, start and end included: ``[tokens, d_model]``.
 

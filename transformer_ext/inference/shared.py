@@ -40,6 +40,26 @@ def fed_tokens(config: LanguageModelConfig, prompt: Sequence[int]) -> list[int]:
     return [*start, *prompt]
 
 
+class PromptError(ValueError):
+    """A prompt that a language model cannot take.
+
+    Attributes:
+        number: of the prompt, from 0.
+        reason: what is wrong with it.
+    """
+
+    def __init__(self, number: int, reason: str) -> None:
+        super().__init__(f"prompts: number {number} (from 0) {reason}")
+        self.number = number
+        self.reason = reason
+
+
+def asked_of_source(options: SearchOptions) -> str | None:
+    """The first option that needs a source to attend to; None: there is none."""
+    names = ("return_attention", "return_alignment", "coverage_penalty")
+    return next((name for name in names if getattr(options, name)), None)
+
+
 def continuation_limits(
     config: LanguageModelConfig,
     options: SearchOptions,
@@ -52,8 +72,11 @@ def continuation_limits(
         ValueError: options that need a source, numbers of another number, or more tokens than
             learned positions.
     """
-    if options.needs_attention:
-        raise ValueError("options: attention to a source is asked for, but there is no source")
+    asked = asked_of_source(options)
+    if asked is not None:
+        raise ValueError(
+            f"{asked}: got {getattr(options, asked)}, but a language model has no source to attend to"
+        )
     if numbers is not None and len(numbers) != len(fed):
         raise ValueError(
             f"numbers: got {len(numbers)}, expected one for each of the {len(fed)} prompts"
@@ -63,10 +86,10 @@ def continuation_limits(
         # The last token is not fed: there can be one more than positions.
         room = None if config.longest is None else config.longest - len(tokens) + 1
         if room is not None and room < 1:
-            raise ValueError(
-                f"prompts: number {number} (from 0) has {len(tokens)} tokens (a start token "
-                f"counted), but the model has learned positions for {config.max_positions} "
-                "(max_positions)"
+            raise PromptError(
+                number,
+                f"has {len(tokens)} tokens (a start token counted), but the model has learned "
+                f"positions for {config.max_positions} (max_positions)",
             )
         limits.append(options.length_limit(0, room))
     return limits

@@ -41,12 +41,14 @@ class TextError(ValueError):
     Attributes:
         number: its place among the texts, from 0.
         reason: what is wrong with it.
+        name: of the argument that it is in.
     """
 
-    def __init__(self, number: int, reason: str) -> None:
-        super().__init__(f"texts: number {number} (from 0) {reason}")
+    def __init__(self, number: int, reason: str, name: str = "texts") -> None:
+        super().__init__(f"{name}: number {number} (from 0) {reason}")
         self.number = number
         self.reason = reason
+        self.name = name
 
 
 class TextModel:
@@ -108,8 +110,8 @@ class TextModel:
 
     def sequences(
         self,
-        texts: Sequence[str],
-        pairs: Sequence[str | None] | None = None,
+        texts: Iterable[str],
+        pairs: Iterable[str | None] | None = None,
         *,
         truncation: bool = False,
         longest: int | None = None,
@@ -128,17 +130,17 @@ class TextModel:
 
         Raises:
             TypeError: something that is no text.
-            TextError: a text with more tokens.
+            TextError: a text with more tokens, or with half a character.
             ValueError: a pair for a model without token types.
         """
-        check_texts("texts", texts)
-        ids = self.tokenizer.encode_batch(list(texts))
+        ids = self.tokenizer.encode_batch(check_texts("texts", texts))
         seconds: list[list[int] | None] = [None] * len(ids)
+        if pairs is not None:
+            pairs = check_pairs("pairs", pairs)
         if pairs is not None and any(pair is not None for pair in pairs):
             if self.config.num_token_types < 2:
                 raise ValueError("pairs: this model has no token types that tell two texts apart")
             given = [pair for pair in pairs if pair is not None]
-            check_texts("pairs", given)
             encoded = iter(self.tokenizer.encode_batch(given))
             seconds = [None if pair is None else next(encoded) for pair in pairs]
         if longest is None:
@@ -187,16 +189,39 @@ def open_encoder(
     return TorchEncoder(model.to(device).eval())
 
 
-def check_texts(name: str, texts: Sequence[Any]) -> None:
-    """Raise a TypeError for anything but a sequence of texts."""
-    if isinstance(texts, str) or not isinstance(texts, Iterable):
+def check_texts(name: str, texts: Iterable[Any]) -> list[str]:
+    """The texts as a list.
+
+    Raises:
+        TypeError: anything but texts.
+        TextError: one that cannot be encoded.
+    """
+    found = check_pairs(name, texts)
+    if None in found:
+        number = found.index(None)
+        raise TypeError(f"{name}: got NoneType at position {number}, expected a text")
+    return [text for text in found if text is not None]
+
+
+def check_pairs(name: str, texts: Iterable[Any]) -> list[str | None]:
+    """As :func:`check_texts`, of texts some of which may be None."""
+    if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
         got = "a text" if isinstance(texts, str) else type(texts).__name__
         raise TypeError(f"{name}: got {got}, expected a sequence of texts")
-    for number, text in enumerate(texts):
+    # An iterator can be read only once.
+    found = list(texts)
+    for number, text in enumerate(found):
+        if text is None:
+            continue
         if not isinstance(text, str):
             raise TypeError(
                 f"{name}: got {type(text).__name__} at position {number}, expected a text"
             )
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise TextError(number, "has half a character (a lone surrogate)", name) from None
+    return found
 
 
 def softmax(scores: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -259,6 +284,8 @@ def results_of_lines(
             try:
                 found = work(lines)
             except TextError as error:
+                if error.name != "texts":
+                    raise
                 raise ValueError(f"line {number + error.number} {error.reason}") from None
             yield found
             number += len(lines)
