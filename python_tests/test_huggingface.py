@@ -190,6 +190,21 @@ def test_states_and_logits_are_those_of_gpt2(name, tmp_path):
         assert_near([ours.generator.logits(row) for row in rows], logits)
 
 
+@pytest.mark.parametrize("saved", [False, True], ids=["vocabulary files", "tokenizer.json"])
+def test_a_start_token_is_put_before_texts_as_their_tokenizer_does(saved, tmp_path):
+    folder = tmp_path / "gpt2"
+    write_gpt2_dir(folder)
+    if saved:
+        transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text()) if path.is_file() else {}
+    settings |= {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True}
+    path.write_text(json.dumps(settings))
+    ids = transformers.AutoTokenizer.from_pretrained(folder)("the").input_ids
+    config = load_model_dir(folder, LanguageModelConfig).config
+    assert config.prepend_bos == (ids[0] == config.bos_id) == (not saved)
+
+
 # --- real weights -------------------------------------------------------------------------------
 
 

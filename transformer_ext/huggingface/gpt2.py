@@ -94,6 +94,16 @@ def _settings(generation: Fields) -> dict[str, Any]:
     }
 
 
+def _prepends_bos(folder: Path) -> bool:
+    """Whether their tokenizer puts a start token before every text.
+
+    transformers heeds the setting where it makes the tokenizer from the vocabulary files.
+    """
+    settings = Fields.read(folder / "tokenizer_config.json")
+    asked = settings.boolean("add_bos_token", False)
+    return asked and not (folder / "tokenizer.json").is_file()
+
+
 def _linear_names(depth: int) -> dict[str, list[str]]:
     """Our name of each projection in the layers, and theirs, which has inputs for rows."""
     names: dict[str, list[str]] = {}
@@ -155,7 +165,7 @@ def import_gpt2(
         vocab_size=vocabulary,
         num_layers=check_depth(fields, "n_layer", 12, found),
         tie=_tied(fields, found, architecture),
-        prepend_bos=False,
+        prepend_bos=_prepends_bos(fields.path.parent),
         d_model=width,
         nhead=heads,
         dim_feedforward=fields.integer("n_inner", 4 * width, least=1),
