@@ -506,7 +506,7 @@ def test_continuations_follow_the_model() -> None:
     assert [h.tokens for h in alone.hypotheses] == [h.tokens for h in first[2].hypotheses]
     with pytest.raises(ValueError, match="prompt ids: got 20, expected 0 to 19"):
         continuations(model, [[20]])
-    with pytest.raises(ValueError, match="there is no source"):
+    with pytest.raises(ValueError, match="a language model has no source"):
         continuations(model, [[4]], SearchOptions(return_alignment=True))
 
 
