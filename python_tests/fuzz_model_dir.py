@@ -20,6 +20,7 @@ import shutil
 import sys
 import tempfile
 import warnings
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -186,7 +187,7 @@ MUTATIONS: list[tuple[str, Callable[[random.Random, bytes], bytes]]] = [
 ]
 
 
-class Fuzz:
+class Fuzz(ABC):
     """A model, another that stays whole, and what came of the damage done to the first.
 
     Args:
@@ -213,9 +214,9 @@ class Fuzz:
         self.expected = self.use(self.whole)
         self.outcomes: Counter[str] = Counter()
 
+    @abstractmethod
     def use(self, folder: Path) -> Any:
         """Load the model and compute something."""
-        raise NotImplementedError
 
     def names(self, changed: str) -> tuple[str, ...]:
         """What a message about a changed file has one of."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import re
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -85,7 +86,7 @@ def _batch_size(value: Any) -> int:
     return value
 
 
-class Pipeline:
+class Pipeline(ABC):
     """Base of the pipelines: one input or a list in, one result or a list out.
 
     Attributes:
@@ -172,10 +173,11 @@ class Pipeline:
             if isinstance(self.defaults[name], bool) and not isinstance(value, bool):
                 raise TypeError(f"{name}: got {value!r:.60}, expected True or False")
 
+    @abstractmethod
     def _open(self, model: str | Path, **engine: Any) -> None:
         """Make what does the work."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _run(self, inputs: Sequence[Any], begin: int, options: dict[str, Any]) -> list[Any]:
         """The result of each input.
 
@@ -184,7 +186,6 @@ class Pipeline:
             begin: number of the first among all inputs of the call.
             options: all of the task.
         """
-        raise NotImplementedError
 
     def _is_one(self, value: Any) -> bool:
         """Whether this is one input."""
