@@ -6,7 +6,9 @@ point the last digit may differ by one, as sums have another order on another ma
 ``text measured`` the numbers are times, or results of a training, which differ from machine to
 machine: those are not compared, only the words around them.
 
-A picture that a page shows from ``pictures/`` is drawn by the page.
+A picture that a page shows from ``pictures/`` is drawn by the page, which makes that folder itself: a
+page can be pasted into a prompt, block by block, in any folder. Python's own prompt ends a class or
+a loop at its first empty line, and needs one behind it, which is why the blocks have them there.
 
     python docs/pages.py docs/guide/1-why-attention.md
 
@@ -128,7 +130,6 @@ def run_page(page: Page, folder: Path) -> None:
     import torch
 
     namespace: dict[str, Any] = {"__name__": "__main__"}
-    (folder / "pictures").mkdir(exist_ok=True)
     before = Path.cwd()
     # A page that measures times sets this.
     threads = torch.get_num_threads()

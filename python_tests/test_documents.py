@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codeop
 import importlib.util
 import re
 import sys
@@ -41,6 +42,24 @@ def test_code_of_a_page_prints_and_draws_what_the_page_shows(path, tmp_path, mon
     pages.run_page(page, tmp_path)
     assert not pages.differences(page, tmp_path)
     _check_pictures(page, tmp_path)
+
+
+@pytest.mark.parametrize("path", [p for p in DOCUMENTS if pages.read_page(p).blocks], ids=_name)
+def test_blocks_can_be_pasted_into_the_prompt_of_python(path):
+    for block in pages.read_page(path).blocks:
+        entered: list[str] = []
+        for number, line in enumerate([*block.code.splitlines(), ""], block.line):
+            entered.append(line)
+            try:
+                statement = codeop.compile_command("\n".join(entered), symbol="single")
+            except SyntaxError as error:
+                pytest.fail(
+                    f"{_name(path)}:{number}: {error.msg}; the prompt needs an empty line behind "
+                    "a loop, function or class, and none within it"
+                )
+            if statement is not None:
+                entered = []
+        assert not "".join(entered).strip(), f"{_name(path)}:{block.line}: unfinished: {entered}"
 
 
 def _check_pictures(page, folder: Path) -> None:
