@@ -8,7 +8,8 @@ machine: those are not compared, only the words around them.
 
 A picture that a page shows from ``pictures/`` is drawn by the page, which makes that folder itself: a
 page can be pasted into a prompt, block by block, in any folder. Python's own prompt ends a class or
-a loop at its first empty line, and needs one behind it, which is why the blocks have them there.
+a loop at its first empty line, and needs one behind it, which is why the blocks have them there;
+``<!-- fmt: off -->`` before and ``<!-- fmt: on -->`` behind a block keep ruff from adding others.
 
     python docs/pages.py docs/guide/1-why-attention.md
 
@@ -98,7 +99,7 @@ def read_page(path: Path) -> Page:
     while at < len(lines):
         opened = _FENCE.match(lines[at])
         if not opened:
-            if lines[at].strip():
+            if lines[at].strip() and not lines[at].startswith("<!--"):
                 last = None
             at += 1
             continue
