@@ -115,36 +115,33 @@ def test_gradients_are_those_of_one_process_on_the_same_batch(
             assert float((got - gradient).norm()) <= (1e-6 if step == 0 else 1e-3) * scale, name
 
 
-def count_and_exchange(state: list[int], bucket: Any) -> Any:
-    state.append(bucket.buffer().numel())
-    torch.distributed.all_reduce(bucket.buffer())
-    # Not the future of an asynchronous exchange: what Python adds to that runs on gloo's thread,
-    # which then waits for the interpreter while the process waits for it to leave the group.
-    future: Any = torch.futures.Future()
-    future.set_result(bucket.buffer())
-    return future
+def exchanged_numbers(data: Numbers, world: World, accum: int, steps: int) -> list[int]:
+    """Size of each exchange of gradients between two ranks in that many steps."""
+    found: list[int] = []
+
+    # DDP refuses a hook whose annotations are text, as they are here.
+    def hook(state, bucket):  # type: ignore[no-untyped-def]
+        found.append(bucket.buffer().numel())
+        torch.distributed.all_reduce(bucket.buffer())
+        future: Any = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    stream = data.stream(accum_steps=accum, rank=world.rank, world_size=2)
+    trainer = trainer_for(small_model(), stream, PLAN, world=world)
+    trainer._parallel.register_comm_hook(None, hook)
+    for _ in range(steps):
+        trainer.train_step()
+    assert sum(found) == steps * sum(p.numel() for p in trainer.optimizer.parameters.values())
+    return found
 
 
-def test_gradients_are_exchanged_once_a_step(tmp_path: Path) -> None:
+def test_gradients_are_exchanged_once_a_step() -> None:
     data = Numbers()
 
     def rank_body(rank: int) -> int:
         world = World.join(torch.device("cpu"))
-        counts = []
-        for accum in (1, 3):
-            stream = data.stream(accum_steps=accum, rank=rank, world_size=2)
-            trainer = trainer_for(small_model(), stream, PLAN, world=world)
-            exchanged: list[int] = []
-
-            # DDP refuses a hook whose annotations are text, as they are here.
-            hook = lambda state, bucket: count_and_exchange(state, bucket)  # noqa: E731
-            trainer._parallel.register_comm_hook(exchanged, hook)
-            for _ in range(4):
-                trainer.train_step()
-            assert sum(exchanged) == 4 * sum(
-                p.numel() for p in trainer.optimizer.parameters.values()
-            )
-            counts.append(len(exchanged))
+        counts = [len(exchanged_numbers(data, world, accum, 4)) for accum in (1, 3)]
         assert counts[0] == counts[1]
         distributed.leave()
         return 0

@@ -262,7 +262,12 @@ def describe_loss(error: BaseException) -> str | None:
 
 
 def leave() -> None:
-    """Leaves the group, if this process joined one."""
+    """Leaves the group, if this process joined one.
+
+    The trainer must be gone by then. DistributedDataParallel holds the group too, and if it is the
+    last to let go of it, it waits for gloo's threads with Python's lock held. Such a thread, late in
+    dropping an exchange that Python began, waits for that lock: neither would ever end.
+    """
     _Board.current = None
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
