@@ -3,6 +3,7 @@ import torch
 from kernel_testing import (
     BACKENDS,
     ISAS,
+    assert_all_as_precise,
     assert_as_precise,
     needs_compiled,
     rerun_at_isa,
@@ -41,6 +42,14 @@ def leaves(*tensors, dtypes):
     ]
 
 
+@pytest.fixture(params=["as on a CPU", "as on a GPU"])
+def way(request, monkeypatch):
+    """The second: nothing is read by the host, and the divisor waits for the backward pass."""
+    if request.param == "as on a GPU":
+        monkeypatch.setattr(subject, "_host_may_wait", lambda _: False)
+        monkeypatch.setattr(subject, "_split_divisor", lambda divisor, _: (None, divisor))
+
+
 def gradients(loss, inputs):
     return torch.autograd.grad(loss, [t for t in inputs if t is not None])
 
@@ -59,10 +68,19 @@ def torch_loss(x, weight, bias, targets, label_smoothing, compute=None):
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("tokens", "vocabulary", "features", "bias"),
-    [(1, 1, 1, True), (3, 2, 5, False), (40, 97, 24, True), (65, 1031, 16, False)],
+    ("tokens", "vocabulary", "features", "bias", "rows"),
+    [
+        (1, 1, 1, True, 1),
+        (3, 2, 5, False, 3),
+        (40, 97, 24, True, 40),
+        (65, 1031, 16, False, 65),
+        (100, 203, 40, True, 16),
+    ],
 )
-def test_precision_against_float64(tokens, vocabulary, features, bias, dtype, label_smoothing):
+def test_precision_against_float64(
+    tokens, vocabulary, features, bias, rows, dtype, label_smoothing, way, monkeypatch
+):
+    monkeypatch.setattr(subject, "_chunk_rows", lambda *_: rows)
     x, weight, offset, targets = problem(tokens, vocabulary, features, bias=bias)
     targets[0] = 0
     x = x.to(dtype).double()
@@ -207,7 +225,7 @@ def test_nothing_counted_gives_zero_loss_and_gradients(backend, dtype):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_without_target_have_no_effect_whatever_they_hold(backend, dtype):
+def test_rows_without_target_have_no_effect_whatever_they_hold(backend, dtype, way):
     x, weight, bias, targets = problem(40, 33, 8, ignored=0.4)
     ignored = targets == IGNORED
     results = []
@@ -270,7 +288,7 @@ def test_of_equal_maxima_the_first_is_the_arg_max(backend, dtype):
 
 @needs_compiled
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_chunks_give_the_result_of_one(monkeypatch, dtype):
+def test_chunks_give_the_result_of_one(monkeypatch, dtype, way):
     x, weight, bias, targets = problem(150, 90, 16, ignored=0.1)
     inputs = leaves(x, weight, bias, dtypes=(dtype, torch.float32, torch.float32))
     results = []
@@ -286,19 +304,19 @@ def test_chunks_give_the_result_of_one(monkeypatch, dtype):
 
 def test_chunks_are_bounded_and_cover_all_rows():
     for rows in (0, 1, 15, 100, 4096, 100_000):
-        for vocabulary in (1, 100, 8000, 32_000, 1_000_000):
-            for item in (2, 4):
-                chunk = subject._chunk_rows(rows, vocabulary, item)
+        for row_bytes in (2, 400, 16_000, 128_000, 4_000_000):
+            for most in subject._CHUNK_BYTES.values():
+                chunk = subject._chunk_rows(rows, row_bytes, most)
                 assert chunk >= 1
-                bound = max(subject._CHUNK_BYTES, subject._MIN_CHUNK_ROWS * vocabulary * item)
-                assert chunk * vocabulary * item <= bound
+                assert chunk * row_bytes <= max(most, subject._MIN_CHUNK_ROWS * row_bytes)
+    assert subject._chunk_rows(25_000, 74_000, subject._CHUNK_BYTES["cuda"]) == 8336
 
 
 @needs_compiled
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_logits_are_never_all_in_memory(monkeypatch, dtype):
+def test_logits_are_never_all_in_memory(monkeypatch, dtype, way):
     tokens, vocabulary, features = 2048, 2000, 8
-    monkeypatch.setattr(subject, "_CHUNK_BYTES", 128 * vocabulary * dtype.itemsize)
+    monkeypatch.setitem(subject._CHUNK_BYTES, "cpu", 128 * vocabulary * dtype.itemsize)
     monkeypatch.setattr(subject, "_memory", type(subject._memory)())
     x, weight, _, targets = problem(tokens, vocabulary, features)
     x, weight = leaves(x, weight, dtypes=(dtype, torch.float32))
@@ -314,7 +332,7 @@ def test_logits_are_never_all_in_memory(monkeypatch, dtype):
 
     with Watch():
         # What the op does inside is seen by calling its implementation.
-        subject._linear_cross_entropy_cpu(
+        subject._linear_cross_entropy(
             x.detach(), weight.detach(), None, targets, None, 0.1, IGNORED, True, True, False
         )
     assert max(shapes) == 128 * vocabulary * dtype.itemsize
@@ -508,3 +526,62 @@ def test_cuda_kernel(vocabulary, dtype, label_smoothing):
         got = run(subject.label_smoothing_loss, logits, "cuda")
     for ours, true, plain in zip(got, exact, peer, strict=True):
         assert_as_precise(ours, true, plain.to(ours.dtype), factor=4.0, roundings=4.0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU in this machine")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocabulary", [97, 1000])
+def test_cuda_projection_and_loss(vocabulary, dtype, monkeypatch):
+    """In chunks; the loop runs on the CPU too, "as on a GPU" above."""
+    monkeypatch.setattr(subject, "_chunk_rows", lambda *_: 48)
+    x, weight, bias, targets = problem(100, vocabulary, 24)
+    x[targets == IGNORED] = torch.nan
+    factor = 1024.0  # as that of a scaled loss
+
+    def run(face, dtypes, device):
+        inputs = [t.to(device) for t in leaves(x.to(dtype), weight.float(), bias, dtypes=dtypes)]
+        out = face(inputs[0], inputs[1], targets.to(device), bias=inputs[2], normalizer=25_000.0)
+        results = (out.loss, *gradients(out.loss * factor, inputs))
+        return [t.detach().cpu() for t in results]
+
+    exact = run(subject.linear_cross_entropy_reference, (torch.float64,) * 3, "cpu")
+    plain = (dtype, torch.float32, torch.float32)
+    peer = run(subject.linear_cross_entropy_reference, plain, "cuda")
+    with set_backend("compiled"):
+        results = [run(linear_cross_entropy, plain, "cuda") for _ in range(2)]
+    for ours, again in zip(*results, strict=True):
+        assert torch.equal(ours, again)
+    assert_all_as_precise(results[0], exact, peer)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU in this machine")
+def test_cuda_projection_and_loss_in_a_graph_and_little_memory(monkeypatch):
+    rows, vocabulary = 512, 4096
+    monkeypatch.setitem(subject._CHUNK_BYTES, "cuda", 128 * vocabulary * 2)
+    x, weight, _, targets = (
+        t.cuda() if t is not None else t for t in problem(rows, vocabulary, 16)
+    )
+    x, weight = leaves(x, weight, dtypes=(torch.bfloat16, torch.float32))
+    divisor = torch.tensor(100.0, device="cuda")
+
+    def step():
+        loss = linear_cross_entropy(x, weight, targets, normalizer=divisor).loss
+        return loss.detach(), *gradients(loss, (x, weight))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), set_backend("compiled"):
+        step()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        expected = [t.clone() for t in step()]
+        assert torch.cuda.max_memory_allocated() - before < rows * vocabulary * 2
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            recorded = step()
+        divisor.mul_(2.0)
+        graph.replay()
+        torch.cuda.synchronize()
+    for got, once in zip(recorded, expected, strict=True):
+        torch.testing.assert_close(got * 2, once)

@@ -1,7 +1,11 @@
 // A block has a row, and passes over it twice: for its maximum and sums, kept as it goes along
 // (Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"), then for the
-// gradient. A row of 32,000 logits in bfloat16 is 64 KB: the second pass finds it in the L2 cache.
-// So the bytes that memory sees are those of one read and, with a gradient, one write.
+// gradient. The second pass should find the row in the L2 cache: 37,000 logits in bfloat16 are
+// 74 KB, and few rows are under way at a time, because a long one has 512 threads (with 256 there
+// would be 8 blocks a processor, 78 MB on an H200, whose cache has 50 to 60). So the bytes that
+// memory sees are those of one read and, with a gradient, one write. About 20 instructions an
+// element, of which two are exponentials (__expf: one multiplication and one instruction of the
+// special unit; its error grows with the distance to the maximum, as the result shrinks).
 #include <cstdint>
 
 #include "common/cuda.cuh"
@@ -10,50 +14,60 @@
 namespace transformer_ext {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kVector = 4;
+constexpr int kShortThreads = 128;
+constexpr int kLongThreads = 512;
+constexpr int64_t kLongBytes = 8192;  // rows above it are long
+constexpr int kSumThreads = 256;
 
-// Maximum, and the sum of exponentials below it.
-struct Normalizer {
-  float top;
-  float sum;
+// So many neighbours are read and written at once.
+template <class T>
+constexpr int kVector = 16 / static_cast<int>(sizeof(T));
+
+// What a thread knows of the logits x that it has seen.
+struct RowSums {
+  float top = minus_infinity();
+  float sum = 0.0f;  // of exp(x - top)
+  // The maximum before the target tells, with that of all, whether the target is the arg max.
+  float before = minus_infinity();
+  float distance = 0.0f;  // sum of x - x[target]
 };
 
-__device__ inline void add(Normalizer* n, float x) {
-  if (x <= n->top) {
-    // Nothing is added where both are -infinity: a forbidden token.
-    if (x != minus_infinity()) n->sum += expf(x - n->top);
-  } else if (x > n->top) {
-    n->sum = (n->top == minus_infinity() ? 0.0f : n->sum * expf(n->top - x)) + 1.0f;
-    n->top = x;
-  } else {
-    n->sum = x;  // NaN
-  }
+// Forbidden tokens are -infinity: where all are, nothing may become infinity - infinity.
+__device__ inline float exp_below(float x, float top) {
+  return __expf(x - (top == minus_infinity() ? 0.0f : top));
 }
 
-// Calls visit(column, logit with bias) for the thread's columns, `kVector` neighbours at a time
-// where they can be read so.
-template <class T, class F>
-__device__ inline void for_columns(const T* row, const float* bias, int64_t columns, bool vectors,
-                                   F&& visit) {
-  int64_t begin = 0;
-  if (vectors) {
-    begin = columns / kVector * kVector;
-    for (int64_t c = static_cast<int64_t>(threadIdx.x) * kVector; c < begin;
-         c += kThreads * kVector) {
-      const Vector<T, kVector> x = *reinterpret_cast<const Vector<T, kVector>*>(row + c);
+template <int n>
+__device__ inline void add(RowSums* r, const float (&x)[n], int64_t column, int64_t target,
+                           float at_target) {
+  float top = r->top;
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        visit(c + i, to_float(x.values[i]) + (bias == nullptr ? 0.0f : bias[c + i]));
-      }
-    }
+  for (int i = 0; i < n; ++i) top = fmaxf(top, x[i]);
+  float sum = top == r->top ? r->sum : r->sum * exp_below(r->top, top);
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    sum += exp_below(x[i], top);  // NaN if x is
+    r->distance += x[i] - at_target;
   }
-  for (int64_t c = begin + threadIdx.x; c < columns; c += kThreads) {
-    visit(c, to_float(row[c]) + (bias == nullptr ? 0.0f : bias[c]));
+  if (column < target) {
+#pragma unroll
+    for (int i = 0; i < n; ++i)
+      r->before = column + i < target ? fmaxf(r->before, x[i]) : r->before;
+  }
+  r->top = top;
+  r->sum = sum;
+}
+
+template <class T, int n>
+__device__ inline void load(const T* row, const float* bias, int64_t column, float (&x)[n]) {
+  const Vector<T, n> v = *reinterpret_cast<const Vector<T, n>*>(row + column);
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    x[i] = to_float(v.values[i]) + (bias == nullptr ? 0.0f : bias[column + i]);
   }
 }
 
-template <class T>
+template <class T, int kThreads>
 __global__ void __launch_bounds__(kThreads) row_kernel(CrossEntropyCuda a, bool vectors) {
   const int64_t r = blockIdx.x;
   const T* const row = static_cast<const T*>(a.logits) + r * a.logits_stride;
@@ -71,27 +85,32 @@ __global__ void __launch_bounds__(kThreads) row_kernel(CrossEntropyCuda a, bool 
     }
     return;
   }
+  constexpr int n = kVector<T>;
+  const int64_t whole = vectors ? a.columns / n * n : 0;  // columns in vectors
+  const int64_t first = static_cast<int64_t>(threadIdx.x) * n, step = kThreads * n;
   const float at_target = to_float(row[target]) + (a.bias == nullptr ? 0.0f : a.bias[target]);
 
-  // The maximum before the target tells, with that of all, whether the target is the arg max.
-  Normalizer mine{minus_infinity(), 0.0f};
-  float before = minus_infinity();
-  float distance = 0.0f;  // sum of x - x[target]
-  for_columns(row, a.bias, a.columns, vectors, [&](int64_t c, float x) {
-    add(&mine, x);
-    if (c < target) before = fmaxf(before, x);
-    distance += x - at_target;
-  });
+  RowSums mine;
+#pragma unroll 2
+  for (int64_t c = first; c < whole; c += step) {
+    float x[n];
+    load(row, a.bias, c, x);
+    add(&mine, x, c, target, at_target);
+  }
+  for (int64_t c = whole + threadIdx.x; c < a.columns; c += kThreads) {
+    float x[1];
+    load(row, a.bias, c, x);
+    add(&mine, x, c, target, at_target);
+  }
   const float top = block_reduce<kThreads>(mine.top, Max{});
   const float sum = block_reduce<kThreads>(
-      mine.top == minus_infinity() ? mine.sum : mine.sum * expf(mine.top - top), Sum{});
-  before = block_reduce<kThreads>(before, Max{});
-  distance = block_reduce<kThreads>(distance, Sum{});
-  const float log_sum = logf(sum);
+      mine.top == top ? mine.sum : mine.sum * exp_below(mine.top, top), Sum{});
+  const float before = block_reduce<kThreads>(mine.before, Max{});
+  const float distance = block_reduce<kThreads>(mine.distance, Sum{});
   const float uniform = a.label_smoothing / static_cast<float>(a.columns);
   const float shifted = at_target - top;
   if (threadIdx.x == 0) {
-    const float nll = log_sum - shifted;
+    const float nll = logf(sum) - shifted;
     // log_sum - (1 - s) (x[target] - top) - s / V sum(x - top). Without smoothing a logit of -inf
     // must not become 0 * inf.
     a.row_sums[r] = a.label_smoothing > 0.0f ? nll - uniform * distance : nll;
@@ -102,39 +121,36 @@ __global__ void __launch_bounds__(kThreads) row_kernel(CrossEntropyCuda a, bool 
   const float scale = a.scale == nullptr ? 1.0f : *a.scale;
   const float factor = scale / sum;
   const float offset = scale * uniform;
-  const float probability = expf(shifted) / sum;
-  // In this order nothing is left over where the result is 0: a sure prediction, one column.
-  const float grad_at_target = scale * ((probability - 1.0f) + (a.label_smoothing - uniform));
-  int64_t begin = 0;
-  if (vectors) {
-    begin = a.columns / kVector * kVector;
-    for (int64_t c = static_cast<int64_t>(threadIdx.x) * kVector; c < begin;
-         c += kThreads * kVector) {
-      const Vector<T, kVector> x = *reinterpret_cast<const Vector<T, kVector>*>(row + c);
-      Vector<T, kVector> y;
+  for (int64_t c = first; c < whole; c += step) {
+    float x[n];
+    load(row, a.bias, c, x);
+    Vector<T, n> y;
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        const float logit = to_float(x.values[i]) + (a.bias == nullptr ? 0.0f : a.bias[c + i]);
-        y.values[i] =
-            from_float<T>(c + i == target ? grad_at_target : expf(logit - top) * factor - offset);
-      }
-      *reinterpret_cast<Vector<T, kVector>*>(grad + c) = y;
-    }
+    for (int i = 0; i < n; ++i) y.values[i] = from_float<T>(__expf(x[i] - top) * factor - offset);
+    *reinterpret_cast<Vector<T, n>*>(grad + c) = y;
   }
-  for (int64_t c = begin + threadIdx.x; c < a.columns; c += kThreads) {
-    const float logit = to_float(row[c]) + (a.bias == nullptr ? 0.0f : a.bias[c]);
-    grad[c] = from_float<T>(c == target ? grad_at_target : expf(logit - top) * factor - offset);
+  for (int64_t c = whole + threadIdx.x; c < a.columns; c += kThreads) {
+    float x[1];
+    load(row, a.bias, c, x);
+    grad[c] = from_float<T>(__expf(x[0] - top) * factor - offset);
+  }
+  // By the thread that has just written there.
+  if (static_cast<int>(threadIdx.x) ==
+      (target < whole ? target / n % kThreads : (target - whole) % kThreads)) {
+    // In this order nothing is left over where the result is 0: a sure prediction, one column.
+    const float probability = __expf(shifted) / sum;
+    grad[target] = from_float<T>(scale * ((probability - 1.0f) + (a.label_smoothing - uniform)));
   }
 }
 
 // One block for each of the three sums: the threads' rows in ascending order, then theirs pairwise.
-__global__ void __launch_bounds__(kThreads) sum_kernel(CrossEntropyCuda a) {
-  TRANSFORMER_EXT_SHARED(double, partial, kThreads);
+__global__ void __launch_bounds__(kSumThreads) sum_kernel(CrossEntropyCuda a) {
+  TRANSFORMER_EXT_SHARED(double, partial, kSumThreads);
   const float* const values = a.row_sums + blockIdx.x * a.rows;
   double sum = 0.0;
-  for (int64_t r = threadIdx.x; r < a.rows; r += kThreads) sum += static_cast<double>(values[r]);
+  for (int64_t r = threadIdx.x; r < a.rows; r += kSumThreads) sum += static_cast<double>(values[r]);
   partial[threadIdx.x] = sum;
-  for (int step = kThreads / 2; step > 0; step /= 2) {
+  for (int step = kSumThreads / 2; step > 0; step /= 2) {
     __syncthreads();
     if (static_cast<int>(threadIdx.x) < step) partial[threadIdx.x] += partial[threadIdx.x + step];
   }
@@ -143,15 +159,17 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(CrossEntropyCuda a) {
 
 template <class T>
 const char* run(const CrossEntropyCuda& a, cudaStream_t stream) {
-  const uintptr_t bytes = kVector * sizeof(T);
-  const bool vectors = reinterpret_cast<uintptr_t>(a.logits) % bytes == 0 &&
-                       reinterpret_cast<uintptr_t>(a.grad) % bytes == 0 &&
-                       a.logits_stride % kVector == 0 && a.grad_stride % kVector == 0;
+  const bool vectors = reinterpret_cast<uintptr_t>(a.logits) % 16 == 0 &&
+                       reinterpret_cast<uintptr_t>(a.grad) % 16 == 0 &&
+                       a.logits_stride % kVector<T> == 0 && a.grad_stride % kVector<T> == 0;
   if (a.rows > 0 && a.columns > 0) {
-    launch(row_kernel<T>, static_cast<unsigned>(a.rows), kThreads, 0, stream, a, vectors);
+    const bool is_long = a.columns * static_cast<int64_t>(sizeof(T)) > kLongBytes;
+    launch(is_long ? row_kernel<T, kLongThreads> : row_kernel<T, kShortThreads>,
+           static_cast<unsigned>(a.rows), is_long ? kLongThreads : kShortThreads, 0, stream, a,
+           vectors);
     if (const char* const error = launch_error()) return error;
   }
-  launch(sum_kernel, 3u, kThreads, 0, stream, a);
+  launch(sum_kernel, 3u, kSumThreads, 0, stream, a);
   return launch_error();
 }
 

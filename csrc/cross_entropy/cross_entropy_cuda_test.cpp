@@ -89,6 +89,7 @@ void compare_all() {
     compare_with_cpu<T>(columns, 0.0f, true, false, 0);
   }
   compare_with_cpu<T>(64, 0.1f, true, true, 1);
+  compare_with_cpu<T>(4200, 0.1f, false, true, 0);
 }
 
 TEST(CrossEntropyCuda, AgreesWithTheCpuInFloat32) { compare_all<float>(); }

@@ -309,11 +309,17 @@ def product_weight(
             out = x.new_empty(grad.shape[1], x.shape[1], dtype=dtype)
         torch.ops.transformer_ext.gemm_matmul_(out, grad.t(), _rows(x), accumulate)
         return out
-    if out is None:
-        return torch.mm(grad.t(), x).to(dtype)
-    if x.dtype == dtype:
+    if out is not None and x.dtype == dtype:
         return torch.addmm(out, grad.t(), x, beta=int(accumulate), out=out)
-    result = torch.mm(grad.t(), x)
+    if x.is_cuda and x.dtype.itemsize == 2 and not _recording(x, grad):
+        # The sums are made in float32: no need to round them.
+        if out is not None and not accumulate:
+            return torch.mm(grad.t(), x, out_dtype=dtype, out=out)
+        result = torch.mm(grad.t(), x, out_dtype=dtype)
+    else:
+        result = torch.mm(grad.t(), x)
+    if out is None:
+        return result.to(dtype)
     return out.add_(result) if accumulate else out.copy_(result)
 
 
