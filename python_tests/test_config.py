@@ -12,6 +12,7 @@ import pytest
 
 from transformer_ext import config as configuration
 from transformer_ext.config import (
+    ArgumentParser,
     ConfigError,
     CorpusConfig,
     DataConfig,
@@ -116,6 +117,19 @@ def test_command_line_over_file_over_default(tmp_path) -> None:
 )
 def test_wrong_command_lines(capsys, argv: list[str], message: str) -> None:
     assert message in failure(capsys, *argv)
+
+
+@pytest.mark.parametrize(
+    "line", ["m a b --top 3", "m --top 3 a b", "--top 3 m a b", "m a --top 3 b"]
+)
+def test_options_may_stand_anywhere(line: str) -> None:
+    parser = ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("files", nargs="*", default=[])
+    parser.add_argument("--top", type=int)
+    found = parser.parse_args(line.split())
+    assert (found.model, found.files, found.top) == ("m", ["a", "b"], 3)
+    assert parser.parse_args(["m", "--top", "3", "--", "-f"]).files == ["-f"]
 
 
 @pytest.mark.parametrize(

@@ -641,6 +641,9 @@ class ArgumentParser(argparse.ArgumentParser):
                 self.error(f"unknown option {argument!r}{nearest(flag, known)}")
         result, unknown = self.parse_known_args(arguments, namespace)
         if unknown:
+            # argparse looks for no files after an option once it has found one argument in place.
+            result, unknown = self.parse_known_intermixed_args(arguments, namespace)
+        if unknown:
             self.error(f"unknown option {unknown[0]!r}{nearest(unknown[0], known)}")
         return result
 

@@ -39,6 +39,7 @@ def _parser() -> ArgumentParser:
         "files",
         metavar="FILE",
         nargs="*",
+        default=[],
         help="UTF-8 text, plain, gzip or xz, one beginning a line; none or - reads standard input",
     )
     parser.add_argument(

@@ -42,6 +42,7 @@ def _parser() -> ArgumentParser:
         "files",
         metavar="FILE",
         nargs="*",
+        default=[],
         help="UTF-8 text, plain, gzip or xz, one sentence a line; none or - reads standard input",
     )
     parser.add_argument(

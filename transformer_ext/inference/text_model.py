@@ -254,6 +254,7 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
         "files",
         metavar="FILE",
         nargs="*",
+        default=[],
         help="UTF-8 text, plain, gzip or xz, one text a line; none or - reads standard input",
     )
     parser.add_argument(
