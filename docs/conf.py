@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import re
 import sys
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).resolve().parent
 sys.path[:0] = [str(DOCS), str(DOCS.parent)]
 
+import links  # noqa: E402
+import pages  # noqa: E402
 import reference  # noqa: E402
+from docutils.nodes import SkipNode  # noqa: E402
+from latex2mathml.converter import convert  # noqa: E402
+from sphinx.util import logging  # noqa: E402
 
 from transformer_ext import __version__ as release  # noqa: E402
 
 project = "transformer_ext"
 version = release
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+html_math_renderer = "mathml"
 html_theme = "alabaster"
-html_theme_options = {"page_width": "1100px", "description": "Transformers on compiled ops"}
+html_theme_options = {
+    "page_width": "1240px",
+    "body_max_width": "none",
+    "description": "Transformers on compiled ops",
+}
+# Without a font that is made for formulas, a browser draws them badly: this one goes with the site.
+FONT = resources.files("ziamath") / "fonts" / "STIXTwoMath-Regular.ttf"
+html_static_path = ["static", str(FONT)]
 html_sidebars = {"**": ["about.html", "searchfield.html", "navigation.html"]}
 
 myst_enable_extensions = ["dollarmath"]
@@ -34,23 +48,54 @@ autodoc_preserve_defaults = True
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 
-_LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(((?:\.\./)+[^)#\s]*)(#[^)\s]*)?\)")
+
+# What the converter leaves to the browser, which then takes these for operators between two things
+# and a function for a variable.
+_SPACING = [
+    (re.compile("<mo>(&#x0221E;|&#x02202;)</mo>"), r"<mi mathvariant='normal'>\1</mi>"),
+    (re.compile("(<mrow>)<mo>(&#x0003C;|&#x02212;)"), r'\1<mo lspace="0" rspace="0">\2'),
+    (
+        re.compile("(?<!<msub>)(?<!<msup>)(<mi>(?:log|sin|cos)</mi>)(?=<mi>)"),
+        r'\1<mspace width="0.17em"/>',
+    ),
+    (re.compile("(<msub><mi>log</mi><mi>.</mi></msub>)(?=<mi>)"), r'\1<mspace width="0.17em"/>'),
+]
 
 
-def _outward_links(app: Any, name: str, source: list[str]) -> None:
-    """Folders and other pages of the repository are no part of the site: such links become text.
+def _mathml(latex: str, display: str) -> str:
+    """A formula as MathML, which browsers draw themselves: no script, and nothing to fetch."""
+    text = convert(latex, display=display)
+    for pattern, replacement in _SPACING:
+        text = pattern.sub(replacement, text)
+    return text
 
-    Files of code are copied to it.
-    """
 
-    def text_of(match: re.Match[str]) -> str:
-        target = (Path(app.env.doc2path(name)).parent / match[2]).resolve()
-        outside = not target.is_relative_to(DOCS)
-        return match[1] if outside and (target.is_dir() or target.suffix == ".md") else match[0]
+def _visit_math(self: Any, node: Any) -> None:
+    self.body.append(_mathml(node.astext(), "inline"))
+    raise SkipNode
 
-    source[0] = _LINK.sub(text_of, source[0])
+
+def _visit_math_block(self: Any, node: Any) -> None:
+    self.body.append(f'<div class="math">{_mathml(node.astext(), "block")}</div>')
+    raise SkipNode
+
+
+def _source_read(app: Any, name: str, source: list[str]) -> None:
+    page = Path(app.env.doc2path(name))
+    # The reference is written with links as they should be.
+    if not page.is_relative_to(DOCS / "reference"):
+        source[0] = links.inward(source[0], page, page)
+
+
+def _check(app: Any, exception: Exception | None) -> None:
+    if exception is None and app.builder.name == "html":
+        for link in links.dead_links(Path(app.outdir)):
+            logging.getLogger(__name__).warning(link)
 
 
 def setup(app: Any) -> None:
     reference.write(DOCS / "reference")
-    app.connect("source-read", _outward_links)
+    links.write(pages.pages())
+    app.add_html_math_renderer("mathml", (_visit_math, None), (_visit_math_block, None))
+    app.connect("source-read", _source_read)
+    app.connect("build-finished", _check)

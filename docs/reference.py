@@ -204,7 +204,9 @@ def write(folder: Path) -> None:
         text = _command_page(command, what)
         (folder / "commands" / f"{command}.md").write_text(text, encoding="utf-8")
     (folder / "options.md").write_text(_options_page(), encoding="utf-8")
-    toctree = "\n".join(["options", *(f"commands/{name}" for name in commands), *PAGES])
+    toctree = "\n".join(
+        ["options", *(f"commands/{name}" for name in commands), *PAGES, "files/index"]
+    )
     (folder / "index.md").write_text(
         "# Reference\n\n```{toctree}\n:maxdepth: 1\n\n" + toctree + "\n```\n", encoding="utf-8"
     )

@@ -150,3 +150,46 @@ def test_reference_has_every_op_option_and_command(tmp_path, monkeypatch):
             for flag in action.option_strings:
                 assert f"`{flag}`" in found, (command, flag)
     assert "`--head`" in page("commands/visualize")
+
+
+def test_links_of_the_site_that_lead_nowhere_are_found(tmp_path, monkeypatch):
+    """The site is checked so whenever it is built."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import links
+
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a b.html").write_text('<h1 id="here">A</h1><a href="https://x.org/">out</a>')
+    (tmp_path / "sub" / "b.html").write_text(
+        '<a href="../a%20b.html#here"></a><a href="../a%20b.html#gone"></a><a href="#gone"></a>'
+        '<a href="c.html"></a><img src="c.png"><script src="https://x.org/y.js"></script>'
+    )
+    assert [line.partition(": ")[2] for line in links.dead_links(tmp_path)] == [
+        "https://x.org/y.js would be fetched from elsewhere",
+        "../a%20b.html#gone: no such heading",
+        "#gone: no such heading",
+        "c.html: no such file",
+        "c.png: no such file",
+    ]
+
+
+def test_files_that_pages_link_to_have_a_page_of_the_site(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import links
+
+    monkeypatch.setattr(links, "FILES", tmp_path / "docs" / "files")
+    monkeypatch.setattr(links, "DOCS", tmp_path / "docs")
+    monkeypatch.setattr(links, "ROOT", tmp_path)
+    page = tmp_path / "docs" / "page.md"
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "kernel.cu").write_text("__global__ void kernel();\n")
+    (tmp_path / "README.md").write_text("[a](docs/page.md#top), [b](kernel.cu), [c](docs)\n")
+    page.write_text("[d](../README.md), [e](../kernel.cu), [f](#top), [g](https://x.org/y)\n")
+    links.write([page])
+    assert (tmp_path / "docs/files/README.md").read_text() == (
+        "[a](../page.md#top), [b](kernel.cu.md), c\n"
+    )
+    assert "../../kernel.cu\n:language: cuda" in (tmp_path / "docs/files/kernel.cu.md").read_text()
+    assert "README\nkernel.cu\n" in (tmp_path / "docs/files/index.md").read_text()
+    assert links.inward(page.read_text(), page, page) == (
+        "[d](files/README.md), [e](files/kernel.cu.md), [f](#top), [g](https://x.org/y)\n"
+    )
