@@ -208,8 +208,8 @@ def draw_beam(tree: BeamTree, title: str = "") -> Figure:
     axes.text(
         0.1,
         tall - 0.36,
-        "blue: the way to the best   green: ended   grey: dropped   brown: alive at the end      "
-        "number: sum of log-probabilities",
+        "blue: the way to the best   black: went on   green: ended   grey: dropped   "
+        "brown: alive at the end      number: sum of log-probabilities",
         fontsize=7,
         color="#555555",
         va="top",
