@@ -1,18 +1,25 @@
 """Attention, forward + backward, against torch's scaled_dot_product_attention and the explicit
 composition softmax(Q K^T) V.
 
-    python benchmarks/attention.py [--dtype float32] [--lengths 32 64] [--memory]
+    python benchmarks/attention.py [--dtypes float32] [--lengths 32 64] [--memory]
+    python benchmarks/attention.py --device cuda [--quick]
 
 `ours` takes padded [batch, heads, length, head_dim] tensors as its peers do, `packed` one
 [tokens, 3 * heads * head_dim] buffer as in the model; the ratio is that of the better peer to each.
 The last rows are what training has: sentences of many lengths, with causal mask and dropout too;
 there `packed` has no padding, and all others mask it. The ceiling is the fastest matrix product
 found in the same run (that of the bare multiply-adds is in benchmarks/csrc/attention_benchmark.cpp).
+
+On a GPU (or with --backends) the table is another: 25,600 tokens of one length and of training's
+mix, `packed` against each backend of scaled_dot_product_attention on the same tokens, padded and
+masked where the lengths differ, and packed in a nested tensor. Forward, and backward alone; the
+ceiling is a copy of the bytes that must be read and written. TRANSFORMER_EXT_CUDA_ATTENTION=simple
+takes the kernels without tensor cores.
 """
 
 from __future__ import annotations
 
-import argparse
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,12 +28,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as functional
-from timing import median_seconds
+from processes import say
+from timing import arguments, copier, dtypes, median_seconds, print_row, save_row
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from transformer_ext.ops.attention import attention, self_attention_packed
 from transformer_ext.ops.linear import linear
 from transformer_ext.packed import Packed
-from transformer_ext.training.environment import keep_freed_memory
 
 HEADS, HEAD_DIM = 8, 64
 #: Tokens of sentences as a batch of training has them, sorted roughly by length.
@@ -102,6 +110,108 @@ def mixed(dtype: torch.dtype, causal: bool, dropout: float) -> dict[str, Callabl
     }
 
 
+#: Tokens on a GPU, and with --quick.
+TOKENS, QUICK_TOKENS = 25600, 640
+CUDA_LENGTHS = [16, 32, 64, 128, 512, 2048]
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+def on_backends(
+    lengths: list[int], causal: bool, dropout: float, dtype: torch.dtype
+) -> dict[str, tuple[Callable[[], torch.Tensor], Any, torch.Tensor]]:
+    """By name: the forward pass, what it differentiates, and the gradient of its result."""
+    longest, width = max(lengths), HEADS * HEAD_DIM
+    packed = Packed.from_lengths(lengths).to(torch.get_default_device())
+    qkv = torch.randn(sum(lengths), 3 * width).to(dtype).requires_grad_()
+    padded = [
+        torch.randn(len(lengths), longest, HEADS, HEAD_DIM).to(dtype).requires_grad_()
+        for _ in range(3)
+    ]
+    grad = torch.randn(len(lengths), longest, HEADS, HEAD_DIM).to(dtype).transpose(1, 2)
+    rng = torch.tensor([1, 2, 0])
+    keep = None
+    if min(lengths) < longest:
+        keep = (torch.arange(longest) < torch.tensor(lengths)[:, None])[:, None, None]
+        if causal:
+            keep = keep & torch.ones(longest, longest, dtype=torch.bool).tril()
+
+    def sdpa(backend: SDPBackend) -> torch.Tensor:
+        with sdpa_kernel(backend):
+            return functional.scaled_dot_product_attention(
+                *(x.transpose(1, 2) for x in padded),
+                attn_mask=keep,
+                dropout_p=dropout,
+                is_causal=causal and keep is None,
+            )
+
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    flat = [torch.randn(sum(lengths), HEADS, HEAD_DIM).to(dtype).requires_grad_() for _ in range(3)]
+
+    def nested() -> torch.Tensor:
+        sides = (
+            torch.nested.nested_tensor_from_jagged(
+                x, offsets, min_seqlen=min(lengths), max_seqlen=longest
+            ).transpose(1, 2)
+            for x in flat
+        )
+        result = functional.scaled_dot_product_attention(
+            *sides, dropout_p=dropout, is_causal=causal
+        )
+        return result.transpose(1, 2).values()
+
+    faces: dict[str, tuple[Callable[[], torch.Tensor], Any, torch.Tensor]] = {
+        "ours": (
+            lambda: self_attention_packed(
+                qkv, HEADS, HEADS, packed, causal, dropout_p=dropout, rng=rng
+            ),
+            qkv,
+            torch.randn(sum(lengths), width).to(dtype),
+        ),
+        "nested": (nested, flat, torch.randn(sum(lengths), HEADS, HEAD_DIM).to(dtype)),
+    }
+    for name, backend in BACKENDS.items():
+        faces[name] = (lambda backend=backend: sdpa(backend), padded, grad)
+    return faces
+
+
+def backend_rows(
+    lengths: list[int], causal: bool, dropout: float, dtype: torch.dtype, seconds: float
+) -> None:
+    """Two lines of the table: forward, and backward."""
+    title = f"{lengths[0]}" if min(lengths) == max(lengths) else "mix"
+    title += f"{' causal' if causal else ''}{' dropout' if dropout else ''} "
+    title += str(dtype).removeprefix("torch.")
+    element = sum(lengths) * HEADS * HEAD_DIM * dtype.itemsize
+    passes: dict[str, dict[str, Callable[[], object]]] = {"forward": {}, "backward": {}}
+    for name, (face, inputs, grad) in on_backends(lengths, causal, dropout, dtype).items():
+        try:
+            with torch.no_grad():
+                face()
+            result = face()
+            torch.autograd.grad(result, inputs, grad, retain_graph=True)
+        except (RuntimeError, NotImplementedError) as error:
+            say(f"{title}: {name}: left out: {str(error).splitlines()[0][:100]}")
+            continue
+
+        def forward(face: Callable[[], torch.Tensor] = face) -> None:
+            with torch.no_grad():
+                face()
+
+        passes["forward"][name] = forward
+        passes["backward"][name] = lambda result=result, inputs=inputs, grad=grad: (
+            torch.autograd.grad(result, inputs, grad, retain_graph=True)
+        )
+    # Queries, keys, values and the result; then their gradients too.
+    for kind, count in (("forward", 4), ("backward", 8)):
+        faces = {**passes[kind], "copy": copier(count * element, dtype)}
+        print_row(f"{kind} {title}", median_seconds(faces, seconds), count * element)
+
+
 def ceiling(dtype: torch.dtype) -> float:
     """flop/s of the fastest matrix product."""
     x, weight = torch.randn(2048, 1024).to(dtype), torch.randn(1024, 1024)
@@ -142,6 +252,7 @@ def row(
 ) -> str:
     """A line of the table; ``pairs`` of tokens are attended to, ``top`` is the ceiling."""
     times = median_seconds(faces, seconds)
+    save_row(case=f"{shape} {str(dtype)[6:]}", seconds=times)
     peer = min(times["sdpa"], times["explicit"])
     flop = 14 * HEADS * HEAD_DIM * pairs
     line = f"{str(dtype)[6:]:9s}{shape:21s}"
@@ -151,32 +262,47 @@ def row(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--lengths", nargs="+", type=int, default=[8, 16, 32, 64, 128, 2048])
-    parser.add_argument("--seconds", type=float, default=1.0, help="a shape and dtype")
-    parser.add_argument("--memory", action="store_true", help="a column of peak memory, MB")
-    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.one:
-        name, batch, length, dtype = arguments.one
+    options = arguments(
+        __doc__,
+        lengths={"nargs": "+", "type": int},
+        memory={"action": "store_true", "help": "a column of peak memory, MB"},
+        backends={"action": "store_true", "help": "the table of a GPU on a CPU too"},
+        one={"nargs": 4, "help": "(for --memory)"},
+    )
+    if options.one:
+        name, batch, length, dtype = options.one
         one_pass(name, int(batch), int(length), getattr(torch, dtype))
         return
-    keep_freed_memory()
     torch.manual_seed(0)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    on_gpu = torch.device(options.device).type != "cpu"
+    variant = os.environ.get("TRANSFORMER_EXT_CUDA_ATTENTION", "")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads {variant}")
+    if on_gpu or options.backends:
+        tokens = QUICK_TOKENS if options.quick else TOKENS
+        lengths = options.lengths or (CUDA_LENGTHS[:2] if options.quick else CUDA_LENGTHS)
+        mix = MIX * max(tokens // sum(MIX), 1)
+        for dtype in dtypes(options):
+            if dtype == torch.float32 and on_gpu and not options.dtypes:
+                continue
+            for length in lengths:
+                same = [length] * max(tokens // length, 1)
+                for causal in (False, True) if length >= 512 else (False,):
+                    backend_rows(same, causal, 0.0, dtype, options.seconds)
+            for causal, dropout in ((False, 0.0), (False, 0.1), (True, 0.1)):
+                backend_rows(mix, causal, dropout, dtype, options.seconds)
+        return
     print(
         f"{'dtype':9s}{'shape':21s}ms:  packed    ours    sdpa explicit | "
         "better peer: to packed   to ours | packed"
     )
-    for dtype in (getattr(torch, name) for name in arguments.dtype):
+    for dtype in dtypes(options):
         top = ceiling(dtype)
-        for length in arguments.lengths:
+        for length in options.lengths or ([8] if options.quick else [8, 16, 32, 64, 128, 2048]):
             batch = 32 if length < 1024 else 4
             faces = contenders(batch, length, dtype)
             shape, pairs = f"{batch}x{HEADS}x{length}x{HEAD_DIM}", batch * length * length
-            line = row(shape, faces, pairs, dtype, top, arguments.seconds)
-            if arguments.memory:
+            line = row(shape, faces, pairs, dtype, top, options.seconds)
+            if options.memory:
                 megabytes = {k: peak_megabytes(k, batch, length, dtype) for k in faces}
                 line += "  MB " + " ".join(f"{k} {v:.0f}" for k, v in megabytes.items())
             print(line, flush=True)
@@ -184,7 +310,7 @@ def main() -> None:
             shape = "mix" + (" causal" if causal else "") + (" dropout" if dropout else "")
             pairs = sum(n * (n + 1) // 2 if causal else n * n for n in MIX)
             faces = mixed(dtype, causal, dropout)
-            print(row(shape, faces, pairs, dtype, top, arguments.seconds), flush=True)
+            print(row(shape, faces, pairs, dtype, top, options.seconds), flush=True)
 
 
 if __name__ == "__main__":

@@ -66,5 +66,7 @@ with torch.no_grad():
     times = median_seconds({"ours": lambda: norm(x, weight), "copy": copier(64)}, options.seconds)
 print_row("overhead of a call: norm 1x8", times, 64)
 x.requires_grad_()
-times = median_seconds({"ours": lambda: residual_norm(x, x, weight), "copy": copier(64)})
+times = median_seconds(
+    {"ours": lambda: residual_norm(x, x, weight), "copy": copier(64)}, options.seconds
+)
 print_row("overhead of a call: residual_norm, recording", times, 64)

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from statistics import median
-from typing import TypeVar
+from typing import Any
 
 import torch
+from processes import append_json, say
 
 from transformer_ext.training.environment import keep_freed_memory
 
-Shapes = TypeVar("Shapes")
+Shape = tuple[int, ...]
 
 # A turn lasts at least so long, so that the clock and the caches of the one before do not count.
 _TURN = 0.5e-3
-# So many calls are one CUDA graph: launched one by one from Python, a small kernel would be measured
-# by how long its launch takes.
+# At most so many calls, and about so long, are one CUDA graph: launched one by one from Python, a
+# small kernel would be measured by how long its launch takes.
 _GRAPHED = 20
+_GRAPH_SECONDS = 2e-3
+# Numbers in shapes with --quick.
+_QUICK_SIZE = 96
+
+_least_turns = 5
+_save: Path | None = None
 
 
 def median_seconds(
@@ -27,60 +36,64 @@ def median_seconds(
     """The median time of a call of each function.
 
     They take turns, so that a busy moment hits all alike. A turn is one call that is not counted,
-    which brings back to the caches what fits there, and calls for about half a millisecond. On a GPU
-    the calls are replayed as a CUDA graph, and what fits stays in its cache.
+    which brings back to the caches what fits there, and calls for at least half a millisecond. On a
+    GPU the calls are replayed as a CUDA graph and timed by its events, and what fits stays in its
+    cache.
 
     Args:
         functions: by name.
         seconds: about how long to measure, all together.
     """
-
     on_gpu = torch.get_default_device().type == "cuda"
-    if on_gpu:
-        seconds_of = median_seconds_of_graphs(functions, seconds)
-        return {name: time / _GRAPHED for name, time in seconds_of.items()}
-    return _median_seconds(functions, seconds, lambda: None)
+    make = _turn_on_gpu if on_gpu else _turn_on_cpu
+    turns = {name: make(name, function) for name, function in functions.items()}
+    times: dict[str, list[float]] = {name: [] for name in turns}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(next(iter(times.values()))) < _least_turns:
+        for name, turn in turns.items():
+            times[name].append(turn())
+    return {name: median(values) for name, values in times.items()}
 
 
-def median_seconds_of_graphs(
-    functions: Mapping[str, Callable[[], object]], seconds: float
-) -> dict[str, float]:
-    """The median time of ``_GRAPHED`` calls of each function, as a CUDA graph."""
-    replays = {}
-    for name, function in functions.items():
-        for _ in range(3):
-            function()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-            for _ in range(_GRAPHED):
-                function()
-        replays[name] = graph.replay
-    return _median_seconds(replays, seconds, torch.cuda.synchronize)
-
-
-def _median_seconds(
-    functions: Mapping[str, Callable[[], object]], seconds: float, finish: Callable[[], None]
-) -> dict[str, float]:
-    def turn(function: Callable[[], object], calls: int) -> float:
+def _turn_on_cpu(name: str, function: Callable[[], object]) -> Callable[[], float]:
+    def turn(calls: int) -> float:
         function()
-        finish()
         start = time.perf_counter()
         for _ in range(calls):
             function()
-        finish()
         return (time.perf_counter() - start) / calls
 
-    calls = {
-        name: max(1, round(_TURN / max(turn(function, 3), 1e-7)))
-        for name, function in functions.items()
-    }
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
-        for name, function in functions.items():
-            times[name].append(turn(function, calls[name]))
-    return {name: median(values) for name, values in times.items()}
+    calls = max(1, round(_TURN / max(turn(3), 1e-7)))
+    return lambda: turn(calls)
+
+
+def _turn_on_gpu(name: str, function: Callable[[], object]) -> Callable[[], float]:
+    def turn(run: Callable[[], object], calls: int) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # The first call is under way when the start is queued: no launch is waited for.
+        run()
+        start.record()
+        for _ in range(calls):
+            run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3 / calls
+
+    for _ in range(3):
+        function()
+    calls = max(1, min(_GRAPHED, round(_GRAPH_SECONDS / max(turn(function, 3), 1e-7))))
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            for _ in range(calls):
+                function()
+    except RuntimeError as error:
+        # Some of torch's own ops wait for the device.
+        say(f"{name}: not recorded as a CUDA graph: {str(error).splitlines()[0]}")
+        torch.cuda.synchronize()
+        return lambda: turn(function, calls)
+    replays = max(1, round(_TURN / max(turn(graph.replay, 3), 1e-7)))
+    return lambda: turn(graph.replay, replays) / calls
 
 
 def copier(size: int, dtype: torch.dtype = torch.float32) -> Callable[[], object]:
@@ -93,8 +106,12 @@ def copier(size: int, dtype: torch.dtype = torch.float32) -> Callable[[], object
     return lambda: target.copy_(source)
 
 
-def arguments(description: str | None) -> argparse.Namespace:
+def arguments(description: str | None, **more: Mapping[str, Any]) -> argparse.Namespace:
     """The options that all benchmarks of kernels have; sets threads, device and allocator.
+
+    Args:
+        description: of the program.
+        more: options of this program, by name: what ``add_argument`` is given.
 
     The allocator keeps freed pages, as it does in ``train``, for all competitors alike: otherwise
     page faults are most of what is measured on tensors above 32 MiB. Tensors made from now on are
@@ -106,7 +123,24 @@ def arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each row of the table")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=("float32", "bfloat16", "float16"), help="these alone"
+    )
+    parser.add_argument("--save", type=Path, help="add a JSON line for each row to this file")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run at all?")
+    for name, settings in more.items():
+        parser.add_argument(f"--{name}", **settings)
     options = parser.parse_args()
+    set_up(parser, options)
+    return options
+
+
+def set_up(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """What :func:`arguments` does beside reading them."""
+    global _least_turns, _save
+    _save = options.save
+    if options.quick:
+        options.seconds, _least_turns = 0.0, 1
     torch.set_num_threads(options.threads)
     keep_freed_memory()
     device = torch.device(options.device)
@@ -116,18 +150,29 @@ def arguments(description: str | None) -> argparse.Namespace:
         torch.cuda.set_device(device)
         torch.cuda.set_stream(torch.cuda.Stream())
     torch.set_default_device(device)
-    return options
 
 
 def dtypes(options: argparse.Namespace) -> tuple[torch.dtype, ...]:
-    """Those that the compiled kernels take on the device."""
-    both = (torch.float32, torch.bfloat16)
-    return both if torch.device(options.device).type == "cpu" else (*both, torch.float16)
+    """Those that the compiled kernels take on the device, or that were asked for."""
+    names = ["float32", "bfloat16"]
+    if torch.device(options.device).type != "cpu":
+        names.append("float16")
+    return tuple(getattr(torch, name) for name in options.dtypes or names)
 
 
-def by_device(options: argparse.Namespace, cpu: Shapes, cuda: Shapes) -> Shapes:
-    """The shapes for the device."""
-    return cpu if torch.device(options.device).type == "cpu" else cuda
+def by_device(
+    options: argparse.Namespace, cpu: Sequence[Shape], cuda: Sequence[Shape]
+) -> Sequence[Shape]:
+    """The shapes for the device; with --quick one, and small."""
+    shapes = cpu if torch.device(options.device).type == "cpu" else cuda
+    if options.quick:
+        return [tuple(min(number, _QUICK_SIZE) for number in shapes[-1])]
+    return shapes
+
+
+def save_row(**facts: Any) -> None:
+    """Adds a line to the file of ``--save``, if there is one."""
+    append_json(_save, {"benchmark": Path(sys.argv[0]).stem, **facts})
 
 
 def print_row(name: str, times: Mapping[str, float], size: int) -> None:
@@ -149,3 +194,4 @@ def print_row(name: str, times: Mapping[str, float], size: int) -> None:
         f"{times['copy'] / ours:4.0%} of copy   {peers}",
         flush=True,
     )
+    save_row(case=name, seconds=dict(times), bytes=size)

@@ -6,6 +6,7 @@ by ``--list``; ``--peers`` chooses groups of them, ``--only`` single ones.
 
     python benchmarks/training.py --preset small --max-tokens 2048
     python benchmarks/training.py --preset base --max-tokens 4096 --keep-freed-memory
+    python benchmarks/training.py --preset base --max-tokens 25000 --device cuda --peers eager marian compile
 
 Every competitor lives in a process of its own, and on each batch all take turns; ratios are medians
 over the batches of the ratio on one batch, so that a slow moment of the machine hits both sides.
@@ -13,6 +14,9 @@ over the batches of the ratio on one batch, so that a slow moment of the machine
 timed batch has been trained on once before: what libraries and compilers make for a shape is there.
 Ours makes nothing for a shape; in a real training the peers' padded shapes are mostly new, so they
 are a little better here than there.
+
+On a GPU all take turns on passes over the batches, within which nobody waits for the device; three
+passes warm up (ours records its CUDA graphs), and memory is what torch had allocated there at most.
 
 - malloc: without ``--keep-freed-memory`` each runs as its users run it: ours with the malloc
   settings that our train command makes, the peers with those of the system. With it all have ours.
@@ -56,26 +60,41 @@ from transformer_ext.data.preparation import prepare_data
 from transformer_ext.training.environment import keep_freed_memory
 
 VOCABULARIES = {"tiny": 8000, "small": 8000, "base": 32000, "big": 32000}
+#: On a GPU: the vocabulary of the paper.
+CUDA_VOCABULARIES = {**VOCABULARIES, "base": 37000, "big": 37000}
+#: Passes over all batches on a GPU before they are timed.
+WARM_UP_PASSES = 3
 ANCHOR = "ours-bfloat16"
 #: Bytes that must stay free for another competitor to be started beside those that run.
 RESERVE = 1 << 30
 
 
-def trainer(key: str, task: Task, threads: int, keep: bool) -> Callable[[int], Any]:
-    """In the competitor's process: trains on the batch of a number, gives the figures."""
+def trainer(key: str, task: Task, threads: int, keep: bool) -> Callable[[list[int]], Any]:
+    """In the competitor's process: trains on the batches of these numbers, gives the figures."""
     if keep:
         keep_freed_memory()
     torch.set_num_threads(threads)
     competitor = COMPETITORS[key]
     competitor.load()
     before = memory_of_process("VmRSS")
+    on_gpu = torch.device(task.device).type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(torch.device(task.device))
     step = competitor.make(task)
 
-    def train(index: int) -> tuple[float, float | None, int]:
+    def train(indices: list[int]) -> tuple[float, float | None, int]:
+        if on_gpu:
+            torch.cuda.synchronize()
         start = time.perf_counter()
-        loss = step(index)
+        losses = [step(index) for index in indices]
+        if on_gpu:
+            torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-        return seconds, loss, memory_of_process("VmHWM") - before
+        known = [loss.item() for loss in losses if loss is not None]
+        memory = (
+            torch.cuda.max_memory_allocated() if on_gpu else memory_of_process("VmHWM") - before
+        )
+        return seconds, statistics.fmean(known) if known else None, memory
 
     return train
 
@@ -90,15 +109,17 @@ class Runner:
         self.losses: dict[int, float] = {}
         self.memory = 0
         self.warm_up = 0.0
+        self._units = units(task)
         start = time.perf_counter()
         self._worker = Worker(trainer, key, task, options.threads, keep)
-        for index in range(len(task.batches)):
-            self.step(index, timed=False)
+        for _ in range(1 if task.device == "cpu" else WARM_UP_PASSES):
+            for index in range(len(self._units)):
+                self.step(index, timed=False)
         self.warm_up = time.perf_counter() - start
 
     def step(self, index: int, timed: bool = True) -> None:
-        """Trains on a batch, and keeps time, loss and memory."""
-        seconds, loss, memory = self._worker.ask(index)
+        """Trains on a unit, and keeps time, loss and memory."""
+        seconds, loss, memory = self._worker.ask(self._units[index])
         if timed:
             self.seconds.setdefault(index, []).append(seconds)
         if loss is not None:
@@ -117,9 +138,16 @@ class Runner:
         }
 
 
+def units(task: Task) -> list[list[int]]:
+    """Numbers of the batches that are timed together: one on a CPU, all on a GPU."""
+    numbers = list(range(len(task.batches)))
+    return [[number] for number in numbers] if task.device == "cpu" else [numbers]
+
+
 def make_task(options: argparse.Namespace) -> Task:
     """The first batches of the shipped text, as the trainer would draw them."""
-    vocabulary = VOCABULARIES[options.preset]
+    sizes = VOCABULARIES if options.device == "cpu" else CUDA_VOCABULARIES
+    vocabulary = sizes[options.preset]
     # The text is too small for 32,000 pieces. Ids of 8,000 pieces are valid ids of a larger
     # vocabulary, and the work does not depend on which ids they are.
     train = prepare_data(DataConfig(vocab_size=8000), print).train
@@ -130,7 +158,17 @@ def make_task(options: argparse.Namespace) -> Task:
         vocabulary,
         options.norm_first,
         [[train.example(int(number)) for number in batch] for batch in batches],
+        options.device,
     )
+
+
+def room_for_another(runners: list[Runner], device: str) -> bool:
+    """Whether the largest so far would fit once more."""
+    largest = max(runner.memory for runner in runners)
+    if device == "cpu":
+        return free_memory() >= largest + RESERVE
+    # torch holds more than what it has allocated.
+    return torch.cuda.mem_get_info(device)[0] >= 1.3 * largest + RESERVE
 
 
 def measure(
@@ -147,19 +185,18 @@ def measure(
             if waiting[0] == ANCHOR:
                 waiting.pop(0)
             while waiting:
-                if len(runners) > 1:
-                    largest = max(runner.memory for runner in runners)
-                    if free_memory() < largest + RESERVE:
-                        break
+                if len(runners) > 1 and not room_for_another(runners, options.device):
+                    break
                 key = waiting.pop(0)
                 say(f"... {COMPETITORS[key].title}")
                 try:
                     runners.append(Runner(key, task, options))
                 except WorkerError as error:
                     say(f"{COMPETITORS[key].title}: {error}")
-            for index in range(len(task.batches)):
+            count = len(units(task))
+            for turn in range(count if options.device == "cpu" else options.rounds):
                 for runner in runners:
-                    runner.step(index)
+                    runner.step(turn % count)
                 if options.max_seconds and time.perf_counter() - began > options.max_seconds:
                     stopped = True
                     break
@@ -252,6 +289,8 @@ def main() -> None:
     )
     parser.add_argument("--preset", choices=list(VOCABULARIES), default="small")
     parser.add_argument("--max-tokens", type=int, default=2048, help="target tokens a batch")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--rounds", type=int, default=5, help="timed passes on a GPU")
     parser.add_argument(
         "--batches", type=int, default=5, help="batches; all warm up on them, then they are timed"
     )
@@ -283,6 +322,8 @@ def main() -> None:
         show(read_json_lines(options.show), options.markdown)
         return
 
+    if options.device != "cpu" and not torch.cuda.is_available():
+        parser.error(f"--device: got {options.device}, but torch finds no GPU")
     keys = options.only or [k for k, c in COMPETITORS.items() if c.group in options.peers]
     for key in list(keys):
         if not COMPETITORS[key].installed:
@@ -292,10 +333,12 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     task = make_task(options)
     malloc = "freed memory kept by all" if options.keep_freed_memory else "malloc as users have it"
+    where = f"{malloc}; {options.threads} threads, {machine()}"
+    if options.device != "cpu":
+        where = torch.cuda.get_device_name(options.device)
     setting = (
         f"{options.preset}, {options.max_tokens:,} target tokens a batch"
-        f"{', pre-norm' if options.norm_first else ''}, {malloc}; {options.threads} threads, "
-        f"{machine()}, torch {torch.__version__}"
+        f"{', pre-norm' if options.norm_first else ''}, {where}, torch {torch.__version__}"
     )
     runs = []
     for results in measure(keys, task, options):
@@ -305,7 +348,7 @@ def main() -> None:
         runs.append(
             {
                 "setting": setting,
-                "target_tokens": [task.target_tokens(i) for i in range(len(task.batches))],
+                "target_tokens": [sum(map(task.target_tokens, unit)) for unit in units(task)],
                 "results": results,
             }
         )

@@ -2,7 +2,8 @@
 
 All begin from the same weights, those of an ``nn.Transformer`` made from a fixed seed. They get the
 same sentence pairs and make their batches from them within the time measured: ours without padding,
-the peers padded to the longest sentence, as is usual with each.
+the peers padded to the longest sentence, as is usual with each. On a GPU the peers' batches lie there
+before, so that no time of theirs is that of a loop in Python.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ BUCKET = 16
 
 #: Source ids (the end included) and target ids (neither start nor end) of a sentence pair.
 Pair = tuple[np.ndarray, np.ndarray]
-#: Trains on the batch of this number; the loss a token before the update, None where there is none.
-TrainStep = Callable[[int], float | None]
+#: Trains on the batch of this number; gives the loss a token before the update, None where there is
+#: none. It does not wait for a GPU.
+TrainStep = Callable[[int], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,14 @@ class Task:
         vocabulary: rows of the one embedding.
         norm_first: pre-norm; Marian has post-norm only and keeps it.
         batches: the sentence pairs of each batch.
+        device: where they train.
     """
 
     preset: str
     vocabulary: int
     norm_first: bool
     batches: Sequence[Sequence[Pair]]
+    device: str = "cpu"
 
     @property
     def config(self) -> TransformerConfig:
@@ -152,7 +156,7 @@ def ours(task: Task, precision: str) -> TrainStep:
     with torch.no_grad():
         model.source_embedding.weight.copy_(embedding)
     del stacks, embedding
-    model.set_precision(precision)
+    model.set_precision(precision).to(task.device)
     pairs = [pair for batch in task.batches for pair in batch]
     sentences: Any = _Sentences(pairs)
     stream = BatchStream(
@@ -173,13 +177,14 @@ def ours(task: Task, precision: str) -> TrainStep:
         Schedule("constant", LEARNING_RATE, 0, 1 << 30),
         Plan(1 << 30, label_smoothing=LABEL_SMOOTHING),
     )
-    losses: list[Tensor] = []
-    trainer.losses.register_forward_hook(lambda *call: losses.append(call[2][0].detach()))
+    # Of the losses, of the negative log-likelihoods, of the tokens.
+    sums = trainer._sums
 
-    def step(index: int) -> float:
+    def step(index: int) -> Tensor:
         stream.seek(Position(0, index))
+        sums.zero_()
         trainer.train_step()
-        return losses.pop().item()
+        return sums[0] / sums[2]
 
     return step
 
@@ -200,7 +205,7 @@ class NNTransformer(nn.Module):
         return self.dropout(self.embedding(ids) * self.scale + self.positions[: ids.shape[1]])
 
     def forward(self, source: Tensor, target: Tensor, labels: Tensor) -> Tensor:
-        causal = nn.Transformer.generate_square_subsequent_mask(target.shape[1])
+        causal = nn.Transformer.generate_square_subsequent_mask(target.shape[1], source.device)
         padding = source == PAD
         hidden = self.transformer(
             self._embed(source),
@@ -283,7 +288,8 @@ def peer(
     task: Task, kind: type[nn.Module], autocast: bool, fused: bool, compiled: str = ""
 ) -> TrainStep:
     """A PyTorch loop around a model; ``compiled`` is "", "dynamic" or "static"."""
-    module = kind(task.config).train()
+    device = torch.device(task.device)
+    module = kind(task.config).to(device).train()
     optimizer = torch.optim.Adam(
         [p for p in module.parameters() if p.requires_grad],
         lr=LEARNING_RATE,
@@ -297,14 +303,21 @@ def peer(
         torch._dynamo.config.recompile_limit = 256
         model = torch.compile(module, dynamic=compiled == "dynamic")
 
-    def step(index: int) -> float:
-        batch = task.padded(index, static=compiled == "static")
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    on_device: dict[int, list[Tensor]] = {}
+
+    def step(index: int) -> Tensor:
+        batch = on_device.get(index)
+        if batch is None:
+            padded = task.padded(index, static=compiled == "static")
+            batch = [tensor.to(device) for tensor in padded]
+            if device.type != "cpu":
+                on_device[index] = batch
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             loss = model(*batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        return loss.detach()
 
     return step
 
@@ -338,12 +351,13 @@ def gemm_only(task: Task, dtype: torch.dtype) -> TrainStep:
 
     most = [max(sizes) for sizes in zip(*map(rows, range(len(task.batches))), strict=True)]
     largest = shapes(most[0], most[1])
-    weights = [torch.randn(out, width).to(dtype) for _, width, out in largest]
+    device = task.device
+    weights = [torch.randn(out, width, device=device).to(dtype) for _, width, out in largest]
     grad_weights = [torch.empty_like(weight) for weight in weights]
     wide = max(count * width for count, width, _ in largest)
     long = max(count * out for count, _, out in largest)
-    x, grad_x = torch.randn(wide).to(dtype), torch.empty(wide, dtype=dtype)
-    y, grad_y = torch.empty(long, dtype=dtype), torch.randn(long).to(dtype)
+    x, grad_y = (torch.randn(size, device=device).to(dtype) for size in (wide, long))
+    y, grad_x = torch.empty_like(grad_y), torch.empty_like(x)
 
     def step(index: int) -> None:
         products = shapes(*rows(index))
