@@ -45,6 +45,7 @@ set(compiled_targets _ops _C)
 include(cmake/cuda.cmake)
 if(TRANSFORMER_EXT_WITH_CUDA)
   file(GLOB device_sources CONFIGURE_DEPENDS csrc/*/*_cuda.cu)
+  list(FILTER device_sources EXCLUDE REGEX "/csrc/testing/")
   file(GLOB sources CONFIGURE_DEPENDS csrc/*/*_op_cuda.cpp)
   # Kernels see neither torch nor its headers: a unit of torch headers takes nvcc half a minute.
   # nvcc 13 compiles C++20, but CMake 3.25 does not know that it does.

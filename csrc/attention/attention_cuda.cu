@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "attention/attention_cuda.h"
-#include "common/cuda.cuh"
+#include "attention/attention_cuda.cuh"
+#include "attention/attention_tensor_cuda.h"
 
 namespace transformer_ext {
 namespace {
@@ -16,7 +16,6 @@ constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarp;
 constexpr int kEach = 4;
 constexpr int kRows = kWarps * kEach;
-constexpr float kLog2e = 1.4426950408889634f;
 
 // What the kernels are told besides the problem.
 struct Plan {
@@ -24,42 +23,6 @@ struct Plan {
   int padded;    // head_dim, rounded up to 4
   bool vectors;  // whether four neighbouring elements can be read at once
 };
-
-// Where a sequence lies. In a packed batch `query_row` and `key_row` count rows of the batch.
-struct Sequence {
-  int64_t query_row = 0;
-  int64_t key_row = 0;
-  int queries = 0;
-  int keys = 0;
-};
-
-__device__ inline int64_t clamped(int64_t x, int64_t least, int64_t most) {
-  return x < least ? least : x > most ? most : x;
-}
-
-__device__ inline Sequence sequence_of(const AttentionArgs& a, int64_t b) {
-  Sequence s;
-  if (a.cu_seqlens_q != nullptr) {
-    s.query_row = clamped(a.cu_seqlens_q[b], 0, a.query_length);
-    s.key_row = clamped(a.cu_seqlens_k[b], 0, a.key_length);
-    s.queries =
-        static_cast<int>(clamped(a.cu_seqlens_q[b + 1], s.query_row, a.query_length) - s.query_row);
-    s.keys = static_cast<int>(clamped(a.cu_seqlens_k[b + 1], s.key_row, a.key_length) - s.key_row);
-  } else {
-    s.queries = static_cast<int>(a.query_length);
-    s.keys = static_cast<int>(
-        a.key_lengths == nullptr ? a.key_length : clamped(a.key_lengths[b], 0, a.key_length));
-  }
-  return s;
-}
-
-// The head_dim elements of a token's head; batch strides are not used in a packed batch.
-template <class T>
-__device__ inline T* row_of(const AttentionTensor& x, bool packed, int64_t b, int64_t token,
-                            int64_t head) {
-  return static_cast<T*>(x.data) + (packed ? 0 : b * x.batch_stride) + token * x.token_stride +
-         head * x.head_stride;
-}
 
 // Score times log2(e), and whether query i may attend to key j at all: -infinity where not.
 __device__ inline float masked_score(const AttentionArgs& a, float product, int64_t b, int64_t h,
@@ -191,18 +154,6 @@ __device__ inline void store_row(const float (&x)[kChunks], float factor, int he
   }
 }
 
-// Which of columns 8 block .. 8 block + 7 dropout keeps, as bits.
-__device__ inline unsigned kept_bits(const Dropout& dropout, int64_t row, int block) {
-  const PhiloxWords words =
-      dropout_words(dropout, static_cast<uint32_t>(row), static_cast<uint32_t>(block));
-  unsigned bits = 0;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    bits |= (dropout_value(words, i) >= dropout.threshold ? 1u : 0u) << i;
-  }
-  return bits;
-}
-
 // Of kEach query rows against the 32 keys from `first_key` on: bit r of the lane's result says
 // whether its key is kept in row r. One lane in two makes eight bits of a row, all share them.
 __device__ inline unsigned kept_of_rows(const Dropout& dropout, int64_t first_token, int64_t heads,
@@ -221,36 +172,6 @@ __device__ inline unsigned kept_of_rows(const Dropout& dropout, int64_t first_to
   return kept;
 }
 
-// The place of a block's work: a tile of kRows rows of a head of a sequence.
-struct Place {
-  int tile;
-  int64_t head;
-  int64_t b;
-};
-
-__device__ inline Place place_of(const Plan& plan, int64_t heads) {
-  const unsigned rest = blockIdx.x / static_cast<unsigned>(plan.tiles);
-  return {static_cast<int>(blockIdx.x % static_cast<unsigned>(plan.tiles)),
-          static_cast<int64_t>(rest % static_cast<unsigned>(heads)),
-          static_cast<int64_t>(rest / static_cast<unsigned>(heads))};
-}
-
-// Where the statistics of a query row are; the inverse sums are `statistics_half` further.
-__device__ inline int64_t statistics_index(const AttentionArgs& a, const Sequence& s, int64_t b,
-                                           int64_t head, int64_t query) {
-  return a.cu_seqlens_q != nullptr ? head * a.query_length + s.query_row + query
-                                   : (b * a.heads + head) * a.query_length + query;
-}
-__device__ inline int64_t statistics_half(const AttentionArgs& a) {
-  return (a.cu_seqlens_q != nullptr ? 1 : a.batch) * a.heads * a.query_length;
-}
-
-// Of a query, in the numbering of dropout.
-__device__ inline int64_t token_of(const AttentionArgs& a, const Sequence& s, int64_t b,
-                                   int64_t query) {
-  return a.cu_seqlens_q != nullptr ? s.query_row + query : b * a.query_length + query;
-}
-
 // Shared memory, in floats. A lane reads its own row by float4: rows a multiple of 4 but not of 32
 // floats apart would still meet in a bank, hence 4 more.
 __host__ __device__ inline int row_stride(int padded) { return padded + 4; }
@@ -266,7 +187,7 @@ __global__ void __launch_bounds__(kThreads)
   float* const values = keys + kWarp * stride;
   float* const all_weights = values + kWarp * stride;
 
-  const Place place = place_of(plan, a.heads);
+  const Place place = place_of(plan.tiles, a.heads);
   const Sequence s = sequence_of(a, place.b);
   const int first = place.tile * kRows;
   if (first >= s.queries) return;
@@ -357,7 +278,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   float* const values = keys + kWarp * stride;
   float* const all_factors = values + kWarp * stride;
 
-  const Place place = place_of(plan, a.heads);
+  const Place place = place_of(plan.tiles, a.heads);
   const Sequence s = sequence_of(a, place.b);
   const int first = place.tile * kRows;
   if (first >= s.queries) return;
@@ -455,7 +376,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   float* const grads = queries + kWarp * stride;
   float* const all_factors = grads + kWarp * stride;
 
-  const Place place = place_of(plan, a.kv_heads);
+  const Place place = place_of(plan.tiles, a.kv_heads);
   const Sequence s = sequence_of(a, place.b);
   const bool packed = a.cu_seqlens_q != nullptr;
   const int first = place.tile * kRows;
@@ -539,28 +460,6 @@ __global__ void __launch_bounds__(kThreads, 2)
     store_row(grad_value[r], 1.0f, head_dim,
               row_of<T>(a.grad_value, packed, place.b, token, kv_head));
   }
-}
-
-// 0 into the rows behind the last sequence; a warp for each row.
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    zero_slack_kernel(AttentionTensor x, const int32_t* end, int64_t rows, int64_t heads,
-                      int64_t head_dim) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-  if (row >= rows || row < *end) return;
-  for (int64_t i = threadIdx.x % kWarp; i < heads * head_dim; i += kWarp) {
-    const int64_t head = i / head_dim;
-    static_cast<T*>(x.data)[row * x.token_stride + head * x.head_stride + (i - head * head_dim)] =
-        from_float<T>(0.0f);
-  }
-}
-
-template <class T>
-void zero_slack(const AttentionTensor& x, const int32_t* ends, int64_t batch, int64_t rows,
-                int64_t heads, int64_t head_dim, cudaStream_t stream) {
-  if (ends == nullptr || rows == 0) return;
-  launch(zero_slack_kernel<T>, static_cast<unsigned>((rows + kWarps - 1) / kWarps), kThreads, 0,
-         stream, x, ends + batch, rows, heads, head_dim);
 }
 
 bool aligned(const AttentionTensor& x, uintptr_t bytes) {
@@ -651,6 +550,9 @@ const char* by_type(FloatType type, int64_t head_dim, F&& run) {
 
 const char* attention_forward_cuda(const AttentionArgs& a, FloatType type,
                                    const CudaDropout& dropout, void* stream) {
+  if (attention_forward_has_tensor_cores(a, type)) {
+    return attention_forward_tensor_cuda(a, type, dropout, stream);
+  }
   return by_type(type, a.head_dim, [&](auto element, auto chunks) {
     return forward<typename decltype(element)::type, decltype(chunks)::value>(
         a, dropout, static_cast<cudaStream_t>(stream));

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 
 #include "testing/cuda_test.h"
 
@@ -17,6 +18,7 @@ struct Shape {
   double dropout_p = 0.0;
   bool padded = false;  // key_lengths, a mask and a bias; else packed
   int64_t offset = 0;   // of all tensors from an address that vectors could be read from
+  bool masked = true;   // padded: the mask and the bias too
 };
 
 std::ostream& operator<<(std::ostream& out, const Shape& s) {
@@ -76,8 +78,10 @@ struct Problem {
     for (size_t b = 0; b < batch; ++b) {
       std::fill_n(mask.begin() + int64_t(b) * queries * keys, keys, uint8_t{0});
       const int64_t row = shape.heads * shape.head_dim;
-      std::fill_n(query.begin() + int64_t(b) * queries * row, row, kNan);
-      std::fill_n(grad_out.begin() + int64_t(b) * queries * row, row, kNan);
+      if (shape.masked || shape.key_lengths[b] == 0) {
+        std::fill_n(query.begin() + int64_t(b) * queries * row, row, kNan);
+        std::fill_n(grad_out.begin() + int64_t(b) * queries * row, row, kNan);
+      }
       const int64_t key_row = shape.kv_heads * shape.head_dim;
       for (int64_t j = shape.key_lengths[b]; j < keys; ++j) {
         std::fill_n(key.begin() + (int64_t(b) * keys + j) * key_row, key_row, kNan);
@@ -118,8 +122,8 @@ struct Problem {
     a.scale = float(1.0 / std::sqrt(double(shape.head_dim)));
     if (shape.padded) {
       a.key_lengths = lengths.data();
-      a.mask = mask.data();
-      a.bias = bias.data();
+      if (shape.masked) a.mask = mask.data();
+      if (shape.masked) a.bias = bias.data();
       const int64_t mask_strides[4] = {queries * keys, 0, keys, 1};
       const int64_t bias_strides[4] = {0, queries * keys, keys, 1};
       std::copy_n(mask_strides, 4, a.mask_strides);
@@ -210,6 +214,30 @@ void compare_all() {
     compare_with_cpu<T>(shape);
   }
 }
+
+// Lengths on both sides of what a warp, a tile and two tiles hold.
+std::vector<Shape> tensor_core_shapes() {
+  return {
+      Shape{{1, 16, 15, 0, 17, 31, 33}, {1, 16, 15, 0, 17, 31, 33}, 2, 2, 64, true, 0.1},
+      Shape{{48, 65, 2}, {49, 63, 0}, 2, 1, 32},
+      Shape{{16, 9}, {128, 130}, 1, 1, 64, false, 0.3},
+      Shape{{128, 1, 130}, {128, 1, 130}, 1, 1, 64, true},
+      Shape{{70}, {200}, 1, 1, 32, true, 0.5},
+      Shape{{20, 33}, {40, 7}, 1, 1, 128, false, 0.2},
+      Shape{{33, 33, 33}, {33, 18, 0}, 4, 2, 32, true, 0.1, true, 0, false},
+  };
+}
+
+template <class T>
+void compare_kinds() {
+  for (const Shape& shape : tensor_core_shapes()) compare_with_cpu<T>(shape);
+  setenv("TRANSFORMER_EXT_CUDA_ATTENTION", "simple", 1);
+  compare_with_cpu<T>(tensor_core_shapes()[0]);
+  unsetenv("TRANSFORMER_EXT_CUDA_ATTENTION");
+}
+
+TEST(AttentionCuda, TensorCoresAgreeWithTheCpu) { compare_kinds<bfloat16>(); }
+TEST(AttentionCuda, TensorCoresAgreeWithTheCpuInFloat16) { compare_kinds<half>(); }
 
 TEST(AttentionCuda, AgreesWithTheCpuInFloat32) { compare_all<float>(); }
 TEST(AttentionCuda, AgreesWithTheCpuInBfloat16) { compare_all<bfloat16>(); }

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <deque>
 #include <map>
 #include <memory>
 #include <numeric>
@@ -111,6 +112,11 @@ struct Fiber {
   void* mine = nullptr;
   Location where;
   char meeting = 0;  // of the warp, in its first lane
+  struct Copy : AsyncCopy {
+    unsigned group;
+  };
+  std::deque<Copy> copies;
+  unsigned groups = 0;  // ended
 };
 
 struct State {
@@ -171,6 +177,7 @@ void fiber_main() {
 #endif
     try {
       (*s.thread)();
+      if (!s.current->copies.empty()) fail("has returned before its copies were there");
     } catch (const Stop&) {
     }
 #if defined(TRANSFORMER_EXT_THREAD_SANITIZER)
@@ -294,6 +301,8 @@ void run_block(std::mt19937& random) {
     f.index = {i % s.threads.x, i / s.threads.x % s.threads.y, i / s.threads.x / s.threads.y};
     f.finished = false;
     f.wait = Wait::none;
+    f.copies.clear();
+    f.groups = 0;
   }
   for (;;) {
     bool left = false;
@@ -381,6 +390,19 @@ void* shared(const void* key, size_t bytes) {
 }
 
 void* dynamic_shared() { return state().dynamic.get(); }
+
+void note_copy(AsyncCopy copy) {
+  Fiber& self = *state().current;
+  self.copies.push_back({copy, self.groups});
+}
+void end_copy_group() { ++state().current->groups; }
+bool next_copy(unsigned pending, AsyncCopy& copy) {
+  Fiber& self = *state().current;
+  if (self.copies.empty() || self.copies.front().group + pending >= self.groups) return false;
+  copy = self.copies.front();
+  self.copies.pop_front();
+  return true;
+}
 
 void fail(const char* text) {
   const State& s = state();

@@ -55,6 +55,17 @@ void sync_threads(Location where);
 using Together = void (*)(void* const* lanes, unsigned mask);
 void warp_together(unsigned mask, const char* what, void* mine, Together all, Location where);
 
+// Copies of this thread that go on by themselves (cp.async), in groups. next_copy() gives one that
+// must be done when all groups but the last `pending` are waited for, if there is one left. What a
+// thread has not waited for when it returns is an error.
+struct AsyncCopy {
+  void* to;
+  const void* from;
+};
+void note_copy(AsyncCopy copy);
+void end_copy_group();
+bool next_copy(unsigned pending, AsyncCopy& copy);
+
 // Ends the launch with this error.
 [[noreturn]] void fail(const char* text);
 

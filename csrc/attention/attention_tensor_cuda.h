@@ -1,0 +1,16 @@
+// Attention on the tensor cores: bfloat16 and float16, heads of 32, 64 and 128, causal or not, with
+// dropout, in packed batches and in padded ones that have key_lengths alone. attention_cuda.cu asks
+// for it; `stream` is a cudaStream_t.
+#pragma once
+
+#include "attention/attention_cuda.h"
+
+namespace transformer_ext {
+
+// TRANSFORMER_EXT_CUDA_ATTENTION=simple in the environment leaves all to the other kernels.
+bool attention_forward_has_tensor_cores(const AttentionArgs& arguments, FloatType type);
+
+const char* attention_forward_tensor_cuda(const AttentionArgs& arguments, FloatType type,
+                                          const CudaDropout& dropout, void* stream);
+
+}  // namespace transformer_ext
