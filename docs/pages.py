@@ -1,7 +1,8 @@
 """Runs the Python code of the documentation.
 
 The ``python`` blocks of a page are one program, run from top to bottom. A ``text`` block right
-behind one of them is what that block prints. It is compared word by word: of numbers with a decimal
+behind one of them is what that block prints; a comment ``# [2, 5]`` behind a name that is assigned is
+the shape of its tensor. What is printed is compared word by word: of numbers with a decimal
 point the last digit may differ by one, as sums have another order on another machine. In a block
 ``text measured`` the numbers are times, or results of a training, which differ from machine to
 machine: those are not compared, only the words around them.
@@ -40,6 +41,7 @@ FOLDER = Path(__file__).resolve().parent
 
 _FENCE = re.compile(r"^```(\w*) *(.*)$")
 _NUMBER = re.compile(r"[-+]?\d(?:[\d,]*\d)?(?:\.\d+)?(?:e[-+]?\d+)?")
+_SHAPE = re.compile(r"^(\w+) = .*# \[(\d+(?:, \d+)*)\]", flags=re.M)
 _PICTURE = re.compile(r"!\[[^\]]*\]\((pictures/[^)\s]+)\)")
 
 
@@ -54,6 +56,7 @@ class Block:
         output_lines: where that stands in the page, as lines from 0: first, and behind the last.
         measured: whether the numbers in it are left out of the comparison.
         printed: what it printed, once it was run.
+        shapes: of what it assigned, the name and shape where a comment says another shape.
     """
 
     line: int
@@ -62,6 +65,7 @@ class Block:
     output_lines: tuple[int, int] = (0, 0)
     measured: bool = False
     printed: str = ""
+    shapes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -142,6 +146,9 @@ def run_page(page: Page, folder: Path) -> None:
             with contextlib.redirect_stdout(printed):
                 exec(code, namespace)
             block.printed = printed.getvalue()
+            for name, shape in _SHAPE.findall(block.code):
+                if (found := list(namespace[name].shape)) != [int(n) for n in shape.split(",")]:
+                    block.shapes.append(f"{name} is {found}, not [{shape}]")
     finally:
         os.chdir(before)
         torch.set_num_threads(threads)
@@ -153,6 +160,7 @@ def differences(page: Page, folder: Path) -> list[str]:
     """What a page that was run in ``folder`` says and does not do, a line for each."""
     found = []
     for block in page.blocks:
+        found += [f"{page.path}:{block.line}: {shape}" for shape in block.shapes]
         if block.output is None:
             if block.printed.strip():
                 found.append(f"{page.path}:{block.line}: prints what the page does not show")
