@@ -40,7 +40,6 @@ from transformer_ext.training.trainer import Plan, Trainer
 PARTS = {
     "waiting for data": ("stream", "__next__"),
     "tensors of a batch": ("losses", "load"),
-    "dropout seed": ("", "_seed_dropout"),
     "skipped steps": ("", "_check_skipped"),
     "log": ("", "report"),
     "agreement on stopping": ("", "_agreed_stop"),

@@ -718,7 +718,9 @@ def _split(tensor: Tensor, name: str, heads: tuple[int, ...]) -> list[Tensor]:
             f"{name}: expected [tokens, {sum(heads)} * head_dim] ({sum(heads)} heads in all), "
             f"got {list(tensor.shape)}"
         )
-    return list(tensor.unflatten(1, (sum(heads), -1)).split(heads, dim=1))
+    whole = tensor.unflatten(1, (sum(heads), -1))
+    # The gradient of a split is a copy, of one into one part too.
+    return [whole] if len(heads) == 1 else list(whole.split(heads, dim=1))
 
 
 def _check_qkv(query: Tensor, key: Tensor, value: Tensor, layout: str) -> None:

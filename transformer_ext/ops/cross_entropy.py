@@ -235,7 +235,8 @@ def _divisor(normalizer: float | Tensor | None, like: Tensor) -> Tensor | None:
                 f"normalizer: expected one element, got shape {list(normalizer.shape)}"
             )
         return normalizer.detach().to(device=like.device, dtype=dtype).reshape(())
-    return torch.tensor(float(normalizer), dtype=dtype, device=like.device)
+    # A fill, not a copy from the host, for which a GPU would be waited for.
+    return torch.full((), float(normalizer), dtype=dtype, device=like.device)
 
 
 def _check_range(targets: Tensor, vocabulary: int) -> None:

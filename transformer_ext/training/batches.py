@@ -13,6 +13,7 @@ order of the epoch and the map of the files, cannot die alone, and do not fork b
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 import zlib
 from collections import deque
@@ -32,6 +33,7 @@ __all__ = [
     "BatchStream",
     "DeviceBatch",
     "EpochSampler",
+    "Layout",
     "Position",
     "Step",
     "recurring_rows",
@@ -67,8 +69,8 @@ class DeviceBatch:
             ``[tokens]`` int64, and where its sentences lie.
         labels: int64, what the states that it returns have to predict: one for each row of the last
             side, or one for each text.
-        target_tokens: Number of labels.
-        sentences: Number of sentence pairs, or of texts.
+        target_tokens: Number of labels; 0 where the tensors are filled anew.
+        sentences: Number of sentence pairs, or of texts; 0 likewise.
     """
 
     inputs: tuple[Tensor | Packed, ...]
@@ -89,34 +91,38 @@ def recurring_rows(rows: int) -> int:
     return -(-rows // quantum) * quantum
 
 
-def to_device(batch: Any, device: torch.device, *, recurring: bool = False) -> DeviceBatch:
+def to_device(
+    batch: Any, device: torch.device, *, recurring: bool = False, longest: int | None = None
+) -> DeviceBatch:
     """Moves a batch of ``transformer_ext.data`` to the device, without waiting for it.
+
+    To a GPU it goes as one copy from pinned memory, in the shapes of :class:`Layout`.
 
     Args:
         batch: numpy arrays as ``collate``, ``collate_text`` or ``collate_labelled`` make them.
         device: where to.
-        recurring: adds rows without effect up to :func:`recurring_rows`.
+        recurring: on a CPU, adds rows without effect up to :func:`recurring_rows`.
+        longest: on a GPU, length of the longest sentence that the model takes; None: there is none.
     """
-    pin = device.type == "cuda"
+    if device.type == "cuda":
+        layout = Layout.of([batch], longest)
+        block = layout.fill(batch, layout.block("cpu", pinned=True))
+        views = layout.views(block.to(device, non_blocking=True))
+        return dataclasses.replace(
+            views, target_tokens=int(batch.target_tokens), sentences=int(batch.sentences)
+        )
 
     def move(values: Any, rows: int, filler: int) -> Tensor:
         tensor = torch.as_tensor(values)
         if rows > len(tensor):
             tensor = functional.pad(tensor, (0, rows - len(tensor)), value=filler)
-        return (tensor.pin_memory() if pin else tensor).to(device, non_blocking=True)
+        return tensor.to(device)
 
-    def packed(lengths: Any, rows: int) -> Packed:
-        lengths = torch.as_tensor(lengths)
-        return Packed.from_lengths(lengths, rows).to(device, non_blocking=True)
-
-    if hasattr(batch, "src_ids"):
-        sides = [(batch.src_ids, batch.src_lengths), (batch.tgt_ids, batch.tgt_lengths)]
-    else:
-        sides = [(batch.ids, batch.lengths)]
     inputs: list[Tensor | Packed] = []
-    for ids, lengths in sides:
+    for ids, lengths in _sides(batch):
         rows = recurring_rows(len(ids)) if recurring else len(ids)
-        inputs += [move(ids, rows, 0), packed(lengths, rows)]
+        packed = Packed.from_lengths(torch.as_tensor(lengths), rows).to(device)
+        inputs += [move(ids, rows, 0), packed]
     labels = len(batch.labels)
     return DeviceBatch(
         inputs=tuple(inputs),
@@ -124,6 +130,135 @@ def to_device(batch: Any, device: torch.device, *, recurring: bool = False) -> D
         target_tokens=int(batch.target_tokens),
         sentences=int(batch.sentences),
     )
+
+
+def _sides(batch: Any) -> list[tuple[Any, Any]]:
+    """Ids and lengths of each side."""
+    if hasattr(batch, "src_ids"):
+        return [(batch.src_ids, batch.src_lengths), (batch.tgt_ids, batch.tgt_lengths)]
+    return [(batch.ids, batch.lengths)]
+
+
+#: Where a tensor begins in a block: 256 bytes, as what torch's allocator gives.
+_ALIGNMENT = 256
+#: A CUDA graph serves batches of one shape. At 25,000 tokens a batch and lengths like those of WMT
+#: these give 30 shapes, at 4,096 tokens 77, for 0.4 % more target rows and 2 to 3 % more source
+#: rows; the empty tiles of attention that a bound on lengths and number of sequences brings end at
+#: once.
+_LEAST_LENGTH, _LEAST_SEQUENCES = 32, 16
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Fixed shapes for a batch, and where its tensors lie in one block of memory.
+
+    What a batch has less is filled up: rows past the last sentence, sentences of no token, rows
+    without a label. None of it has an effect.
+
+    Attributes:
+        rows: Rows of each side.
+        longest: A bound on the sentences of each side.
+        sequences: Number of sentences.
+        labels: Number of labels.
+    """
+
+    rows: tuple[int, ...]
+    longest: tuple[int, ...]
+    sequences: int
+    labels: int
+
+    @staticmethod
+    def of(batches: Sequence[Any], most: int | None = None) -> Layout:
+        """The shapes that hold each of the batches.
+
+        Args:
+            batches: As :func:`to_device` takes them.
+            most: Length of the longest sentence that the model takes; None: there is none.
+        """
+        sides = [_sides(batch) for batch in batches]
+        count = max(len(lengths) for side in sides for _, lengths in side)
+        tokens = [max(len(side[i][0]) for side in sides) for i in range(len(sides[0]))]
+        longest = [
+            max(int(side[i][1].max(initial=1)) for side in sides) for i in range(len(tokens))
+        ]
+        labels = max(len(batch.labels) for batch in batches)
+        if any(len(b.labels) != len(side[-1][0]) for b, side in zip(batches, sides, strict=True)):
+            # One label for each text: an empty one would have no vector.
+            return Layout(tuple(tokens), tuple(longest), count, labels)
+        # The last side is what fills the budget of a batch, so it has nearly the same number of
+        # tokens each time; the others vary, and take coarser steps.
+        rows = [*map(_coarse_rows, tokens[:-1]), recurring_rows(tokens[-1])]
+        bounds = [_power_of_two(length, _LEAST_LENGTH) for length in longest]
+        if most is not None:
+            bounds = [
+                max(length, min(bound, most)) for length, bound in zip(longest, bounds, strict=True)
+            ]
+        sequences = _power_of_two(count, _LEAST_SEQUENCES)
+        return Layout(tuple(rows), tuple(bounds), sequences, rows[-1])
+
+    def block(self, device: torch.device | str, *, pinned: bool = False) -> Tensor:
+        """Memory for a batch; pinned memory is used again when what was copied from it has gone."""
+        return torch.empty(
+            self._places()[-1][2], dtype=torch.uint8, device=device, pin_memory=pinned
+        )
+
+    def _places(self) -> list[tuple[int, int, int]]:
+        """Of each tensor: its first byte, that behind its last, and the first of the next."""
+        places, end = [], 0
+        for rows in self.rows:
+            for size in (8 * rows, 4 * rows, 4 * (self.sequences + 1)):
+                places.append((end, end + size, _next(end + size)))
+                end = places[-1][2]
+        places.append((end, end + 8 * self.labels, _next(end + 8 * self.labels)))
+        return places
+
+    def _tensors(self, block: Tensor) -> list[Tensor]:
+        """For each side ids, positions and cu_seqlens, then the labels."""
+        kinds = [torch.int64, torch.int32, torch.int32] * len(self.rows) + [torch.int64]
+        return [
+            block[begin:end].view(kind)
+            for (begin, end, _), kind in zip(self._places(), kinds, strict=True)
+        ]
+
+    def fill(self, batch: Any, block: Tensor) -> Tensor:
+        """Writes a batch into a block on the host; returns it."""
+        arrays = [tensor.numpy() for tensor in self._tensors(block)]
+        for side, (ids, lengths) in enumerate(_sides(batch)):
+            into, positions, cu_seqlens = arrays[3 * side : 3 * side + 3]
+            tokens, count = len(ids), len(lengths)
+            into[:tokens], into[tokens:] = ids, 0
+            cu_seqlens[0] = 0
+            np.cumsum(lengths, out=cu_seqlens[1 : count + 1])
+            cu_seqlens[count + 1 :] = tokens
+            starts = np.repeat(cu_seqlens[:count], lengths)
+            np.subtract(np.arange(tokens, dtype=np.int32), starts, out=positions[:tokens])
+            positions[tokens:] = 0
+        arrays[-1][: len(batch.labels)] = batch.labels
+        arrays[-1][len(batch.labels) :] = _NO_LABEL
+        return block
+
+    def views(self, block: Tensor) -> DeviceBatch:
+        """The batch that lies in a block; what is in it later is seen, too."""
+        tensors = self._tensors(block)
+        inputs: list[Tensor | Packed] = []
+        for side, longest in enumerate(self.longest):
+            ids, positions, cu_seqlens = tensors[3 * side : 3 * side + 3]
+            inputs += [ids, Packed(cu_seqlens, longest, positions, None)]
+        return DeviceBatch(tuple(inputs), tensors[-1], 0, 0)
+
+
+def _next(end: int) -> int:
+    return -(-end // _ALIGNMENT) * _ALIGNMENT
+
+
+def _coarse_rows(rows: int) -> int:
+    """Rounded up to one of at most 16 numbers between a power of 2 and the next."""
+    quantum = max(16, 1 << max(0, rows.bit_length() - 5))
+    return -(-rows // quantum) * quantum
+
+
+def _power_of_two(number: int, least: int) -> int:
+    return max(least, 1 << max(0, number - 1).bit_length())
 
 
 @dataclass(frozen=True)

@@ -60,10 +60,10 @@ class World:
     @staticmethod
     def join(device: torch.device) -> World:
         """Joins the group that torchrun describes; a world of one without it."""
-        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-            return World(0, 1, device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+            return World(0, 1, device)
         if not dist.is_initialized():
             store, rank, size = next(rendezvous("env://"))
             # torchrun keeps the store when it starts all ranks again: what those before them have

@@ -88,7 +88,8 @@ def choose_precision(
         cpu_features: As ``transformer_ext.info.collect()["cpu"]["features"]`` has them.
 
     Raises:
-        ValueError: An unknown precision, or float16 on a device other than CUDA.
+        ValueError: An unknown precision, float16 on a device other than CUDA, or bfloat16 on a GPU
+            that does not multiply it.
     """
     known = ("auto", "float32", "bfloat16", "float16")
     if wanted not in known:
@@ -98,11 +99,17 @@ def choose_precision(
             f"precision: float16 needs a CUDA GPU, and the device is {device.type}; "
             "use bfloat16 or float32"
         )
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    if wanted == "bfloat16" and device.type == "cuda" and capability < (8, 0):
+        raise ValueError(
+            f"precision: bfloat16 needs a GPU of compute capability 8.0, and {device} has "
+            f"{capability[0]}.{capability[1]}; use float16 or float32"
+        )
     if wanted != "auto":
         return wanted
     features = cpu_features or {}
     if device.type == "cuda":
-        return "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float16"
+        return "bfloat16" if capability >= (8, 0) else "float16"
     if device.type == "cpu" and (features.get("bf16") or features.get("amx_bf16")):
         return "bfloat16"
     return "float32"

@@ -29,6 +29,7 @@ _FREE = {
     *("training.max_steps", "training.max_epochs", "training.max_minutes"),
     *("training.validate_every", "training.early_stop_patience", "training.log_every"),
     *("training.max_skipped_steps", "training.data_workers", "data.cache", "data.prepare_workers"),
+    "training.cuda_graphs",
 }
 _METRIC = "evaluation.validation_metric"
 #: What it may have differently after a warning: the weights will be others, as is then wanted. Threads,

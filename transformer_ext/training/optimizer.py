@@ -2,7 +2,11 @@
 
 torch's fused Adam divides each gradient by a scalar tensor ``grad_scale`` as it reads it and skips
 the step where another, ``found_inf``, is set. Clipping by the global norm is such a division, so it
-costs one read of the gradients (the norm) and no write; nothing here waits for the device.
+costs one read of the gradients (the norm) and, on a CPU, no write; a GPU's kernel writes them back.
+
+All state lies in tensors on the device that are written in place, the learning rate, the number of
+the step and the scale of the loss among it, so a step can be recorded as a CUDA graph, and nothing
+waits for the device.
 """
 
 from __future__ import annotations
@@ -69,7 +73,14 @@ class Optimizer:
         if weight_decay == 0:
             groups = [{"params": self._tensors, "weight_decay": 0.0}]
         kind = torch.optim.AdamW if weight_decay > 0 else torch.optim.Adam
-        self._adam: Any = kind(groups, lr=self._learning_rate, betas=betas, eps=eps, fused=True)
+        self._adam: Any = kind(
+            groups,
+            lr=self._learning_rate,
+            betas=betas,
+            eps=eps,
+            fused=True,
+            capturable=self.device.type == "cuda",
+        )
         self.clip_norm = clip_norm
         self.scale = (
             None if loss_scale is None else torch.tensor(float(loss_scale), device=self.device)
@@ -79,13 +90,23 @@ class Optimizer:
         self.broken = torch.zeros((), device=self.device)
         self.gradient_norm = torch.zeros((), device=self.device)
 
-    def step(self, learning_rate: float) -> None:
+    def clear_gradients(self) -> None:
+        """Forgets the gradients."""
+        self._adam.zero_grad(set_to_none=True)
+
+    def step(self, learning_rate: float | Tensor) -> None:
         """Applies the gradients and clears them; queues work only, never waits for the device.
 
         A step whose gradients hold a NaN or an infinity changes nothing; ``broken`` is then 1, and
         ``skipped`` counts it.
+
+        Args:
+            learning_rate: A number, or a tensor without dimensions on the device.
         """
-        self._learning_rate.fill_(learning_rate)
+        if isinstance(learning_rate, Tensor):
+            self._learning_rate.copy_(learning_rate)
+        else:
+            self._learning_rate.fill_(learning_rate)
         gradients = [p.grad for p in self._tensors if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         broken = (~norm.isfinite()).to(torch.float32)
@@ -97,9 +118,11 @@ class Optimizer:
         self._adam.grad_scale = torch.where(broken > 0, torch.ones_like(divisor), divisor)
         self._adam.found_inf = broken
         self._adam.step()
-        self._adam.zero_grad(set_to_none=True)
-        self.gradient_norm = norm
-        self.broken = broken
+        # What is made while a graph is recorded is the graph's to use again.
+        self._adam.grad_scale = self._adam.found_inf = None
+        self.clear_gradients()
+        self.gradient_norm.copy_(norm)
+        self.broken.copy_(broken)
         self.skipped += broken
         if self.scale is not None:
             self._update_scale(self.scale, broken)
@@ -108,7 +131,7 @@ class Optimizer:
         run = (self._steps_without_overflow + 1) * (1 - broken)
         grow = (run >= _GROWTH_INTERVAL).to(torch.float32)
         scale.mul_(1 - 0.5 * broken).mul_(1 + grow)
-        self._steps_without_overflow = run * (1 - grow)
+        self._steps_without_overflow.copy_(run * (1 - grow))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that the next step depends on, by parameter name.
@@ -160,7 +183,7 @@ class Optimizer:
         self.skipped.copy_(state["skipped"])
         if self.scale is not None and "loss_scale" in state:
             self.scale.copy_(state["loss_scale"])
-            self._steps_without_overflow = state["steps_without_overflow"].to(self.device).clone()
+            self._steps_without_overflow.copy_(state["steps_without_overflow"])
 
 
 #: Our name of each part of the state -> torch's.

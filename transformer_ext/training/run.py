@@ -229,6 +229,10 @@ class Run(ABC):
         training, optimizer = config.training, config.optimizer
         for line in self.describe():
             say(line)
+        if self.machine.device.type == "cuda":
+            reason = self._why_no_graphs()
+            graphs = "CUDA graphs, one for each shape of the batches, recorded at its second step"
+            say(f"step       {graphs if reason is None else f'op by op: {reason}'}")
         say(f"seed       {training.seed}: of weights, order of batches and dropout")
         self._print_disk()
         batch = f"{training.max_tokens:,} {self.batch_unit}"
@@ -263,6 +267,18 @@ class Run(ABC):
                 "the whole training (--max-steps): the learning rate does not reach its peak"
             )
         say()
+
+    def _why_no_graphs(self) -> str | None:
+        """Why steps on a GPU are not recorded and replayed; None: they are."""
+        if not self.config.training.cuda_graphs:
+            return "as asked for (--no-cuda-graphs)"
+        if self.machine.world.size > 1:
+            return "the exchange of gradients between processes is not recorded"
+        if backend() == "reference":
+            return "plain PyTorch, as asked for (TRANSFORMER_EXT_BACKEND)"
+        if self.counted != Run.counted:
+            return "batches with one label for each text have a shape each"
+        return None
 
     # Training -------------------------------------------------------------------------------------
 
@@ -322,6 +338,7 @@ class Run(ABC):
                 keep_best=config.output.keep_best,
                 max_skipped=training.max_skipped_steps,
                 counted=self.counted,
+                cuda_graphs=self._why_no_graphs() is None,
             ),
             world=machine.world,
             validation_batches=self.validation_batches(),
@@ -506,9 +523,11 @@ class Run(ABC):
         for line in self.farewell(model):
             say(line)
 
-    def dry_run(self, steps: int = 20) -> None:
+    def dry_run(self) -> None:
         """Trains some steps and says what the whole training would take."""
         trainer = self.make_trainer(JsonLog(None), None)
+        # The first steps on a GPU record graphs.
+        steps, first = (120, 60) if self.machine.device.type == "cuda" else (20, 5)
         times = []
         for _ in range(steps):
             began = time.monotonic()
@@ -519,7 +538,7 @@ class Run(ABC):
         trainer.stream.close()
         trainer.progress.seconds = sum(times)
         trainer.report()
-        step = sorted(times[steps // 4 :])[len(times[steps // 4 :]) // 2]
+        step = sorted(times[first:])[(steps - first) // 2]
         training = self.config.training
         assert training.validate_every is not None
         began = time.monotonic()

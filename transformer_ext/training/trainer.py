@@ -22,6 +22,7 @@ from transformer_ext.files import write_json
 from transformer_ext.ops.linear import gemm_choices
 from transformer_ext.training.batches import BatchStream, DeviceBatch, Position, Step, to_device
 from transformer_ext.training.checkpoint import Checkpoints
+from transformer_ext.training.device_step import CudaGraphs, DeviceStep
 from transformer_ext.training.distributed import World
 from transformer_ext.training.moving_average import MovingAverage
 from transformer_ext.training.optimizer import Optimizer
@@ -39,8 +40,8 @@ __all__ = [
 ]
 
 #: The first estimate of the time is made from the steps between these two; before, libraries and
-#: memory are being set up.
-_ESTIMATE_FROM, _ESTIMATE_AT = 5, 15
+#: memory are being set up, and on a GPU CUDA graphs recorded.
+_ESTIMATE = {"cpu": (5, 15), "cuda": (60, 110)}
 #: With several ranks, steps between two agreements on whether to stop.
 _STEPS_BETWEEN_AGREEMENTS = 10
 #: Before the names of a checkpoint's weights, where its model directory holds their moving average.
@@ -65,7 +66,14 @@ class LossModule(nn.Module):
     def load(self, batch: Any, device: torch.device) -> DeviceBatch:
         """The batch on the device, with numbers of rows that recur where that pays."""
         dtype = getattr(self.model, "activation_dtype", torch.float32)
-        return to_device(batch, device, recurring=_compiles_shapes(device.type, dtype))
+        recurring = _compiles_shapes(device.type, dtype)
+        return to_device(batch, device, recurring=recurring, longest=self.longest)
+
+    @property
+    def longest(self) -> int | None:
+        """Length of the longest sentence that the model takes; None: there is none."""
+        most: int | None = getattr(getattr(self.model, "config", None), "longest", None)
+        return most
 
     def forward(
         self, batch: DeviceBatch, normalizer: float | Tensor
@@ -172,6 +180,7 @@ class Plan:
             which the training ends with an error.
         counted: What a label is, for the speed in the log: "tok", or "texts" where there is one
             label for each.
+        cuda_graphs: Whether steps on one GPU are recorded and replayed (:class:`DeviceStep`).
     """
 
     max_steps: int
@@ -186,6 +195,7 @@ class Plan:
     keep_best: int = 1
     max_skipped: int = 20
     counted: str = "tok"
+    cuda_graphs: bool = True
 
 
 @dataclass
@@ -365,9 +375,16 @@ class Trainer:
             self._parallel = nn.parallel.DistributedDataParallel(
                 self.losses, gradient_as_bucket_view=True, **_without_buffers()
             )
-        self._rng: Tensor | None = getattr(model, "rng", None)
-        # Of the loss, of the negative log-likelihood, of the tokens.
-        self._sums = torch.zeros(3, device=self.world.device)
+        recorded = plan.cuda_graphs and self.world.device.type == "cuda" and self.world.size == 1
+        self._device_step = DeviceStep(
+            self.losses,
+            self._parallel,
+            optimizer,
+            self.world.device,
+            graphs=CudaGraphs(self.world.device) if recorded else None,
+            tell=lambda text: self.console.print(f"warning: {text}; it runs op by op"),
+        )
+        self._sums = self._device_step.sums
         self._unchecked: list[tuple[int, Step, Tensor]] = []
         self._interval_all_tokens = 0
         self._interval_started = time.monotonic()
@@ -388,31 +405,19 @@ class Trainer:
         if step.partial:
             target_tokens = int(world.sum(target_tokens)[0])
         # DDP averages the gradients of the ranks, where the loss of the whole step is their sum.
-        normalizer: float | Tensor = target_tokens / world.size
-        if self.optimizer.scale is not None:
-            # In float16 the scale belongs inside the loss: its gradients are made there.
-            normalizer = normalizer / self.optimizer.scale
+        normalizer = target_tokens / world.size
         if not self.losses.training:
             self.losses.train()
         if not self._exchanged:
             self._exchange_once(step.batches[0], normalizer)
-        last = len(step.batches) - 1
-        sums = torch.zeros_like(self._sums)
-        for index, (data, microstep) in enumerate(zip(step.batches, step.microsteps, strict=True)):
-            batch = self.losses.load(data, world.device)
-            self._seed_dropout(number, microstep)
-            with self._without_sync() if index < last else nullcontext():
-                loss, nll, _ = self._parallel(batch, normalizer)
-                # An infinite loss can have finite gradients; made NaN, they tell all ranks of it.
-                finite = loss.detach().isfinite()
-                loss.backward(torch.where(finite, 1.0, math.nan).to(loss.dtype))
-            parts = [loss.detach().float() * normalizer, nll.float()]
-            sums += torch.stack([*parts, torch.full_like(parts[0], batch.target_tokens)])
-            self.progress.sentences += batch.sentences
-        self.optimizer.step(self.schedule(number))
-        # A step that the optimizer skipped has no loss to average.
-        self._sums += torch.where(self.optimizer.broken > 0, 0.0, sums)
-        self._unchecked.append((number, step, self.optimizer.broken))
+        self._device_step(
+            step.batches,
+            self.schedule(number),
+            normalizer,
+            [(self.plan.seed, number, microstep) for microstep in step.microsteps],
+        )
+        self.progress.sentences += sum(int(batch.sentences) for batch in step.batches)
+        self._unchecked.append((number, step, self.optimizer.broken.clone()))
         if self.moving_average is not None:
             self.moving_average.update(number)
         self.progress.step = number
@@ -474,7 +479,7 @@ class Trainer:
         write_json(path, {**values, "batches": batches})
         return path
 
-    def _exchange_once(self, data: Any, normalizer: float | Tensor) -> None:
+    def _exchange_once(self, data: Any, normalizer: float) -> None:
         """Exchanges gradients that are not used, where there are more than two ranks.
 
         DDP lays gradients out anew after its first exchange, and in which order the ranks' numbers
@@ -487,16 +492,6 @@ class Trainer:
             loss.backward()
             for parameter in self.optimizer.parameters.values():
                 parameter.grad = None
-
-    def _seed_dropout(self, step: int, microstep: int) -> None:
-        if self._rng is not None:
-            words = torch.tensor([self.plan.seed, step, microstep], dtype=torch.int64)
-            self._rng.copy_(words, non_blocking=True)
-
-    def _without_sync(self) -> AbstractContextManager[None]:
-        if isinstance(self._parallel, nn.parallel.DistributedDataParallel):
-            return self._parallel.no_sync()
-        return nullcontext()
 
     # The loop -------------------------------------------------------------------------------------
 
@@ -519,14 +514,15 @@ class Trainer:
         plan, progress = self.plan, self.progress
         self._began = time.monotonic() - progress.seconds
         first, warm = progress.step, self._began
+        estimate_from, estimate_at = _ESTIMATE.get(self.world.device.type, _ESTIMATE["cpu"])
         reason = self.ended()
         while not reason:
             self.train_step()
             self._count_seconds()
-            if progress.step - first == _ESTIMATE_FROM:
+            if progress.step - first == estimate_from:
                 warm = time.monotonic()
-            elif progress.step - first == _ESTIMATE_AT:
-                self._say_how_long(time.monotonic() - warm)
+            elif progress.step - first == estimate_at:
+                self._say_how_long((time.monotonic() - warm) / (estimate_at - estimate_from))
             if progress.step % plan.log_every == 0 or progress.step == plan.max_steps:
                 self.report()
             elif self.console.wants_update():
@@ -618,9 +614,9 @@ class Trainer:
         )
 
     def _say_how_long(self, seconds: float) -> None:
-        """The first estimate of the time, from the seconds of the steps just done."""
+        """The first estimate of the time, from the seconds of a step."""
         left = self.plan.max_steps - self.progress.step
-        total = left * seconds / (_ESTIMATE_AT - _ESTIMATE_FROM)
+        total = left * seconds
         if self.plan.max_seconds is not None:
             total = min(total, self.plan.max_seconds - self.progress.seconds)
         at_most = "at most " if self.plan.early_stop_patience else "about "

@@ -1,0 +1,128 @@
+"""Kernels and bytes of a training step on a GPU, counted without one, and the time they should take.
+
+The model runs on tensors without data that count as those of a GPU, so each op that a GPU would be
+given is seen with its shapes. A kernel's bytes are those of its inputs and outputs, read or written
+once. Matrix products and the loss are counted by their operations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from transformer_ext.model import Transformer, preset
+from transformer_ext.ops import _backend
+from transformer_ext.training.batches import Layout
+from transformer_ext.training.device_step import DeviceStep, Numbers
+from transformer_ext.training.optimizer import Optimizer
+from transformer_ext.training.trainer import LossModule
+
+_VIEWS = ("empty", "new_empty", "empty_like", "detach", "_unsafe_view", "alias")
+_PRODUCTS = ("aten::mm", "aten::addmm")
+_LOSS = "transformer_ext::linear_cross_entropy"
+
+
+class Counter(TorchDispatchMode):
+    """Counts calls, bytes and operations of each op that is a kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: collections.Counter[str] = collections.Counter()
+        self.bytes: collections.Counter[str] = collections.Counter()
+        self.operations: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        name = func.name().partition(".")[0]
+        if func.is_view or name.partition("::")[2] in _VIEWS:
+            return results
+        tensors = [
+            value
+            for value in torch.utils._pytree.tree_leaves((args, kwargs, results))
+            if isinstance(value, torch.Tensor)
+        ]
+        self.calls[name] += 1
+        self.bytes[name] += sum(tensor.nbytes for tensor in tensors)
+        if name in _PRODUCTS:
+            left, right = args[-2:]
+            self.operations[name] += 2 * left.shape[0] * left.shape[1] * right.shape[1]
+        elif name == _LOSS:
+            self.operations[name] += 6 * args[0].shape[0] * args[1].numel()
+        return results
+
+
+def count(name: str, vocabulary: int, precision: str, tokens: int, length: int) -> Counter:
+    """What one forward and backward pass gives the GPU."""
+    model = Transformer(preset(name, vocabulary, vocabulary)).set_precision(precision)
+    model = model.to("meta").train()
+    # Moving a model to such tensors makes a tensor of its own of each that is tied.
+    if model.config.tie == "all":
+        model.target_embedding.weight = model.source_embedding.weight
+    if model.config.tie != "none":
+        model.generator.weight = model.target_embedding.weight
+    losses = LossModule(model, 0.1)
+    optimizer = Optimizer([("none", torch.nn.Parameter(torch.zeros(1)))])
+    optimizer.broken = torch.zeros((), device="meta")
+    step = DeviceStep(losses, losses, optimizer, torch.device("meta"))
+    longest = max(32, 1 << (2 * length - 1).bit_length())
+    layout = Layout((tokens, tokens), (longest, longest), tokens // length, tokens)
+    with (
+        mock.patch.dict(_backend._DTYPES, {"meta": _backend._DTYPES["cuda"]}),
+        mock.patch.object(_backend, "has_kernel", lambda op, device: True),
+        mock.patch.object(torch.Tensor, "is_cuda", property(lambda self: True)),
+        mock.patch.object(torch, "is_autocast_enabled", lambda device: False),
+        mock.patch.object(optimizer, "step", lambda rate: None),
+        Counter() as counter,
+    ):
+        batch = layout.views(layout.block("meta"))
+        step._compute([batch], Numbers.within(torch.zeros(6, dtype=torch.int64, device="meta")))
+    parameters = sum(p.numel() for p in model.parameters())
+    # Norm of the gradients; Adam reads and writes weight, gradient and both moments.
+    counter.calls["norm, Adam"] += 8
+    counter.bytes["norm, Adam"] += parameters * (4 + 32)
+    return counter
+
+
+def main() -> None:
+    """Counts and prints."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", default="base")
+    parser.add_argument("--vocabulary", type=int, default=37_000)
+    parser.add_argument("--precision", default="bfloat16")
+    parser.add_argument("--max-tokens", type=int, default=25_000, help="rows of each side")
+    parser.add_argument("--length", type=int, default=27, help="tokens of a sentence")
+    parser.add_argument("--teraflops", type=float, default=700.0, help="of matrix products")
+    parser.add_argument("--terabytes", type=float, default=3.65, help="a second, of other kernels")
+    parser.add_argument("--least", type=float, default=2.5, help="us of the shortest kernel")
+    options = parser.parse_args()
+    counter = count(
+        options.preset, options.vocabulary, options.precision, options.max_tokens, options.length
+    )
+    print("| op | kernels | GB | TFLOP | ms |")
+    print("| --- | --- | --- | --- | --- |")
+    total = 0.0
+    for name, calls in sorted(counter.calls.items(), key=lambda item: -counter.bytes[item[0]]):
+        tera, gigabytes = counter.operations[name] / 1e12, counter.bytes[name] / 1e9
+        ms = 1e3 * tera / options.teraflops if tera else gigabytes / options.terabytes
+        if name == _LOSS:
+            # Its logits, written by the product, read and overwritten, read by two products.
+            elements = 2 if options.precision != "float32" else 4
+            extra = 2 * options.max_tokens * options.vocabulary * elements
+            ms += extra / 1e9 / options.terabytes
+        ms = max(ms, 1e-3 * calls * options.least)
+        total += ms
+        if ms >= 0.02:
+            print(f"| `{name}` | {calls} | {gigabytes:.2f} | {tera:.2f} | {ms:.2f} |")
+    rate = options.max_tokens / total / 1e3
+    print(f"| all | {sum(counter.calls.values())} | | | {total:.2f}: {rate:.2f} million tokens/s |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,473 @@
+"""A training step as a GPU runs it: fixed shapes, nothing that waits, CUDA graphs, float16."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from kernel_testing import needs_compiled, needs_gpu
+from test_training import VOCAB, Numbers, small_model, trainer_for
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from transformer_ext.model import LanguageModel, Transformer
+from transformer_ext.ops import _backend, set_backend
+from transformer_ext.training import optimizer as optimizer_module
+from transformer_ext.training.batches import Layout, to_device
+from transformer_ext.training.device_step import DeviceStep
+from transformer_ext.training.device_step import Numbers as StepNumbers
+from transformer_ext.training.environment import choose_precision
+from transformer_ext.training.moving_average import MovingAverage
+from transformer_ext.training.optimizer import Optimizer, parameters_by_name
+from transformer_ext.training.schedules import Schedule
+from transformer_ext.training.trainer import LossModule, Plan, Trainer, evaluate_loss
+
+CPU = torch.device("cpu")
+
+
+class OpByOp:
+    """In place of CUDA graphs: the same fixed shapes and memory, but each step is computed."""
+
+    def run(self, work: Callable[[], None]) -> None:
+        work()
+
+    def record(self, work: Callable[[], None]) -> Any:
+        return SimpleNamespace(replay=work)
+
+
+class Emulated(OpByOp):
+    """CUDA graphs on a CPU: the ops of a step in their order, on the same memory each time.
+
+    What was a number on the host when it was recorded stays what it was.
+    """
+
+    def record(self, work: Callable[[], None]) -> Any:
+        calls: list[tuple[Any, Any, Any, list[torch.Tensor]]] = []
+        before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        made: set[int] = set()
+
+        class Recording(TorchDispatchMode):
+            def __torch_dispatch__(
+                self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+            ) -> Any:
+                for tensor in tensors((args, kwargs)):
+                    storage = tensor.untyped_storage()
+                    if storage.data_ptr() not in made | before.keys():
+                        whole = torch.empty(0, dtype=torch.uint8).set_(storage)
+                        before[storage.data_ptr()] = whole, whole.clone()
+                results = func(*args, **(kwargs or {}))
+                calls.append((func, args, kwargs or {}, tensors(results)))
+                made.update({t.untyped_storage().data_ptr() for t in calls[-1][3]} - before.keys())
+                return results
+
+        def replay() -> None:
+            for func, args, kwargs, results in calls:
+                with torch.no_grad():
+                    for old, new in zip(results, tensors(func(*args, **kwargs)), strict=True):
+                        if old.data_ptr() != new.data_ptr():
+                            old.copy_(new)
+
+        with Recording():
+            work()
+        # Recording computes nothing.
+        for whole, content in before.values():
+            whole.copy_(content)
+        return SimpleNamespace(replay=replay)
+
+
+def tensors(values: Any) -> list[torch.Tensor]:
+    return [v for v in torch.utils._pytree.tree_leaves(values) if isinstance(v, torch.Tensor)]
+
+
+def fixed(trainer: Trainer, graphs: Any = None) -> Trainer:
+    """The trainer, its steps in fixed shapes as on a GPU."""
+    trainer._device_step._graphs = graphs or OpByOp()
+    return trainer
+
+
+def weights(model: torch.nn.Module) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+# Fixed shapes -----------------------------------------------------------------------------------
+
+
+def test_a_layout_holds_the_batch_and_nothing_that_counts() -> None:
+    data = Numbers()
+    batches = [data.collate(np.arange(first, first + 5)) for first in (0, 7)]
+    layout = Layout.of(batches)
+    assert layout.rows == tuple(
+        max(Layout.of([batch]).rows[side] for batch in batches) for side in (0, 1)
+    )
+    for batch in batches:
+        exact = to_device(batch, CPU)
+        block = layout.block("cpu")
+        block.fill_(0x7F)
+        held = layout.views(layout.fill(batch, block))
+        for side in (0, 2):
+            ids, packed = exact.inputs[side : side + 2]
+            wide, place = held.inputs[side : side + 2]
+            assert len(wide) == place.capacity == layout.rows[side // 2] >= len(ids)
+            assert torch.equal(wide[: len(ids)], ids) and not wide[len(ids) :].any()
+            assert torch.equal(place.positions[: len(ids)], packed.positions)
+            assert not place.positions[len(ids) :].any()
+            assert torch.equal(place.cu_seqlens[:6], packed.cu_seqlens)
+            assert (place.cu_seqlens[6:] == len(ids)).all() and place.batch_size == 16
+            assert place.max_length >= packed.max_length
+        assert torch.equal(held.labels[: len(exact.labels)], exact.labels)
+        assert (held.labels[len(exact.labels) :] == -100).all()
+        for tensor in (held.labels, held.inputs[0], held.inputs[2], held.inputs[1].positions):
+            assert tensor.storage_offset() * tensor.element_size() % 256 == 0
+    # Learned positions end before the bound that would be taken.
+    longest = max(int(b.src_lengths.max()) for b in batches)
+    assert Layout.of(batches, longest + 1).longest[0] == longest + 1
+
+
+@pytest.mark.parametrize("kind", ["transformer", "learned positions"])
+def test_steps_in_fixed_shapes_compute_the_same(kind: str) -> None:
+    data = Numbers(examples=25)
+    results = []
+    for adapt in (lambda trainer: trainer, fixed):
+        model = small_model(dropout=0.3)
+        if kind == "learned positions":
+            torch.manual_seed(0)
+            sizes = {"src_vocab_size": VOCAB, "tgt_vocab_size": VOCAB, "d_model": 16, "nhead": 2}
+            depth = {"num_encoder_layers": 1, "num_decoder_layers": 1, "dim_feedforward": 32}
+            model = Transformer(positions="learned", max_positions=10, **sizes, **depth)
+        trainer = adapt(trainer_for(model, data.stream(accum_steps=2), Plan(max_steps=9)))
+        for _ in range(4):
+            trainer.train_step()
+        results.append((trainer, weights(model)))
+    (plain, expected), (other, got) = results
+    assert plain.progress == other.progress
+    torch.testing.assert_close(other._sums, plain._sums, rtol=1e-5, atol=0)
+    # Sums over more rows may be added up in another order.
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    assert 1 <= len(other._device_step._recorded) <= 3 and other._device_step.graphs
+
+
+@needs_compiled
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_nothing_of_a_recorded_step_is_frozen(precision: str) -> None:
+    results = []
+    for graphs in (OpByOp(), Emulated()):
+        model = small_model(dropout=0.3).set_precision(precision)
+        stream = Numbers(examples=26).stream(accum_steps=2)
+        scale = 2.0**20 if precision == "float16" else None
+        optimizer = Optimizer(parameters_by_name(model).items(), clip_norm=0.5, loss_scale=scale)
+        schedule = Schedule("linear", 1e-2, 3, 20)
+        average = MovingAverage(parameters_by_name(model), 0.9)
+        trainer = Trainer(
+            model, stream, optimizer, schedule, Plan(max_steps=20), moving_average=average
+        )
+        fixed(trainer, graphs)
+        for _ in range(6 if precision == "float16" else 10):
+            # It leaves copies of the weights behind.
+            evaluate_loss(trainer.losses, [lambda: Numbers().collate(np.arange(2))], trainer.world)
+            trainer.train_step()
+        loss, _, _ = trainer.losses(trainer.losses.load(next(stream).batches[0], CPU), 1.0)
+        state = optimizer.state_dict()
+        rest = [loss.detach(), trainer._sums, optimizer.gradient_norm, *average._averages]
+        results.append([*weights(model), *state.values(), *rest])
+        assert trainer._device_step.graphs >= 1
+        assert (int(optimizer.skipped) > 0) == (precision == "float16")
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_step_that_cannot_be_recorded_runs_op_by_op() -> None:
+    class Refusing(OpByOp):
+        released = 0
+
+        def record(self, work: Callable[[], None]) -> Any:
+            super().record(work)
+            raise RuntimeError("operation not permitted when stream is capturing\nand so on")
+
+        def release(self) -> None:
+            self.released += 1
+
+    data, told, graphs = Numbers(examples=25), [], Refusing()
+    trainer, plain = (
+        trainer_for(small_model(), data.stream(), Plan(max_steps=9)) for _ in range(2)
+    )
+    fixed(trainer, graphs)._device_step._tell = told.append
+    fixed(plain)
+    for _ in range(9):
+        trainer.train_step()
+        plain.train_step()
+    assert told == [
+        "the step cannot be a CUDA graph (operation not permitted when stream is capturing)"
+    ]
+    assert graphs.released == 1 and not trainer._device_step.graphs
+    for a, b in zip(weights(trainer.model), weights(plain.model), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_layouts_beyond_the_most_run_in_the_loaders_shapes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("transformer_ext.training.device_step._MOST_GRAPHS", 0)
+    trainer = fixed(trainer_for(small_model(), Numbers().stream(), Plan(max_steps=9)))
+    trainer.train_step()
+    assert not trainer._device_step._recorded and trainer.progress.step == 1
+
+
+# Nothing waits ----------------------------------------------------------------------------------
+
+
+class Watched(TorchDispatchMode):
+    """Fails where a GPU would be waited for: values read back, sizes that depend on values, tensors
+    of other devices."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "bincount")
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+        self.ops: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().partition(".")[0]
+        assert name.removeprefix("aten::").lstrip("_") not in self.WAITS, f"{func} waits"
+        assert func.name() not in ("aten::_local_scalar_dense", "aten::lift_fresh"), f"{func} waits"
+        self.ops.add(name)
+        for value in torch.utils._pytree.tree_leaves((args, kwargs)):
+            if isinstance(value, torch.Tensor) and value.dim():
+                assert value.device.type == self.device, f"{func} reads from {value.device}"
+        if name in ("aten::index", "aten::index_put", "aten::index_put_"):
+            assert all(i is None or i.dtype != torch.bool for i in args[1]), f"{func} waits"
+        return func(*args, **(kwargs or {}))
+
+
+def _registered_for_cuda() -> set[str]:
+    """Raw ops with a CUDA kernel, as the sources say it."""
+    sources = Path(__file__).parent.parent.glob("csrc/**/*_op_cuda.cpp")
+    return {name for s in sources for name in re.findall(r'm\.impl\("(\w+)"', s.read_text())}
+
+
+_SMALL = {"d_model": 16, "nhead": 2, "dim_feedforward": 32, "dropout": 0.1}
+_PAIR = {"src_vocab_size": 20, "tgt_vocab_size": 20, "num_encoder_layers": 1} | _SMALL
+_MODELS: dict[str, Any] = {
+    "paper": lambda: Transformer(num_decoder_layers=1, tie="all", **_PAIR),
+    "modern": lambda: Transformer(
+        num_decoder_layers=1,
+        norm_first=True,
+        norm="rms",
+        activation="swiglu",
+        positions="rope",
+        num_kv_heads=1,
+        output_bias=True,
+        tie="none",
+        **_PAIR,
+    ),
+    "language model": lambda: LanguageModel(
+        vocab_size=20, num_layers=1, positions="learned", embedding_norm=True, **_SMALL
+    ),
+}
+
+
+@needs_compiled
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("kind", _MODELS)
+def test_a_step_calls_only_cuda_ops_and_never_waits(
+    kind: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Tensors without data stand for those of a GPU: what needs their values fails.
+    registered = _registered_for_cuda()
+    assert {"attention_forward", "cross_entropy_", "residual_dropout"} <= registered
+    monkeypatch.setitem(_backend._DTYPES, "meta", _backend._DTYPES["cuda"])
+    monkeypatch.setattr(_backend, "has_kernel", lambda op, device: op in registered)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    model = _MODELS[kind]().set_precision(precision).to("meta").train()
+    if kind == "paper":
+        # The move made one tensor of each that was tied.
+        model.generator.weight = model.target_embedding.weight = model.source_embedding.weight
+    optimizer = Optimizer(
+        parameters_by_name(torch.nn.Linear(1, 1)).items(),
+        loss_scale=8.0 if precision == "float16" else None,
+    )
+    optimizer.scale = None if optimizer.scale is None else optimizer.scale.to("meta")
+    optimizer.broken = torch.zeros((), device="meta")
+    found = {}
+
+    def take(rate: torch.Tensor) -> None:
+        found.update({name: p.grad for name, p in model.named_parameters()})
+
+    monkeypatch.setattr(optimizer, "step", take)
+    losses = LossModule(model, 0.1)
+    step = DeviceStep(losses, losses, optimizer, torch.device("meta"))
+    data = Numbers()
+    batch = data.collate(np.arange(5))
+    if kind == "language model":
+        batch = type(batch)(ids=batch.tgt_ids, lengths=batch.tgt_lengths, labels=batch.labels)
+    layout = Layout.of([batch, batch], losses.longest)
+    blocks = [layout.views(layout.block("meta")) for _ in range(2)]
+    numbers = StepNumbers.within(torch.zeros(10, dtype=torch.int64, device="meta"))
+    with set_backend("compiled"), Watched("meta") as watched:
+        step._compute(blocks, numbers)
+    for name, gradient in found.items():
+        assert gradient is not None and gradient.dtype == torch.float32, name
+    ours = {op.partition("::")[2] for op in watched.ops if op.startswith("transformer_ext")}
+    assert {"attention_backward", "embedding_backward", "linear_cross_entropy"} <= ours
+    unknown = {
+        op
+        for op in ours - registered
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"transformer_ext::{op}", "CUDA")
+    }
+    assert unknown <= {"linear_cross_entropy"}
+
+
+@pytest.mark.parametrize("loss_scale", [None, 4.0])
+def test_the_optimizer_never_waits(loss_scale: float | None) -> None:
+    model = torch.nn.Linear(3, 2)
+    optimizer = Optimizer(
+        parameters_by_name(model).items(), clip_norm=1.0, weight_decay=0.1, loss_scale=loss_scale
+    )
+    for _ in range(2):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        rate = torch.tensor(0.1, dtype=torch.float64)
+        kept = {name: t.data_ptr() for name, t in optimizer.state_dict().items()}
+        with Watched("cpu"):
+            optimizer.step(rate)
+    # A graph writes where it was recorded to.
+    state = optimizer.state_dict()
+    assert len(kept) > 6 and kept == {name: t.data_ptr() for name, t in state.items()}
+
+
+# float16 ----------------------------------------------------------------------------------------
+
+
+def test_float16_finds_its_scale_and_learns() -> None:
+    model = small_model().set_precision("float16")
+    optimizer = Optimizer(parameters_by_name(model).items(), loss_scale=2.0**22)
+    trainer = trainer_for(model, Numbers(examples=4).stream(), Plan(max_steps=60))
+    step = DeviceStep(trainer.losses, trainer.losses, optimizer, CPU)
+    trainer.optimizer = optimizer
+    trainer._device_step, trainer._sums = step, step.sums
+    losses, before = [], weights(model)
+    for number in range(30):
+        step.sums.zero_()
+        trainer.train_step()
+        if number == 0:
+            assert float(optimizer.skipped) == 1 and float(step.sums.abs().sum()) == 0
+            assert all(map(torch.equal, before, weights(model)))
+            assert not any(float(t) for n, t in optimizer.state_dict().items() if "steps." in n)
+        if step.sums[2]:
+            losses.append(float(step.sums[0] / step.sums[2]))
+    skipped = int(optimizer.skipped)
+    assert 1 <= skipped < 15 and float(optimizer.scale) == 2.0 ** (22 - skipped)
+    assert losses[-1] < losses[0] - 0.3
+    assert (
+        float(optimizer.state_dict()["steps.decoder.layers.0.self_attention_norm.weight"])
+        == 30 - skipped
+    )
+
+
+def test_the_loss_scale_goes_on_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizer_module, "_GROWTH_INTERVAL", 3)
+
+    def steps(optimizer: Optimizer, values: list[float]) -> list[float]:
+        scales = []
+        for value in values:
+            for parameter in optimizer.parameters.values():
+                parameter.grad = torch.full_like(parameter, value)
+            optimizer.step(0.1)
+            scales.append(float(optimizer.scale))
+        return scales
+
+    values = [1.0, 1.0, 1.0, 1.0, float("inf"), 1.0, 1.0, 1.0]
+    expected = [8.0, 8.0, 16.0, 16.0, 8.0, 8.0, 8.0, 16.0]
+    for cut in (2, 5, 7):
+        halves = []
+        state: dict[str, torch.Tensor] = {}
+        model = torch.nn.Linear(2, 2)
+        for part in (values[:cut], values[cut:]):
+            optimizer = Optimizer(parameters_by_name(model).items(), loss_scale=8.0)
+            optimizer.load_state_dict(state) if state else None
+            halves += steps(optimizer, part)
+            state = {name: tensor.clone() for name, tensor in optimizer.state_dict().items()}
+        assert halves == expected
+
+
+@pytest.mark.parametrize(
+    ("capability", "automatic"), [((7, 5), "float16"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")]
+)
+def test_precision_follows_the_gpu(
+    capability: tuple[int, int], automatic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    gpu = torch.device("cuda", 0)
+    assert choose_precision("auto", gpu) == automatic
+    assert choose_precision("float16", gpu) == "float16"
+    if automatic == "float16":
+        with pytest.raises(ValueError, match="^precision: bfloat16 needs .* cuda:0 has 7.5; use"):
+            choose_precision("bfloat16", gpu)
+    else:
+        assert choose_precision("bfloat16", gpu) == "bfloat16"
+
+
+# On a GPU ---------------------------------------------------------------------------------------
+
+
+def _gpu_trainer(data: Numbers, precision: str, told: list[str], **plan: Any) -> Trainer:
+    model = small_model(dropout=0.1).set_precision(precision).to("cuda")
+    optimizer = Optimizer(
+        parameters_by_name(model).items(),
+        clip_norm=1.0,
+        loss_scale=2.0**16 if precision == "float16" else None,
+    )
+    found = trainer_for(model, data.stream(accum_steps=2), Plan(max_steps=99, **plan))
+    trainer = Trainer(model, found.stream, optimizer, found.schedule, found.plan)
+    trainer._device_step._tell = told.append
+    return trainer
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_graphs_give_the_same_bits(precision: str) -> None:
+    results = []
+    for graphs in (False, True):
+        told: list[str] = []
+        trainer = _gpu_trainer(Numbers(), precision, told, cuda_graphs=graphs)
+        for _ in range(12):
+            trainer.train_step()
+        # What reads weights after a replay must not find copies from before it.
+        batch = trainer.losses.load(Numbers().collate(np.arange(5)), trainer.world.device)
+        trainer.losses.eval()
+        with torch.no_grad():
+            loss = trainer.losses(batch, 1.0)[0]
+        state = trainer.optimizer.state_dict()
+        results.append(([loss, trainer._sums, *weights(trainer.model)], state))
+        assert bool(trainer._device_step.graphs) == graphs and not told
+    (plain, state), (replayed, other) = results
+    for a, b in zip(plain, replayed, strict=True):
+        assert torch.equal(a, b)
+    assert all(torch.equal(tensor, other[name]) for name, tensor in state.items())
+
+
+@needs_gpu
+def test_a_step_that_waits_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    trainer = _gpu_trainer(Numbers(), "float32", told)
+    forward = trainer.losses.model.forward_packed
+
+    def waits(*inputs: Any) -> torch.Tensor:
+        hidden = forward(*inputs)
+        assert float(hidden.detach().sum()) is not None
+        return hidden
+
+    monkeypatch.setattr(trainer.losses.model, "forward_packed", waits)
+    for _ in range(12):
+        trainer.train_step()
+    torch.cuda.synchronize()
+    assert len(told) == 1 and "CUDA graph" in told[0] and not trainer._device_step.graphs
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert int(trainer.optimizer.skipped) == 0 and trainer.progress.step == 12

@@ -1,0 +1,314 @@
+"""What the device does in one optimizer step, and how it is queued: op by op, or as a CUDA graph.
+
+A step of a model of the usual sizes is one to two thousand small kernels. Queued from Python they
+take longer than they run on a large GPU; a CUDA graph queues them as one. It holds addresses and
+shapes, so batches are filled into memory that stays (:class:`~.batches.Layout`), and every number
+that changes from step to step lies on the device: the learning rate, what the loss is divided by,
+the state of dropout, the scale of the loss.
+
+There is a graph for each layout. All of them have one pool of memory, since nothing in it outlives a
+step. A layout's first step runs op by op and sets up what must not be set up while a graph is
+recorded (cuBLAS, tables of positions, moments of the optimizer); its second step records.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from transformer_ext.ops.linear import forget_copies
+from transformer_ext.training.batches import DeviceBatch, Layout
+from transformer_ext.training.optimizer import Optimizer
+
+__all__ = ["CudaGraphs", "DeviceStep", "Numbers"]
+
+#: Graphs kept; a layout after these, which is then a rare one, runs op by op.
+_MOST_GRAPHS = 64
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The numbers of one step, in one block of memory.
+
+    Attributes:
+        block: int64 ``[2 + 4 * micro-batches]``, what the others are views of.
+        learning_rate: float64, without dimensions.
+        normalizer: float64, what the loss is divided by.
+        tokens: float64 ``[micro-batches]``, labels of each.
+        rng: int64 ``[micro-batches, 3]``, seed, step and microstep: the state of dropout.
+    """
+
+    block: Tensor
+    learning_rate: Tensor
+    normalizer: Tensor
+    tokens: Tensor
+    rng: Tensor
+
+    @staticmethod
+    def within(block: Tensor) -> Numbers:
+        """The numbers that lie in a block."""
+        count = (len(block) - 2) // 4
+        real = block[: 2 + count].view(torch.float64)
+        return Numbers(block, real[0], real[1], real[2:], block[2 + count :].view(count, 3))
+
+    @staticmethod
+    def of(
+        learning_rate: float,
+        normalizer: float,
+        tokens: Sequence[int],
+        rng: Sequence[tuple[int, int, int]],
+        *,
+        pinned: bool = False,
+    ) -> Numbers:
+        """These numbers, on the host."""
+        block = torch.empty(2 + 4 * len(tokens), dtype=torch.int64, pin_memory=pinned)
+        numbers = Numbers.within(block)
+        block[: 2 + len(tokens)].view(torch.float64).copy_(
+            torch.tensor([learning_rate, normalizer, *tokens], dtype=torch.float64)
+        )
+        numbers.rng.copy_(torch.tensor(rng, dtype=torch.int64))
+        return numbers
+
+
+@dataclass
+class _Recorded:
+    """The memory that the batches of a layout are filled into, and its graph.
+
+    Attributes:
+        layout: Of each micro-batch.
+        blocks: One for each micro-batch.
+        batches: What lies in the blocks.
+        numbers: Of the step.
+        seen: Whether a step has run on it, op by op.
+        graph: None before the layout's second step.
+        kept: What the graph reads and the model may replace: tables that grow.
+    """
+
+    layout: Layout
+    blocks: list[Tensor]
+    batches: list[DeviceBatch]
+    numbers: Numbers
+    seen: bool = False
+    graph: Any = None
+    kept: tuple[Tensor, ...] = ()
+
+    @staticmethod
+    def make(layout: Layout, count: int, device: torch.device) -> _Recorded:
+        blocks = [layout.block(device) for _ in range(count)]
+        numbers = torch.zeros(2 + 4 * count, dtype=torch.int64, device=device)
+        return _Recorded(
+            layout, blocks, [layout.views(block) for block in blocks], Numbers.within(numbers)
+        )
+
+
+class CudaGraphs:
+    """Records work on a GPU; all its graphs share one pool of memory.
+
+    Args:
+        device: The GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        # Recording needs a stream of its own, and what is set up for a stream must be before.
+        self._stream = torch.cuda.Stream(device)
+        self._pool: Any = None
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Queues work op by op, on the stream on which it will be recorded."""
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(self._stream):
+                work()
+        finally:
+            current.wait_stream(self._stream)
+
+    def record(self, work: Callable[[], None]) -> Any:
+        """A graph of the work, which is not done; ``replay()`` queues it.
+
+        Raises:
+            RuntimeError: It cannot be recorded.
+        """
+        current = torch.cuda.current_stream(self._device)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads may use the GPU meanwhile.
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
+                work()
+        except RuntimeError:
+            # torch leaves its own stream as the current one.
+            torch.cuda.set_stream(current)
+            raise
+        self._pool = graph.pool()
+        return graph
+
+    def release(self) -> None:
+        """Gives the memory back that graphs had, which are no longer there."""
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
+
+
+class DeviceStep:
+    """Forward, backward and update of each optimizer step, queued without waiting for the device.
+
+    Args:
+        losses: The model with its loss: :class:`~.trainer.LossModule`.
+        parallel: What is called in its place: itself, or DDP around it.
+        optimizer: Over the model's parameters.
+        device: Where they are.
+        graphs: Records the steps; None: each runs op by op.
+        tell: Is told why, if a step cannot be recorded; all further ones run op by op.
+
+    Attributes:
+        sums: float32 ``[3]``: of the loss, of the negative log-likelihoods and of the labels of the
+            steps since it was last set to 0, without those that were skipped.
+    """
+
+    def __init__(
+        self,
+        losses: Any,
+        parallel: nn.Module,
+        optimizer: Optimizer,
+        device: torch.device,
+        *,
+        graphs: CudaGraphs | None = None,
+        tell: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.losses = losses
+        self.parallel = parallel
+        self.optimizer = optimizer
+        self.device = device
+        self.sums = torch.zeros(3, device=device)
+        self._graphs = graphs
+        self._tell = tell
+        self._rng: Tensor | None = getattr(losses.model, "rng", None)
+        self._recorded: dict[tuple[Layout, int], _Recorded] = {}
+
+    @property
+    def graphs(self) -> int:
+        """Number of graphs recorded."""
+        return sum(entry.graph is not None for entry in self._recorded.values())
+
+    def __call__(
+        self,
+        batches: Sequence[Any],
+        learning_rate: float,
+        normalizer: float,
+        rng: Sequence[tuple[int, int, int]],
+    ) -> None:
+        """Queues a step.
+
+        Args:
+            batches: Its micro-batches, of ``transformer_ext.data``.
+            learning_rate: Of the step.
+            normalizer: What the sum of the losses is divided by.
+            rng: The state of dropout for each micro-batch: seed, step, microstep.
+        """
+        pinned = self.device.type == "cuda"
+        tokens = [int(batch.target_tokens) for batch in batches]
+        numbers = Numbers.of(learning_rate, normalizer, tokens, rng, pinned=pinned)
+        entry = self._entry(batches)
+        if entry is None:
+            loaded = [self.losses.load(batch, self.device) for batch in batches]
+            block = numbers.block.to(self.device, non_blocking=True)
+            self._compute(loaded, Numbers.within(block))
+            return
+        for batch, block in zip(batches, entry.blocks, strict=True):
+            host = entry.layout.block("cpu", pinned=pinned)
+            block.copy_(entry.layout.fill(batch, host), non_blocking=True)
+        entry.numbers.block.copy_(numbers.block, non_blocking=True)
+        if entry.graph is None and not self._prepare(entry):
+            return
+        entry.graph.replay()
+        # The weights have changed, and their versions have not.
+        forget_copies()
+
+    def _entry(self, batches: Sequence[Any]) -> _Recorded | None:
+        """Where the batches are filled in; None for those that get no graph."""
+        if self._graphs is None:
+            return None
+        layout = Layout.of(batches, self.losses.longest)
+        if layout.labels != layout.rows[-1]:
+            return None
+        key = (layout, len(batches))
+        if key not in self._recorded:
+            if len(self._recorded) >= _MOST_GRAPHS:
+                return None
+            self._recorded[key] = _Recorded.make(layout, len(batches), self.device)
+        return self._recorded[key]
+
+    def _prepare(self, entry: _Recorded) -> bool:
+        """Queues a layout's first step, or records its second, returning True: to be replayed."""
+        assert self._graphs is not None
+
+        def work() -> None:
+            self._compute(entry.batches, entry.numbers)
+
+        first, entry.seen = not entry.seen, True
+        try:
+            if first:
+                self._graphs.run(work)
+                return False
+            # A copy of a weight must be made by the graph that reads it.
+            forget_copies()
+            entry.graph = self._graphs.record(work)
+            entry.kept = tuple(self.losses.buffers())
+            return True
+        except torch.OutOfMemoryError as error:
+            # What the graphs hold is not to be had for anything else.
+            if first and not self.graphs:
+                raise
+            self._give_up(error)
+        except RuntimeError as error:
+            if first:
+                raise
+            self._give_up(error)
+        finally:
+            forget_copies()
+        work()
+        return False
+
+    def _give_up(self, error: RuntimeError) -> None:
+        """Lets all further steps run op by op."""
+        self._recorded.clear()
+        self.optimizer.clear_gradients()
+        assert self._graphs is not None
+        self._graphs.release()
+        self._graphs = None
+        reason = str(error).strip().partition("\n")[0] or repr(error)
+        self._tell(f"the step cannot be a CUDA graph ({reason})")
+
+    def _compute(self, batches: Sequence[DeviceBatch], numbers: Numbers) -> None:
+        """The step itself: only work for the device."""
+        normalizer = numbers.normalizer.float()
+        # In float16 the scale belongs inside the loss: its gradients are made there.
+        divisor = normalizer if self.optimizer.scale is None else normalizer / self.optimizer.scale
+        sums = torch.zeros_like(self.sums)
+        for index, batch in enumerate(batches):
+            if self._rng is not None:
+                self._rng.copy_(numbers.rng[index])
+            with self._without_exchange() if index < len(batches) - 1 else nullcontext():
+                loss, nll, _ = self.parallel(batch, divisor)
+                loss = loss.float()
+                # An infinite loss can have finite gradients; made NaN, they tell all ranks of it.
+                finite = loss.detach().isfinite()
+                loss.backward(torch.where(finite, 1.0, math.nan))
+            parts = [loss.detach() * divisor, nll.float(), numbers.tokens[index].float()]
+            sums += torch.stack(parts)
+        self.optimizer.step(numbers.learning_rate)
+        # A step that the optimizer skipped has no loss to average.
+        self.sums += torch.where(self.optimizer.broken > 0, 0.0, sums)
+
+    def _without_exchange(self) -> AbstractContextManager[None]:
+        if isinstance(self.parallel, nn.parallel.DistributedDataParallel):
+            return self.parallel.no_sync()
+        return nullcontext()
