@@ -17,7 +17,8 @@ a loop at its first empty line, and needs one behind it, which is why the blocks
 runs a page in a temporary folder and says what differs. ``--write`` writes what was printed into the
 page and the pictures beside it; measured numbers that are there stay, but for ``--measure``, which is
 for a machine with nothing else to do.
-``--notebook FOLDER`` makes a Jupyter notebook of each page (``pip install jupytext``).
+``--notebook FOLDER`` makes a Jupyter notebook of each page; ``--execute`` runs those as Jupyter would
+(``pip install nbclient ipykernel``).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import os
 import re
 import shutil
@@ -35,7 +37,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Block", "Page", "differences", "pages", "read_page", "run_page"]
+__all__ = ["Block", "Page", "differences", "notebook", "pages", "read_page", "run_page"]
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -209,11 +211,49 @@ def _write(page: Page, measured: bool) -> None:
     page.path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _notebook(path: Path, folder: Path) -> None:
-    import jupytext
+def notebook(page: Page) -> dict[str, Any]:
+    """The page in Jupyter's format: its Python as cells with what the page says that they print."""
+    lines = page.path.read_text(encoding="utf-8").splitlines()
+    cells: list[dict[str, Any]] = []
 
-    folder.mkdir(parents=True, exist_ok=True)
-    jupytext.write(jupytext.read(path), folder / f"{path.stem}.ipynb")
+    def add(kind: str, text: str, **fields: Any) -> None:
+        cell = {"cell_type": kind, "id": f"cell-{len(cells)}", "metadata": {}, "source": text}
+        cells.append({**cell, **fields})
+
+    def add_text(first: int, end: int) -> None:
+        kept = [line for line in lines[first:end] if not line.startswith("<!--")]
+        if text := "\n".join(kept).strip():
+            add("markdown", text)
+
+    at = 0
+    for block in page.blocks:
+        add_text(at, block.line - 2)
+        printed: list[dict[str, Any]] = []
+        at = block.line + len(block.code.splitlines())
+        if block.output is not None:
+            text = f"{block.output}\n"
+            printed = [{"name": "stdout", "output_type": "stream", "text": text}]
+            at = block.output_lines[1] + 1
+        add("code", block.code, execution_count=None, outputs=printed)
+    add_text(at, len(lines))
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
+    return {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
+
+
+def _execute(path: Path) -> None:
+    """Runs a notebook in a kernel of Jupyter, in a temporary folder; an error in a cell is one here."""
+    import nbformat
+    from jupyter_client.manager import AsyncKernelManager
+    from nbclient import NotebookClient
+
+    found = nbformat.read(path, as_version=4)
+    nbformat.validate(found)
+    with tempfile.TemporaryDirectory() as temporary:
+        resources = {"metadata": {"path": temporary}}
+        # Its own default is TCP, open to others on the machine.
+        kernel = AsyncKernelManager(transport="ipc", kernel_name="python3")
+        NotebookClient(found, km=kernel, timeout=600, resources=resources).execute()
 
 
 def main() -> int:
@@ -222,6 +262,9 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="write what is printed into the page")
     parser.add_argument("--measure", action="store_true", help="with --write: new measurements too")
     parser.add_argument("--notebook", type=Path, metavar="FOLDER", help="write notebooks, run none")
+    parser.add_argument(
+        "--execute", action="store_true", help="with --notebook: run them in Jupyter"
+    )
     options = parser.parse_args()
     os.environ.setdefault("MPLBACKEND", "Agg")
     wrong = []
@@ -230,7 +273,11 @@ def main() -> int:
         if not page.blocks:
             continue
         if options.notebook:
-            _notebook(path, options.notebook)
+            options.notebook.mkdir(parents=True, exist_ok=True)
+            written = options.notebook / f"{path.stem}.ipynb"
+            written.write_text(json.dumps(notebook(page), indent=1) + "\n", encoding="utf-8")
+            if options.execute:
+                _execute(written)
             continue
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as temporary:

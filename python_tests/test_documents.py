@@ -170,6 +170,23 @@ def test_an_error_in_a_page_names_its_line(tmp_path):
     assert (str(caught.traceback[-1].path), caught.traceback[-1].lineno + 1) == (str(path), 5)
 
 
+@pytest.mark.parametrize("path", [p for p in pages.pages() if pages.read_page(p).blocks], ids=_name)
+def test_notebook_of_a_page_has_its_code_and_its_text(path):
+    """What runs in it is what was tested here; Jupyter itself runs one in .ci/run."""
+    page = pages.read_page(path)
+    cells = pages.notebook(page)["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert [cell["source"] for cell in code] == [block.code for block in page.blocks]
+    assert [bool(cell["outputs"]) for cell in code] == [b.output is not None for b in page.blocks]
+    whole = "\n".join(
+        cell["source"] + "".join(output["text"] for output in cell.get("outputs", ()))
+        for cell in cells
+    )
+    fences = ("```python", "```text", "```", "<!--")
+    kept = [x for x in path.read_text(encoding="utf-8").splitlines() if not x.startswith(fences)]
+    assert [x for x in kept if x.strip() and x not in whole] == []
+
+
 def test_reference_has_every_op_option_and_command(tmp_path, monkeypatch):
     """Written from the package; the site is built from it by sphinx in .ci/run."""
     monkeypatch.syspath_prepend(ROOT / "docs")
