@@ -245,15 +245,12 @@ def _execute(path: Path) -> None:
     """Runs a notebook in a kernel of Jupyter, in a temporary folder; an error in a cell is one here."""
     import nbformat
     from nbclient import NotebookClient
-    from traitlets.config import Config
 
     found = nbformat.read(path, as_version=4)
     nbformat.validate(found)
     with tempfile.TemporaryDirectory() as temporary:
         resources = {"metadata": {"path": temporary}}
-        # Its own default is TCP, open to others on the machine.
-        config = Config({"KernelManager": {"transport": "ipc"}})
-        NotebookClient(found, config=config, timeout=600, resources=resources).execute()
+        NotebookClient(found, timeout=600, resources=resources).execute()
 
 
 def main() -> int:
