@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from processes import append_json, say
 
-from transformer_ext.training.environment import keep_freed_memory
+from transformer_ext.training.environment import choose_device, keep_freed_memory
 
 Shape = tuple[int, ...]
 
@@ -143,10 +143,11 @@ def set_up(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         options.seconds, _least_turns = 0.0, 1
     torch.set_num_threads(options.threads)
     keep_freed_memory()
-    device = torch.device(options.device)
+    try:
+        device = choose_device(options.device)
+    except ValueError as error:
+        parser.error(str(error))
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            parser.error("--device: got cuda, but torch finds no GPU")
         torch.cuda.set_device(device)
         torch.cuda.set_stream(torch.cuda.Stream())
     torch.set_default_device(device)

@@ -57,7 +57,7 @@ from training_peers import COMPETITORS, Task
 from transformer_ext.config import DataConfig
 from transformer_ext.data import BatchSampler
 from transformer_ext.data.preparation import prepare_data
-from transformer_ext.training.environment import keep_freed_memory
+from transformer_ext.training.environment import choose_device, keep_freed_memory
 
 VOCABULARIES = {"tiny": 8000, "small": 8000, "base": 32000, "big": 32000}
 #: On a GPU: the vocabulary of the paper.
@@ -322,8 +322,10 @@ def main() -> None:
         show(read_json_lines(options.show), options.markdown)
         return
 
-    if options.device != "cpu" and not torch.cuda.is_available():
-        parser.error(f"--device: got {options.device}, but torch finds no GPU")
+    try:
+        options.device = str(choose_device(options.device))
+    except ValueError as error:
+        parser.error(str(error))
     keys = options.only or [k for k, c in COMPETITORS.items() if c.group in options.peers]
     for key in list(keys):
         if not COMPETITORS[key].installed:

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from benchmark_files import benchmark
 
 from transformer_ext import __main__ as console
 from transformer_ext import __version__, _build_stamp, _native, info
@@ -217,3 +219,79 @@ def test_backend_asks_for_torch_only_where_none_fits(tmp_path, monkeypatch):
         "a": "b",
         "cmake.define.TRANSFORMER_EXT_TORCH": str(tmp_path),
     }
+
+
+@pytest.fixture
+def gpu_check(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return benchmark("gpu_check")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_gpu_check_without_a_gpu_says_so_and_writes_nothing(gpu_check, tmp_path, capsys):
+    assert gpu_check.main(["--output", str(tmp_path / "out")]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1 and "finds no GPU" in printed.err
+    assert not printed.out and not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--only", "benchmarks"])
+    assert "no stage 'benchmarks'; there are: build, info, tests" in capsys.readouterr().err
+
+
+def test_gpu_check_a_stage_that_fails_or_hangs_hides_no_other(gpu_check, tmp_path, monkeypatch):
+    row = '{"benchmark": "softmax", "case": "8x8", "seconds": {"ours": 2, "torch": 3, "copy": 1.8}}'
+    stages = [
+        gpu_check.Stage("fails", [["sh", "-c", "echo reason; exit 3"], ["false"]], 30),
+        gpu_check.Stage("is not there", [["/no/such/program"]], 30),
+        gpu_check.Stage("hangs", [["sh", "-c", "sleep 60 & sleep 60"]], 0.05),
+        gpu_check.Stage("no tool", [[""]], 30),
+        gpu_check.Stage("kernels", [["sh", "-c", f"echo '{row}' > {{saved}}; echo last"]], 30),
+        gpu_check.Stage("late", [["true"]], 1e6),
+    ]
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_check, "stages", lambda *_: stages)
+    monkeypatch.setattr(gpu_check, "test_text", lambda _: None)
+    monkeypatch.setattr(gpu_check, "facts_of_machine", lambda: {"GPU": "none"})
+    output = tmp_path / "out"
+    assert gpu_check.main(["--dry", "--output", str(output), "--skip", "late"]) == 1
+    wanted = ["failed", "failed", "timeout", "not found", "ok", ""]
+    assert [stage.status for stage in stages] == wanted
+    assert [stage.said for stage in stages[:2]] == [
+        "reason",
+        "/no/such/program: No such file or directory",
+    ]
+    text = (output / "table.txt").read_text()
+    assert "--- fails: failed\nreason" in text
+    assert "90% of copy (median), 90% (8x8), 1.5x torch     85%  met" in text
+    lines = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
+    assert [line["benchmark"] for line in lines if "benchmark" in line] == ["softmax"]
+    assert (
+        gpu_check.main(["--dry", "--output", str(output), "--only", "late", "--budget", "3"]) == 0
+    )
+    assert stages[-1].status == "no time left"
+
+
+def test_gpu_check_figures_against_what_is_wanted(gpu_check):
+    def attention(case, **seconds):
+        return {"benchmark": "attention", "case": case, "seconds": seconds}
+
+    rows = [
+        attention("forward 64 bfloat16", ours=1e-5, copy=8e-6, nested=2e-5, flash=1.6e-5),
+        attention("backward mix bfloat16", ours=1e-5, copy=5e-6, nested=2e-5),
+        attention("forward 2048 bfloat16", ours=1e-5, copy=1e-6, flash=6e-6),
+        attention("forward 64 bfloat16", ours=1e-5, copy=8e-6),
+    ]
+    lines = gpu_check.attention_lines(rows, "")
+    assert [line[-1] for line in lines] == ["met", "NOT MET", "met", "NOT MET"]
+    assert "80% of copy, 1.60x flash" in lines[0][1]
+
+    def training(tokens, seconds):
+        facts = {"seconds": {"0": [seconds]}, "memory": 1 << 30}
+        setting = f"base, {tokens} target tokens a batch, a GPU"
+        return {"setting": setting, "target_tokens": [900_000], "results": {"ours-bfloat16": facts}}
+
+    lines = gpu_check.training_lines([training("25,000", 1.0), training("4,096", 1.5)])
+    assert [line[1:] for line in lines] == [
+        ["900,000 tokens/s, 1.0 GiB", "850,000", "met"],
+        ["600,000 tokens/s, 1.0 GiB", "675,000", "NOT MET"],
+    ]

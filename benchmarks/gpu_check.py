@@ -1,0 +1,537 @@
+"""Builds, tests, checks and measures the package on one NVIDIA GPU, within ten minutes; one table.
+
+    python benchmarks/gpu_check.py
+    python benchmarks/gpu_check.py --only build tests memcheck racecheck
+    python benchmarks/gpu_check.py --only "compile base" "training big" --rounds 10
+    python benchmarks/gpu_check.py --dry                     # without a GPU: do the commands run?
+
+It needs torch with CUDA, nvcc, CMake, Ninja, pybind11 and the package's dependencies, and no
+network. The package is built into build/cuda, where Python started in this repository finds it, for
+this GPU's architecture and as PTX. Each stage is a process of its own with a limit of its own: what
+fails or hangs hides nothing else. Stages are in the order of what is most wanted; what the time does
+not suffice for is named, and can be had by --only (what was built stays).
+
+Into --output ($OUT, or build/gpu_check) go `results.jsonl`, a line for each row of each benchmark,
+`log.txt`, all that the stages printed, `table.txt`, and `ncu.csv` where ncu runs. The exit status is
+0 if every stage that began ended well, 1 if not, 2 if there is no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from processes import ROOT, append_json, read_json_lines, table
+
+#: Seconds left to end, to print and to write.
+RESERVE = 6.0
+#: Shown of what a stage printed that did not end well.
+LAST_LINES = 12
+PYTHON = sys.executable
+#: Without tensor cores in attention.
+SIMPLE = {"TRANSFORMER_EXT_CUDA_ATTENTION": "simple"}
+#: Kernels bound by bytes: which share of a copy's bandwidth is wanted.
+WANTED_SHARES = {
+    "softmax": 0.85,
+    "residual_norm": 0.85,
+    "activation": 0.85,
+    "embedding": 0.85,
+    "dropout": 0.85,
+}
+#: Target tokens a second that are wanted, on an H200.
+WANTED_RATES = {"base, 25,000": 850_000, "big, 25,000": 260_000}
+METRICS = (
+    "gpu__time_duration.sum",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    "sm__throughput.avg.pct_of_peak_sustained_elapsed",
+    "sm__warps_active.avg.pct_of_peak_sustained_active",
+    "launch__registers_per_thread",
+)
+
+
+@dataclass
+class Stage:
+    """What is run, and what came of it.
+
+    Attributes:
+        name: for --only and --skip.
+        commands: run one after the other until one fails; a program "" is one that is not there.
+        limit: seconds for all of them.
+        environment: variables beside those of this process.
+        status: "ok", "failed", "timeout", "not found", "no time left", or "" before.
+        seconds: that it took.
+        said: the last line that it printed, and more of them if it did not end well.
+        rows: what its benchmarks saved.
+    """
+
+    name: str
+    commands: list[list[str]]
+    limit: float
+    environment: dict[str, str] = field(default_factory=dict)
+    status: str = ""
+    seconds: float = 0.0
+    said: str = ""
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+
+def tool(name: str) -> str | None:
+    """The path of a program of the CUDA toolkit, also where PATH does not name it."""
+    folders = [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    folders += [str(path.parent) for path in Path("/opt/nvidia").glob(f"*/*/{name}")]
+    return shutil.which(name, path=os.pathsep.join(folders))
+
+
+def benchmark(name: str, *options: str) -> list[str]:
+    """The command of a benchmark of this folder; ``{saved}`` is where its rows go."""
+    return [PYTHON, f"benchmarks/{name}.py", *options, "--save", "{saved}"]
+
+
+def gpu_tests() -> list[str]:
+    """The files that have tests for a GPU: only to look through all of them takes 20 seconds."""
+    files = sorted((ROOT / "python_tests").glob("test_*.py"))
+    return [str(path.relative_to(ROOT)) for path in files if "cuda" in path.read_text().lower()]
+
+
+def stages(options: argparse.Namespace, scratch: Path) -> list[Stage]:
+    """All of them, the most wanted first."""
+    dry = options.dry
+    device = ["--device", "cpu" if dry else "cuda"]
+    kernels = [*device, "--dtypes", "bfloat16", "--seconds", "0.05", *(["--quick"] if dry else [])]
+    build = ["cmake", "-S", ".", "-B", "build/cuda", "-G", "Ninja"]
+    build += ["-DCMAKE_BUILD_TYPE=Release", "-DTRANSFORMER_EXT_CUDA=ON"]
+    # Empty: of the GPUs that are there.
+    build += ["-DTRANSFORMER_EXT_CUDA_ARCHITECTURES=", f"-DPython_EXECUTABLE={PYTHON}"]
+    tests = [PYTHON, "-m", "pytest", "-q", "-k", "cuda or gpu", "-p", "no:cacheprovider"]
+    if importlib.util.find_spec("xdist") and not dry:
+        tests += ["-n", "8"]
+    tests += gpu_tests() if not dry else ["python_tests/test_cross_entropy.py"]
+    sanitizer = [tool("compute-sanitizer") or "", "--error-exitcode", "9", "--print-limit", "20"]
+    every = [PYTHON, "benchmarks/every_kernel.py", *device, "--dtypes", "bfloat16"]
+    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    ncu = [tool("ncu") or "", "--clock-control", "none", "--kernel-name-base", "demangled"]
+    ncu += ["-k", "regex:transformer_ext", "--metrics", ",".join(METRICS), "--csv"]
+    ncu += ["--log-file", str(options.output / "ncu.csv")]
+
+    def training(preset: str, tokens: int, batches: int, *only: str) -> list[list[str]]:
+        if dry:
+            preset, tokens, batches = "tiny", 128, 1
+        return [
+            benchmark(
+                "training",
+                *("--preset", preset, "--max-tokens", str(tokens), "--batches", str(batches)),
+                *("--rounds", str(options.rounds), *device, "--only", *only),
+            )
+        ]
+
+    peers = ["nn-autocast-fused", "marian-autocast", "gemm-bfloat16"]
+    compiled = "compile-autocast-dynamic"
+    attention = [benchmark("attention", *kernels, *(["--backends"] if dry else []))]
+    run, text = scratch / "run", scratch / "test.en"
+    train = [PYTHON, "-m", "transformer_ext.train", "--output", str(run), *device]
+    translate = [PYTHON, "-m", "transformer_ext.translate", str(run / "model"), str(text), *device]
+    if dry:
+        train += ["--preset", "tiny", "--max-steps", "3", "--max-tokens", "256"]
+        train += ["--log-every", "1", "--validate-every", "3", "--beam-size", "1"]
+        translate += ["--beam-size", "1", "--max-length", "4"]
+    else:
+        train += ["--max-minutes", "0.6"]
+        translate += ["--beam-size", "4"]
+    return [
+        Stage("build", [build, ["cmake", "--build", "build/cuda"]], 200),
+        Stage("info", [[PYTHON, "-m", "transformer_ext.info"]], 30),
+        Stage("tests", [tests], 120, {"OMP_NUM_THREADS": "1"}),
+        Stage("products", [benchmark("linear", *kernels)], 40),
+        Stage("attention", attention, 60),
+        Stage(
+            "kernels",
+            [benchmark(name, *kernels) for name in WANTED_SHARES],
+            60,
+        ),
+        Stage("loss", [benchmark("cross_entropy", *kernels)], 40),
+        Stage("training base", training("base", 25_000, 6, *peers), 70),
+        Stage("training base 4k", training("base", 4_096, 24, *peers[:1]), 50),
+        Stage("memcheck", [[*sanitizer, "--tool", "memcheck", *every, "float32"]], 60, uncached),
+        Stage("racecheck", [[*sanitizer, "--tool", "racecheck", *every]], 60),
+        Stage("end to end", [train], 75),
+        Stage("translate", [translate], 60),
+        Stage("training big", training("big", 25_000, 6, *peers), 80),
+        Stage("compile base", training("base", 25_000, 6, compiled), 120),
+        Stage("attention simple", attention, 60, SIMPLE),
+        Stage("ncu", [[*ncu, *every, "--large"]], 60),
+        Stage("training big 4k", training("big", 4_096, 24, *peers[:1]), 60),
+        Stage("compile big", training("big", 25_000, 6, compiled), 140),
+    ]
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process and all that it started."""
+    for number, patience in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 3.0)):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            return
+        try:
+            process.wait(patience)
+        except subprocess.TimeoutExpired:
+            continue
+    process.poll()
+
+
+def run(stage: Stage, limit: float, log: Path, saved: Path) -> None:
+    """Runs a stage for so many seconds at most, and fills in what came of it."""
+    began = time.monotonic()
+    environment = {**os.environ, **stage.environment, "PYTHONUNBUFFERED": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(ROOT), environment.get("PYTHONPATH")])
+    )
+    saved.unlink(missing_ok=True)
+    stage.status = "ok"
+    with open(log, "ab") as file:
+        for command in stage.commands:
+            command = [part.replace("{saved}", str(saved)) for part in command]
+            file.write(f"\n=== {stage.name}: {' '.join(command)}\n".encode())
+            file.flush()
+            start = file.tell()
+            try:
+                process = subprocess.Popen(
+                    command,
+                    cwd=ROOT,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                stage.status, stage.said = "failed", f"{command[0]}: {error.strerror}"
+                break
+            try:
+                code = process.wait(max(limit - (time.monotonic() - began), 0.1))
+                stage.status = "ok" if code == 0 else "failed"
+            except subprocess.TimeoutExpired:
+                stage.status = "timeout"
+            finally:
+                end(process)
+            with open(log, "rb") as printed:
+                printed.seek(start)
+                lines = printed.read().decode(errors="replace").strip().splitlines()
+            stage.said = lines[-1].strip() if lines else ""
+            if stage.status != "ok":
+                stage.said = "\n".join(lines[-LAST_LINES:])
+                break
+    stage.seconds = time.monotonic() - began
+    stage.rows = read_json_lines(saved) if saved.exists() else []
+
+
+# ---- What is made of it -----------------------------------------------------------------------
+
+
+def met(reached: bool) -> str:
+    return "met" if reached else "NOT MET"
+
+
+def kernel_lines(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """For each benchmark and direction the median and the lowest share of a copy."""
+    groups: dict[tuple[str, str], list[tuple[float, float, str]]] = {}
+    for row in rows:
+        name, seconds = row["benchmark"], row["seconds"]
+        if name not in WANTED_SHARES or row["case"].startswith("overhead"):
+            continue
+        kind = row["case"].split()[0] if row["case"].split()[0].isalpha() else ""
+        share, ratio = seconds["copy"] / seconds["ours"], seconds["torch"] / seconds["ours"]
+        groups.setdefault((name, kind), []).append((share, ratio, row["case"]))
+    lines = []
+    for (name, kind), found in groups.items():
+        share, wanted = median(entry[0] for entry in found), WANTED_SHARES[name]
+        lowest = min(found)
+        lines.append(
+            [
+                f"{name} {kind}".strip(),
+                f"{share:.0%} of copy (median), {lowest[0]:.0%} ({lowest[2]}), "
+                f"{median(entry[1] for entry in found):.1f}x torch",
+                f"{wanted:.0%}",
+                met(share >= wanted),
+            ]
+        )
+    return lines
+
+
+def attention_lines(rows: Sequence[dict[str, Any]], variant: str) -> list[list[str]]:
+    """A line for each shape: share of a copy, and times the best backend."""
+    lines = []
+    for row in rows:
+        if "copy" not in row["seconds"]:
+            continue
+        seconds = row["seconds"]
+        share = seconds["copy"] / seconds["ours"]
+        peers = {n: s for n, s in seconds.items() if n not in ("ours", "copy")}
+        kind, length = row["case"].split()[:2]
+        long = length.isdigit() and int(length) >= 512
+        wanted_share = 0.0 if long else {"forward": 0.7, "backward": 0.6}[kind]
+        wanted_ratio = 0.5 if long else 1.5
+        best = min(peers, key=peers.__getitem__, default="")
+        ratio = peers[best] / seconds["ours"] if best else float("nan")
+        lines.append(
+            [
+                f"attention{variant} {row['case']}",
+                f"{seconds['ours'] * 1e6:.0f} us, {share:.0%} of copy, {ratio:.2f}x {best}",
+                f"{wanted_share:.0%}, {wanted_ratio}x",
+                met(share >= wanted_share and ratio >= wanted_ratio),
+            ]
+        )
+    return lines
+
+
+def product_lines(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    lines = []
+    for row in rows:
+        seconds = row["seconds"]
+        if "copy" in seconds:
+            figure = f"{row['bytes'] / seconds['copy'] / 1e12:.2f} TB/s"
+            lines.append([row["case"], figure, "", ""])
+        else:
+            speed = {name: row["operations"] / s / 1e12 for name, s in seconds.items()}
+            figure = f"{speed['ours']:.0f} TFLOP/s, torch.mm {speed['torch']:.0f}"
+            lines.append([f"product {row['case']}", figure, "", ""])
+    return lines
+
+
+def loss_lines(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    lines = []
+    for row in rows:
+        s, memory = row["seconds"], row["memory"]
+        figure = f"{s['ours'] * 1e3:.2f} ms, {s['torch'] / s['ours']:.2f}x torch, "
+        figure += f"{s['products'] / s['ours']:.0%} of the products, "
+        figure += f"{memory['ours']:.0f} MiB, torch {memory['torch']:.0f}"
+        lines.append([f"loss {row['case']}", figure, "", ""])
+    return lines
+
+
+def training_lines(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Target tokens a second of each competitor, in each setting."""
+    lines = []
+    rates: dict[str, float] = {}
+    for row in rows:
+        setting = row["setting"].split(" target")[0]
+        ours = 0.0
+        for key, facts in row["results"].items():
+            rate = median(
+                row["target_tokens"][int(unit)] / median(times)
+                for unit, times in facts["seconds"].items()
+            )
+            wanted, verdict = "", ""
+            if key == "ours-bfloat16":
+                ours = rates[setting] = rate
+                goal = WANTED_RATES.get(setting)
+                longer = rates.get(setting.replace(" 4,096", " 25,000"), 0.0)
+                if goal is None and setting.endswith(" 4,096"):
+                    goal = 0.75 * longer
+                if goal:
+                    wanted, verdict = f"{goal:,.0f}", met(rate >= goal)
+            times = f", ours is {ours / rate:.2f}x" if ours and key != "ours-bfloat16" else ""
+            figure = f"{rate:,.0f} tokens/s{times}, {facts['memory'] / 2**30:.1f} GiB"
+            lines.append([f"training {setting}, {key}", figure, wanted, verdict])
+    return lines
+
+
+def end_to_end_lines(log: Path) -> list[list[str]]:
+    """Speed, share of validation and BLEU of the training on the shipped text."""
+    if not log.exists():
+        return []
+    rows = read_json_lines(log)
+    kinds = {kind: [r for r in rows if r.get("event") == kind] for kind in ("train", "validation")}
+    if not kinds["train"]:
+        return []
+    speed = median(r["tokens_per_second"] for r in kinds["train"])
+    lines = [["train, shipped text", f"{speed:,.0f} tokens/s (median of the log)", "", ""]]
+    if kinds["validation"]:
+        last = kinds["validation"][-1]
+        spent = sum(r["seconds"] for r in kinds["validation"])
+        share = spent / max(last["training_seconds"], 1e-9)
+        lines.append(
+            [
+                "validation",
+                f"{spent / len(kinds['validation']):.1f} s each, {share:.1%} of the time, "
+                f"BLEU {last.get('bleu', float('nan')):.1f}",
+                "under 5%",
+                met(share < 0.05),
+            ]
+        )
+    return lines
+
+
+def results(done: Sequence[Stage], scratch: Path) -> list[list[str]]:
+    """What was measured, a line each: what, how much, how much is wanted, whether it is met."""
+    lines: list[list[str]] = []
+    makers: dict[str, Callable[[Sequence[dict[str, Any]]], list[list[str]]]] = {
+        "products": product_lines,
+        "kernels": kernel_lines,
+        "loss": loss_lines,
+        "attention": lambda rows: attention_lines(rows, ""),
+        "attention simple": lambda rows: attention_lines(rows, " simple"),
+    }
+    trained: list[dict[str, Any]] = []
+    for stage in done:
+        if stage.name in makers:
+            lines += makers[stage.name](stage.rows)
+        elif stage.name.startswith(("training", "compile")):
+            trained += stage.rows
+        elif stage.name == "end to end":
+            lines += end_to_end_lines(scratch / "run" / "log.jsonl")
+        elif stage.name == "translate" and stage.status == "ok":
+            lines.append(["translate, beam 4", f"{stage.seconds:.1f} s, start included", "", ""])
+    return lines + training_lines(trained)
+
+
+def report(done: Sequence[Stage], facts: dict[str, str], scratch: Path) -> str:
+    """All tables."""
+    parts = [f"{name}: {value}" for name, value in facts.items()]
+    parts.append("")
+    rows = [[s.name, s.status, f"{s.seconds:.0f} s"] for s in done if s.status]
+    parts += table(["stage", "", ""], rows, False)
+    for stage in done:
+        if stage.status in ("failed", "timeout"):
+            parts += ["", f"--- {stage.name}: {stage.status}", stage.said]
+    try:
+        lines = results(done, scratch)
+    except (KeyError, ValueError, ZeroDivisionError) as error:
+        # What was measured is in the file of results all the same.
+        lines = [[f"a row that was not understood: {error!r}", "", "", ""]]
+    if lines:
+        parts += ["", *table(["", "figure", "wanted", ""], lines, False)]
+    return "\n".join(parts) + "\n"
+
+
+def facts_of_machine() -> dict[str, str]:
+    """What the figures belong to."""
+    import torch
+
+    def first_line(*command: str) -> str:
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=ROOT)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return type(error).__name__
+        lines = done.stdout.strip().splitlines()
+        return lines[-1] if lines else "unknown"
+
+    query = "--query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit"
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    return {
+        "GPU": first_line("nvidia-smi", query, "--format=csv,noheader"),
+        "torch": f"{torch.__version__}, Python {sys.version.split()[0]}"
+        + ("" if header.exists() else ", without Python.h"),
+        "nvcc": first_line(tool("nvcc") or "nvcc", "--version"),
+        "commit": first_line("git", "log", "-1", "--format=%h %s"),
+        "cores": str(os.cpu_count()),
+    }
+
+
+def test_text(path: Path) -> None:
+    """The 1,500 sentences of the shipped test text."""
+    sys.path.insert(0, str(ROOT))
+    from transformer_ext.data.corpus import read_lines, shipped_corpus
+
+    (file,) = shipped_corpus().test.src
+    path.write_bytes(b"".join(line.rstrip(b"\n") + b"\n" for line in read_lines(file)))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, help="folder of results and logs")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help="these stages alone")
+    parser.add_argument("--skip", nargs="+", metavar="STAGE", default=[], help="not these")
+    parser.add_argument("--budget", type=float, default=570.0, help="seconds for all (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed passes of a training")
+    parser.add_argument("--list", action="store_true", help="list the stages and run nothing")
+    parser.add_argument(
+        "--dry", action="store_true", help="on a CPU with tiny sizes, and without building"
+    )
+    options = parser.parse_args(arguments)
+    began = time.monotonic()
+    options.output = options.output or Path(os.environ.get("OUT") or ROOT / "build" / "gpu_check")
+    options.output = options.output.resolve()
+    scratch = ROOT / "build" / "gpu_check_scratch"
+    everything = stages(options, scratch)
+    names = [stage.name for stage in everything]
+    for name in [*(options.only or []), *options.skip]:
+        if name not in names:
+            parser.error(f"no stage {name!r}; there are: {', '.join(names)}")
+    if options.list:
+        for stage in everything:
+            print(f"{stage.name:18s} at most {stage.limit:.0f} s")
+        return 0
+    chosen = [
+        stage
+        for stage in everything
+        if stage.name in (options.only or names) and stage.name not in options.skip
+    ]
+    if options.dry:
+        chosen = [stage for stage in chosen if stage.name != "build"]
+    else:
+        import torch
+
+        if not torch.cuda.is_available():
+            print(
+                f"gpu_check: torch {torch.__version__} finds no GPU, and nothing was run; --dry "
+                "tries the commands on the CPU",
+                file=sys.stderr,
+            )
+            return 2
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    options.output.mkdir(parents=True, exist_ok=True)
+    log, saved = options.output / "log.txt", options.output / "results.jsonl"
+    log.write_bytes(b"")
+    saved.write_bytes(b"")
+    facts = facts_of_machine()
+    append_json(saved, facts)
+    test_text(scratch / "test.en")
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupted)
+    try:
+        for number, stage in enumerate(chosen, 1):
+            left = options.budget - (time.monotonic() - began) - RESERVE
+            if not stage.commands[0][0]:
+                stage.status = "not found"
+            elif left < min(stage.limit, 10.0):
+                stage.status = "no time left"
+            else:
+                print(f"[{number}/{len(chosen)}] {stage.name} ...", flush=True)
+                run(stage, min(stage.limit, left), log, scratch / "rows.jsonl")
+            last = stage.said.splitlines()[-1] if stage.said else ""
+            print(
+                f"    {stage.name}: {stage.status}, {stage.seconds:.0f} s  {last[:120]}", flush=True
+            )
+            for row in stage.rows:
+                append_json(saved, {"stage": stage.name, **row})
+            state = dataclasses.asdict(stage)
+            append_json(saved, {k: state[k] for k in ("name", "status", "seconds", "said")})
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+    text = report(chosen, facts, scratch)
+    (options.output / "table.txt").write_text(text)
+    print(f"\n{text}\n{time.monotonic() - began:.0f} s; files in {options.output}", flush=True)
+    shutil.rmtree(scratch, ignore_errors=True)
+    return int(any(stage.status in ("failed", "timeout") for stage in chosen))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
