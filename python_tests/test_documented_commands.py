@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import importlib.util
+import inspect
 import re
 import shlex
 import sys
@@ -13,6 +15,7 @@ from unittest import mock
 
 from test_documents import DOCUMENTS, ROOT, _name
 
+import transformer_ext
 from transformer_ext import preset
 from transformer_ext.__main__ import available
 from transformer_ext.config import TrainConfig, from_dict, given, options
@@ -159,6 +162,42 @@ def test_options_that_the_pages_name_are_there():
         text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.S | re.M)
         for span in _spans(text):
             wrong += [f"{_name(path)}: {span}: {f}" for f in _FLAG.findall(span) if f not in known]
+    assert not wrong, "\n".join(wrong)
+
+
+def _found(dotted: str) -> bool:
+    """Whether Python finds what is written so, after ``import transformer_ext``."""
+    value: object = transformer_ext
+    path = "transformer_ext"
+    for name in dotted.split(".")[1:]:
+        path += f".{name}"
+        if hasattr(value, name):
+            value = getattr(value, name)
+        elif inspect.ismodule(value) and importlib.util.find_spec(path):
+            value = importlib.import_module(path)
+        else:
+            return False
+    return True
+
+
+_DOTTED = re.compile(r"(?:^|(?<=[ (]))(?:transformer_ext|ops)(?:\.\w+)+(?!\w*[./-])")
+_FOLDERS = "|".join(path.name.replace(".", r"\.") for path in ROOT.iterdir() if path.is_dir())
+_PATH = re.compile(rf"(?<![\w/.-])(?:{_FOLDERS})/[\w./*-]*\w")
+
+
+def test_files_and_functions_that_the_pages_name_are_there():
+    wrong = []
+    for path in DOCUMENTS:
+        text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.S | re.M)
+        for span in _spans(text):
+            # After `python -m` and `from` stand modules, which functions of the same name may hide.
+            names = [] if re.match(r"python|from|import", span) else _DOTTED.findall(span)
+            for name in (re.sub(r"^ops\.", "transformer_ext.ops.", name) for name in names):
+                if not _found(name):
+                    wrong.append(f"{_name(path)}: {span}: no {name}")
+            for file in _PATH.findall(span):
+                if not file.startswith("build/") and not any(ROOT.glob(file)):
+                    wrong.append(f"{_name(path)}: {span}: no {file}")
     assert not wrong, "\n".join(wrong)
 
 
