@@ -17,6 +17,7 @@ torch = pytest.importorskip("torch")
 from transformer_ext import ops  # noqa: E402
 from transformer_ext._native import native  # noqa: E402
 from transformer_ext.files import parameter_shapes  # noqa: E402
+from transformer_ext.inference import torch_search  # noqa: E402
 from transformer_ext.inference.engine import (  # noqa: E402
     Engine,
     UnsupportedModelError,
@@ -25,6 +26,7 @@ from transformer_ext.inference.engine import (  # noqa: E402
 from transformer_ext.inference.options import SearchOptions  # noqa: E402
 from transformer_ext.inference.quantization import linear_int8, quantize_rows  # noqa: E402
 from transformer_ext.inference.search import beam_search  # noqa: E402
+from transformer_ext.inference.torch_engine import TorchEngine  # noqa: E402
 from transformer_ext.model.config import KINDS, TransformerConfig  # noqa: E402
 from transformer_ext.model.transformer import Transformer  # noqa: E402
 from transformer_ext.ops import set_backend  # noqa: E402
@@ -154,7 +156,9 @@ def test_finds_what_the_python_search_finds(variant):
         SearchOptions(num_hypotheses=3, max_length=14),
         SearchOptions(beam_size=1, max_length=14),
     ):
-        assert_same(engine.search(sources, options), beam_search(model, sources, options))
+        expected = beam_search(model, sources, options)
+        assert_same(engine.search(sources, options), expected)
+        assert_same(TorchEngine(model).search(sources, options), expected)
 
 
 @pytest.mark.parametrize(
@@ -173,15 +177,22 @@ def test_finds_what_the_python_search_finds(variant):
         {"coverage_penalty": 0.4, "num_hypotheses": 3, "return_attention": True},
         {"return_attention": True, "return_alignment": True, "attention_layer": 0},
         {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2},
+        {"repetition_penalty": 1.5, "repetition_penalty_on": "logits", "beam_size": 1},
         {"sampling": True, "num_hypotheses": 3, "seed": 4},
         {"sampling": True, "top_k": 5, "top_p": 0.8, "temperature": 1.3},
     ],
 )
-def test_options(changes):
+def test_options(changes, monkeypatch):
     model = make_model(seed=3)
     sources = random_sources(model)
     options = SearchOptions(**{"max_length": 15, **changes})
-    assert_same(make_engine(model).search(sources, options), beam_search(model, sources, options))
+    expected = beam_search(model, sources, options)
+    assert_same(make_engine(model).search(sources, options), expected)
+    assert_same(TorchEngine(model).search(sources, options), expected)
+    # Caches that grow, sentences that leave, batches of a few.
+    monkeypatch.setattr(torch_search, "_ROOM", 4)
+    monkeypatch.setattr(torch_search, "CHECK_EVERY", 3)
+    assert_same(TorchEngine(model).search(sources, options, batch_size=4), expected)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +209,9 @@ def test_ensembles(changes):
     sources = random_sources(models[0])
     options = SearchOptions(max_length=15, **changes)
     engine = Engine.ensemble([make_engine(model) for model in models])
-    assert_same(engine.search(sources, options), beam_search(models, sources, options))
+    expected = beam_search(models, sources, options)
+    assert_same(engine.search(sources, options), expected)
+    assert_same(TorchEngine(models).search(sources, options), expected)
 
 
 def test_an_ensemble_has_the_mean_of_the_probabilities():
@@ -237,18 +250,18 @@ def test_a_long_sentence():
     model = make_model(seed=4, positions="rope")
     sources = random_sources(model, count=1, longest=2) + [[5, 6] * 80 + [3]]
     options = SearchOptions(beam_size=2, max_length=90, min_length=80)
-    assert_same(
-        make_engine(model).search(sources, options),
-        beam_search(model, sources, options),
-        tolerance=1e-4,
-    )
+    expected = beam_search(model, sources, options)
+    for engine in (make_engine(model), TorchEngine(model)):
+        assert_same(engine.search(sources, options), expected, tolerance=1e-4)
 
 
 def test_a_vocabulary_of_several_chunks():
     model = make_model(seed=5, src_vocab_size=11000, tgt_vocab_size=11000)
     sources = random_sources(model, count=3)
     options = SearchOptions(beam_size=3, num_hypotheses=3, max_length=8)
-    assert_same(make_engine(model).search(sources, options), beam_search(model, sources, options))
+    expected = beam_search(model, sources, options)
+    for engine in (make_engine(model), TorchEngine(model)):
+        assert_same(engine.search(sources, options), expected)
 
 
 @pytest.mark.parametrize("seed", range(3))

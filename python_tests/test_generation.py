@@ -25,6 +25,7 @@ from transformer_ext.files import load_model_dir, parameter_shapes, save_model_d
 from transformer_ext.inference.continuation import TextGenerator, continuations  # noqa: E402
 from transformer_ext.inference.language_engine import LanguageModelEngine  # noqa: E402
 from transformer_ext.inference.options import SearchOptions  # noqa: E402
+from transformer_ext.inference.torch_engine import TorchLanguageModel  # noqa: E402
 from transformer_ext.model import LanguageModel, LanguageModelConfig  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,7 +108,9 @@ def test_finds_what_the_python_search_finds(variant):
             sampling=True, num_hypotheses=2, seed=4, top_k=9, top_p=0.8, temperature=0.7
         ).replace(max_length=11, no_repeat_ngram_size=2, repetition_penalty=1.2),
     ):
-        assert_same(engine.search(PROMPTS, options), continuations(model, PROMPTS, options))
+        expected = continuations(model, PROMPTS, options)
+        assert_same(engine.search(PROMPTS, options), expected)
+        assert_same(TorchLanguageModel(model).search(PROMPTS, options), expected)
 
 
 @pytest.mark.parametrize("penalty_on", ["log_probs", "logits"])
@@ -120,7 +123,9 @@ def test_the_prompt_counts_for_repetition_and_not_for_scores(penalty_on, beam_si
         repetition_penalty=1.8, no_repeat_ngram_size=2, repetition_penalty_on=penalty_on
     )
     found = engine.search(PROMPTS, rules)
-    assert_same(found, continuations(model, PROMPTS, rules))
+    expected = continuations(model, PROMPTS, rules)
+    assert_same(found, expected)
+    assert_same(TorchLanguageModel(model).search(PROMPTS, rules, batch_size=2), expected)
     for prompt, result in zip(PROMPTS, found, strict=True):
         hypothesis = result.hypotheses[0]
         assert len(hypothesis.tokens) <= 10 and result.steps <= 10

@@ -80,7 +80,14 @@ def unbroken(text: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-_TIMES = {"seconds", "tokens_per_second", "training_seconds", "data_seconds", "decoding_seconds"}
+_TIMES = {
+    "seconds",
+    "tokens_per_second",
+    "training_seconds",
+    "data_seconds",
+    "decoding_seconds",
+    "validation_share",
+}
 _OWN = {"model", "peak_memory_bytes", "path", "data_wait"}
 
 

@@ -38,7 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from transformer_ext.inference.classifier import Prediction, TextClassifier
 
     classifier = TextClassifier(
-        arguments.model, threads=arguments.threads, compute_type=arguments.compute_type
+        arguments.model,
+        threads=arguments.threads,
+        compute_type=arguments.compute_type,
+        device=arguments.device,
     )
 
     def label(lines: list[str]) -> list[Prediction]:

@@ -86,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.model,
         threads=arguments.threads,
         compute_type=arguments.compute_type,
+        device=arguments.device,
         pooling=arguments.pooling,
         normalize=arguments.normalize or None,
     )

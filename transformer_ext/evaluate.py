@@ -126,7 +126,7 @@ def _options(parser: ArgumentParser, arguments: Any) -> SearchOptions:
     if not models:
         if arguments.output is not None:
             parser.error("--output needs a model to write the translations of")
-        engine = ("threads", "compute_type", "batch_size", "batch_tokens")
+        engine = ("threads", "compute_type", "device", "batch_size", "batch_tokens")
         names = [n for n in engine if getattr(arguments, n) != parser.get_default(n)]
         for name in (*given(arguments, SearchOptions), *names):
             parser.error(f"--{name.replace('_', '-')} needs a model to translate with")

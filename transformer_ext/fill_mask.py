@@ -46,7 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from transformer_ext.inference.mask_filler import Filling, MaskFiller
 
     filler = MaskFiller(
-        arguments.model, threads=arguments.threads, compute_type=arguments.compute_type
+        arguments.model,
+        threads=arguments.threads,
+        compute_type=arguments.compute_type,
+        device=arguments.device,
     )
 
     def fill(lines: list[str]) -> list[list[list[Filling]]]:

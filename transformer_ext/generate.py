@@ -55,7 +55,7 @@ def _parser() -> ArgumentParser:
         "texts continued",
         "; up to four times as many lines are read ahead where they are there to be read",
         tokens="tokens held for texts, and for what may follow them, once for each hypothesis,",
-        batch_tokens=8192,
+        batch_tokens=(8192, 65536),
     )
     parser.add_argument(
         "--search-preset",
@@ -116,16 +116,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             "source to attend to"
         )
     from transformer_ext.inference.continuation import TextGenerator
-    from transformer_ext.inference.lines import TextLines, input_blocks
+    from transformer_ext.inference.lines import TextLines, input_blocks, lines_ahead
     from transformer_ext.inference.text_model import TextError
 
     generator = TextGenerator(
-        arguments.model, threads=arguments.threads, compute_type=arguments.compute_type
+        arguments.model,
+        threads=arguments.threads,
+        compute_type=arguments.compute_type,
+        device=arguments.device,
     )
     number = 0
     text = TextLines()
     try:
-        for lines in input_blocks(text, arguments.files, 4 * arguments.batch_size):
+        for lines in input_blocks(text, arguments.files, lines_ahead(arguments)):
             try:
                 written = generator.generate(
                     lines,

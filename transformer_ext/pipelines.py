@@ -53,7 +53,8 @@ def pipeline(
         model: model directory of ours, or one of Hugging Face's.
         threads: threads at work on one call; None takes as many as there are physical cores that
             this process may use.
-        compute_type: ``float32``, ``bfloat16``, ``int8`` or ``auto``.
+        compute_type: ``float32``, ``bfloat16``, ``int8`` or ``auto``; on another device ``float32``,
+            ``bfloat16``, ``float16`` or ``auto``.
         device: ``cpu``, where torch is not imported, or a device of PyTorch's.
         batch_size: most inputs worked on at once; it has no influence on the results.
         options: of the task, for every call that does not have them; see the class of each.
@@ -262,9 +263,6 @@ class TranslationPipeline(Pipeline):
     def _open(self, model: str | Path, **engine: Any) -> None:
         from transformer_ext.inference.translator import Translator
 
-        device = engine.pop("device")
-        if device != "cpu":
-            raise ValueError(f"device: got {device!r}, expected 'cpu' for {self.task}")
         self.translator = Translator(model, **engine)
 
     def _run(self, inputs: Sequence[str], begin: int, options: dict[str, Any]) -> list[Any]:

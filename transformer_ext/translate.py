@@ -145,8 +145,9 @@ def _translate(
     text: TextLines,
     files: Sequence[str],
     format: str,
-    batch_size: int,
-    batch_tokens: int,
+    batch_size: int | None,
+    batch_tokens: int | None,
+    ahead: int,
     prefix_file: str | None,
     source_tag: str | None,
 ) -> None:
@@ -170,7 +171,7 @@ def _translate(
     from transformer_ext.inference.lines import input_blocks
 
     try:
-        for block in input_blocks(text, files, 4 * batch_size):
+        for block in input_blocks(text, files, ahead):
             sources = translator.encode(block, source_tag)
             if tags:
                 untagged += sum(not line.startswith(tags) for line in block if line.strip())
@@ -234,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     if (options.return_attention or options.return_alignment) and arguments.format != "jsonl":
         parser.error("--return-attention and --return-alignment: expected --format jsonl with them")
-    from transformer_ext.inference.lines import TextLines
+    from transformer_ext.inference.lines import TextLines, lines_ahead
     from transformer_ext.inference.translator import open_translator
 
     with open_translator(arguments, options) as translator:
@@ -245,6 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.format,
             arguments.batch_size,
             arguments.batch_tokens,
+            lines_ahead(arguments),
             arguments.target_prefix,
             arguments.source_tag,
         )

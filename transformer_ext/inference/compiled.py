@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from transformer_ext._native import native
@@ -54,6 +54,28 @@ def resolve_compute_type(compute_type: str) -> str:
             f"is {compiled.isa()}: take 'float32' or 'int8'"
         )
     return compute_type
+
+
+def check_weights_known(
+    config: ModelConfig, weights: Iterable[str], ignored: tuple[str, ...] = ()
+) -> None:
+    """Refuse weights that the architecture has no place for.
+
+    Args:
+        config: the architecture.
+        weights: their names.
+        ignored: beginnings of names that may be there.
+
+    Raises:
+        UnsupportedModelError: there is one.
+    """
+    expected = parameter_shapes(config)
+    unknown = [name for name in weights if name not in expected and not name.startswith(ignored)]
+    if unknown:
+        raise UnsupportedModelError(
+            f"the model has a part that the engine does not know: {unknown[0]!r}"
+            + (f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else "")
+        )
 
 
 class CompiledModel(Generic[ConfigT]):
@@ -107,15 +129,7 @@ class CompiledModel(Generic[ConfigT]):
         self.config = config
         compiled = native()
         self.compute_type = resolve_compute_type(compute_type)
-        expected = parameter_shapes(config)
-        unknown = [
-            name for name in weights if name not in expected and not name.startswith(self._IGNORED)
-        ]
-        if unknown:
-            raise UnsupportedModelError(
-                f"the model has a part that the engine does not know: {unknown[0]!r}"
-                + (f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else "")
-            )
+        check_weights_known(config, weights, self._IGNORED)
 
         def find(name: str) -> memoryview[float] | np.ndarray | None:
             if name not in weights:
@@ -209,7 +223,10 @@ def integers(
 
 
 def batches_by_length(
-    sequences: Sequence[Sequence[int]], batch_size: int, batch_tokens: int
+    sequences: Sequence[Sequence[int]],
+    batch_size: int,
+    batch_tokens: int,
+    most: Callable[[int], int] | None = None,
 ) -> Iterator[list[int]]:
     """Numbers of the sequences that are not empty, longest first, in batches.
 
@@ -218,6 +235,7 @@ def batches_by_length(
         batch_size: most of them in a batch.
         batch_tokens: most tokens, counted as the longest of them times their number; a longer one is
             alone.
+        most: where given, another bound: most of them whose longest has so many tokens.
     """
     check_at_once("batch_size", batch_size)
     check_at_once("batch_tokens", batch_tokens)
@@ -228,6 +246,8 @@ def batches_by_length(
     first = 0
     while first < len(order):
         # The first of a batch is its longest; what its sequences take grows with that.
-        count = max(1, min(batch_size, batch_tokens // len(sequences[order[first]])))
+        longest = len(sequences[order[first]])
+        count = max(1, min(batch_size, batch_tokens // longest))
+        count = count if most is None else min(count, most(longest))
         yield order[first : first + count]
         first += count

@@ -8,17 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformer_ext.files import load_model_dir
-from transformer_ext.inference.language_engine import (
-    BATCH_SIZE,
-    BATCH_TOKENS,
-    LanguageModelEngine,
-)
+from transformer_ext.inference.language_engine import LanguageModelEngine
 from transformer_ext.inference.options import Hypothesis, SearchOptions, SearchResult
 from transformer_ext.inference.shared import (
-    check_torch_options,
+    at_once,
     continuation_limits,
     fed_tokens,
     never_proposed,
+    torch_compute_type,
 )
 from transformer_ext.inference.text_model import check_texts
 from transformer_ext.model.config import LanguageModelConfig
@@ -27,6 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from transformer_ext.inference.torch_engine import TorchLanguageModel
     from transformer_ext.model.language_model import LanguageModel
 
 __all__ = ["GeneratedText", "TextGenerator", "continuations"]
@@ -109,7 +107,8 @@ class TextGenerator:
             other that holds a language model.
         threads: see :class:`LanguageModelEngine`; of the CPU.
         compute_type: see there; of the CPU.
-        device: another torch device than ``cpu`` computes in plain Python, with torch.
+        device: another torch device than ``cpu`` computes in torch, in ``float32``, ``bfloat16``,
+            ``float16`` or ``auto``.
 
     Attributes:
         config: of the model.
@@ -133,17 +132,18 @@ class TextGenerator:
         self.config = saved.config
         self.tokenizer = saved.source_tokenizer
         self.not_used: dict[str, Any] = dict(saved.training.get("generation_not_used") or {})
-        self._engine: LanguageModelEngine | None = None
+        self._engine: LanguageModelEngine | TorchLanguageModel
         if device == "cpu":
             self._engine = LanguageModelEngine(
                 saved.config, saved.weights, threads=threads, compute_type=compute_type
             )
         else:
-            check_torch_options(threads, compute_type, device)
-            from transformer_ext.model.language_model import LanguageModel
+            compute_type = torch_compute_type(threads, compute_type, device)
+            from transformer_ext.inference.torch_engine import TorchLanguageModel
 
-            model = LanguageModel(saved.config).load_weights(saved.weights)
-            self._model = model.set_precision(compute_type).to(device).eval()
+            self._engine = TorchLanguageModel.of_weights(
+                saved.config, saved.weights, device, compute_type
+            )
 
     def search(
         self,
@@ -151,14 +151,13 @@ class TextGenerator:
         options: SearchOptions | None = None,
         *,
         numbers: Sequence[int] | None = None,
-        batch_size: int = BATCH_SIZE,
-        batch_tokens: int = BATCH_TOKENS,
+        batch_size: int | None = None,
+        batch_tokens: int | None = None,
     ) -> list[SearchResult]:
-        """On token ids: see :meth:`LanguageModelEngine.search`."""
-        if self._engine is None:
-            return continuations(self._model, prompts, options, numbers=numbers)
+        """On token ids: see :meth:`LanguageModelEngine.search`; batches are as large as suits the
+        device where nothing is said."""
         return self._engine.search(
-            prompts, options, numbers=numbers, batch_size=batch_size, batch_tokens=batch_tokens
+            prompts, options, numbers=numbers, **at_once(batch_size, batch_tokens)
         )
 
     def generate(
@@ -167,8 +166,8 @@ class TextGenerator:
         options: SearchOptions | None = None,
         *,
         numbers: Sequence[int] | None = None,
-        batch_size: int = BATCH_SIZE,
-        batch_tokens: int = BATCH_TOKENS,
+        batch_size: int | None = None,
+        batch_tokens: int | None = None,
     ) -> list[list[GeneratedText]]:
         """Continuations of each text, best first.
 
@@ -216,5 +215,4 @@ class TextGenerator:
 
     def close(self) -> None:
         """Give the memory back; the generator cannot be used afterwards."""
-        if self._engine is not None:
-            self._engine.close()
+        self._engine.close()

@@ -12,9 +12,10 @@ from transformer_ext.inference.compiled import (
     resolve_compute_type,
 )
 from transformer_ext.inference.native_search import native_options, read_result
-from transformer_ext.inference.options import SearchOptions, SearchResult
+from transformer_ext.inference.options import BATCH_SIZES, SearchOptions, SearchResult
 from transformer_ext.inference.shared import (
     attention_layer,
+    check_ensemble,
     check_source_lengths,
     empty_result,
     never_proposed,
@@ -31,7 +32,7 @@ __all__ = ["Engine", "UnsupportedModelError", "resolve_compute_type"]
 #: are decoded together where a call does not say otherwise. The first fills the cores, the second
 #: bounds memory: a base model with a beam of 4 takes 140 KB for each source token where outputs are as
 #: long as their sources (85 KB in bfloat16 and int8), 210 KB where they are 1.8 times as long.
-BATCH_SIZE = 64
+BATCH_SIZE = BATCH_SIZES[0]
 BATCH_TOKENS = 4096
 
 #: Most hypotheses that are searched for together, whatever the batch: memory grows with them too.
@@ -75,15 +76,7 @@ class Engine(CompiledModel[TransformerConfig]):
         if not engines:
             raise ValueError("engines: got none, expected at least one")
         first, *others = engines
-        names = ("src_vocab_size", "tgt_vocab_size", "pad_id", "bos_id", "eos_id")
-        for number, other in enumerate(others, 1):
-            for name in (*names, "decoder_start_id"):
-                got, expected = getattr(other.config, name), getattr(first.config, name)
-                if got != expected:
-                    raise ValueError(
-                        f"engines: number {number} (from 0) has {name} {got}, expected the "
-                        f"{expected} of the first"
-                    )
+        check_ensemble([engine.config for engine in engines])
         together = cls.__new__(cls)
         together.config = first.config
         together.compute_type = first.compute_type

@@ -6,14 +6,19 @@ from collections.abc import Iterator, Sequence
 
 from transformer_ext.inference.compiled import CompiledModel, integer_rows, integers
 from transformer_ext.inference.native_search import native_options, read_result
-from transformer_ext.inference.options import SearchOptions, SearchResult, check_at_once
+from transformer_ext.inference.options import (
+    BATCH_SIZES,
+    SearchOptions,
+    SearchResult,
+    check_at_once,
+)
 from transformer_ext.inference.shared import continuation_limits, fed_tokens, never_proposed
 from transformer_ext.model.config import LanguageModelConfig
 
 #: Most texts that are continued together, and most tokens of which keys and values are held for
 #: them (those of a prompt once, those that follow it once for each hypothesis), where a call does
 #: not say otherwise. Of GPT-2 small a token takes 72 KB, in bfloat16 and int8 half as much.
-BATCH_SIZE = 64
+BATCH_SIZE = BATCH_SIZES[0]
 BATCH_TOKENS = 8192
 
 

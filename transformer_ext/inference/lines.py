@@ -6,7 +6,10 @@ import itertools
 import os
 import select
 import sys
+from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
+
+from transformer_ext.inference.options import BATCH_SIZES
 
 
 class TextLines:
@@ -106,6 +109,11 @@ def _ready(descriptor: int) -> bool:
     except (OSError, ValueError):
         # Where files cannot be asked (Windows), each line is taken by itself.
         return False
+
+
+def lines_ahead(arguments: Namespace) -> int:
+    """Lines that a command reads ahead, to sort them by length (``add_batch_arguments``)."""
+    return 4 * int(arguments.batch_size or BATCH_SIZES[arguments.device != "cpu"])
 
 
 def input_blocks(text: TextLines, files: Sequence[str], limit: int) -> Iterator[list[str]]:

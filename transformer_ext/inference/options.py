@@ -21,6 +21,8 @@ HypothesisStop = Literal["eos", "max_length", "no_token"]
 
 #: What an engine may multiply in, see :class:`transformer_ext.inference.engine.Engine`.
 COMPUTE_TYPES = ("auto", "float32", "bfloat16", "int8")
+#: What PyTorch computes in on another device than the CPU.
+TORCH_COMPUTE_TYPES = ("auto", "float32", "bfloat16", "float16")
 
 #: Most hypotheses, or samples, of a sentence: the memory and time of a step grow with them.
 MOST_HYPOTHESES = 1_000
@@ -35,6 +37,10 @@ LARGEST_ID = 2**31 - 1
 
 #: Most of what every command and the engine can be told of how much is worked on at once.
 MOST_AT_ONCE = {"threads": 1_024, "batch_size": 1_000_000, "batch_tokens": 1_000_000_000}
+
+#: Most sentences that are decoded together where nothing else is said: on the CPU, and on another
+#: device, which is not filled by as few.
+BATCH_SIZES = (64, 256)
 
 #: The least attention to a source token that the coverage penalty sees.
 LEAST_COVERAGE = 1e-10
@@ -463,7 +469,7 @@ def add_batch_arguments(
     more: str = "",
     *,
     tokens: str | None = None,
-    batch_tokens: int = 4096,
+    batch_tokens: tuple[int, int] = (4096, 16384),
 ) -> None:
     """``batch_size`` and ``batch_tokens`` of a command.
 
@@ -472,22 +478,21 @@ def add_batch_arguments(
         what: is done with how many together, "sentences decoded".
         more: to say of the first.
         tokens: what the second counts; None: source tokens of them.
-        batch_tokens: its default.
+        batch_tokens: its default, on the CPU and on another device.
     """
     parser.add_argument(
         "--batch-size",
         type=_at_once("batch_size"),
-        default=64,
         metavar="N",
-        help=f"most {what} together{more} (default: %(default)s)",
+        help=f"most {what} together{more} (default: {BATCH_SIZES[0]}; on another device than the "
+        f"CPU {BATCH_SIZES[1]})",
     )
     parser.add_argument(
         "--batch-tokens",
         type=_at_once("batch_tokens"),
-        default=batch_tokens,
         metavar="N",
         help=f"most {tokens or 'source tokens ' + what.split()[-1]} together, which bounds memory "
-        "(default: %(default)s)",
+        f"(default: {batch_tokens[0]}; on another device than the CPU {batch_tokens[1]})",
     )
 
 
@@ -501,10 +506,18 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, ensemble: bool = Tr
     )
     parser.add_argument(
         "--compute-type",
-        choices=COMPUTE_TYPES,
+        choices=tuple(dict.fromkeys((*COMPUTE_TYPES, *TORCH_COMPUTE_TYPES))),
         default="float32",
         help="of the matrix products: float32, bfloat16 (takes AVX512_BF16), int8 (fastest), or auto: "
-        "the fastest that this machine has instructions for (default: %(default)s)",
+        "the fastest that this machine has instructions for; on another device float32, bfloat16, "
+        "float16, or auto (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        metavar="DEVICE",
+        help="cpu, where the compiled engine computes, or a device of PyTorch's, such as cuda or "
+        "cuda:1 (default: %(default)s)",
     )
     if not ensemble:
         return

@@ -49,11 +49,12 @@ def repeating_tokens(tokens: Sequence[int], size: int) -> set[int]:
     return {tokens[i + size - 1] for i in starts if tokens[i : i + size - 1] == context}
 
 
-def uniform_number(seed: int, sentence: int, sample: int, step: int) -> float:
+def uniform_number(seed: int, sentence: Any, sample: Any, step: Any) -> Any:
     """A random number from [0, 1), as a function of its arguments alone.
 
     Philox4x32 with 7 rounds (Salmon et al. 2011, section 4.3), key = seed,
-    counter = (step, sample, low and high half of sentence); 53 bits of the first two words.
+    counter = (step, sample, low and high half of sentence); 53 bits of the first two words. All but
+    the seed may be arrays of uint64, of one shape.
     """
     mask = 0xFFFFFFFF
     a, b, c, d = step & mask, sample & mask, sentence & mask, sentence >> 32 & mask

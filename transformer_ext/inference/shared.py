@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from transformer_ext.inference.options import (
+    TORCH_COMPUTE_TYPES,
     Hypothesis,
     HypothesisStop,
     SearchOptions,
@@ -110,6 +111,19 @@ def attention_layer(options: SearchOptions, config: TransformerConfig) -> int | 
     return layer
 
 
+def check_ensemble(configs: Sequence[TransformerConfig]) -> None:
+    """Raise a ValueError for models whose tokens are not the same."""
+    names = ("src_vocab_size", "tgt_vocab_size", "pad_id", "bos_id", "eos_id", "decoder_start_id")
+    for number, config in enumerate(configs):
+        for name in names:
+            got, expected = getattr(config, name), getattr(configs[0], name)
+            if got != expected:
+                raise ValueError(
+                    f"engines: number {number} (from 0) has {name} {got}, expected the "
+                    f"{expected} of the first"
+                )
+
+
 def check_source_lengths(sources: Sequence[Sequence[int]], longest: int | None) -> None:
     """Raise a ValueError for a source longer than ``max_source_length``."""
     for number, source in enumerate(sources):
@@ -149,6 +163,12 @@ def alignment_of(attention: NDArray[Any] | None) -> list[int]:
     return found
 
 
+def at_once(batch_size: int | None, batch_tokens: int | None) -> dict[str, int]:
+    """Arguments of an engine: those that are said."""
+    said = {"batch_size": batch_size, "batch_tokens": batch_tokens}
+    return {name: value for name, value in said.items() if value is not None}
+
+
 def empty_result(options: SearchOptions | None = None) -> SearchResult:
     """What an empty source gives."""
     options = options or SearchOptions()
@@ -159,12 +179,14 @@ def empty_result(options: SearchOptions | None = None) -> SearchResult:
     )
 
 
-def check_torch_options(threads: int | None, compute_type: str, device: str) -> None:
-    """Refuse what PyTorch, which computes on another device than ``cpu``, cannot be told.
+def torch_compute_type(threads: int | None, compute_type: str, device: str) -> str:
+    """What PyTorch, which computes on another device than ``cpu``, computes in.
+
+    ``auto`` is, on a GPU, the type of half the bytes that it multiplies fastest.
 
     Raises:
         ValueError: a device that it does not have, a number of threads, or another compute type
-            than ``float32`` and ``bfloat16``.
+            than those of :data:`~transformer_ext.inference.options.TORCH_COMPUTE_TYPES`.
     """
     import torch
 
@@ -179,7 +201,13 @@ def check_torch_options(threads: int | None, compute_type: str, device: str) -> 
         raise ValueError(f"device: got {device!r}, {expected} ({reason:.100})") from None
     if threads is not None:
         raise ValueError(f"threads: got {threads}, expected none on {device}")
-    if compute_type not in ("float32", "bfloat16"):
+    if compute_type not in TORCH_COMPUTE_TYPES:
         raise ValueError(
-            f"compute_type: got {compute_type!r}, expected float32 or bfloat16 on {device}"
+            f"compute_type: got {compute_type!r}, expected one of "
+            f"{', '.join(TORCH_COMPUTE_TYPES)} on {device}"
         )
+    if compute_type != "auto":
+        return compute_type
+    if torch.device(device).type != "cuda":
+        return "float32"
+    return "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float16"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from transformer_ext.files import load_model_dir
 from transformer_ext.inference.lines import TextLines, input_blocks
 from transformer_ext.inference.options import add_engine_arguments
-from transformer_ext.inference.shared import check_torch_options
+from transformer_ext.inference.shared import torch_compute_type
 from transformer_ext.model.config import TextEncoderConfig
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def open_encoder(
         return EncoderEngine(
             saved.config, saved.weights, threads=threads, compute_type=compute_type
         )
-    check_torch_options(threads, compute_type, device)
+    compute_type = torch_compute_type(threads, compute_type, device)
     from transformer_ext.inference.torch_encoder import TorchEncoder
     from transformer_ext.model.text_encoder import TextEncoder
 

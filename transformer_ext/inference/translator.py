@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING, Any, overload
 
 from transformer_ext.data.tokenizer import Tokenizer
 from transformer_ext.files import FileError, load_model_dir
-from transformer_ext.inference.engine import BATCH_SIZE, BATCH_TOKENS, Engine
+from transformer_ext.inference.engine import BATCH_SIZE, Engine
 from transformer_ext.inference.options import Hypothesis, SearchOptions, SearchResult
+from transformer_ext.inference.shared import at_once, torch_compute_type
 from transformer_ext.model.config import TransformerConfig
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from transformer_ext.inference.torch_engine import TorchEngine
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Translation:
 
 
 class Translator:
-    """Translates with a model directory, on the CPU, without importing torch.
+    """Translates with a model directory: on the CPU without importing torch, elsewhere with it.
 
     ::
 
@@ -69,8 +72,11 @@ class Translator:
         threads: threads at work on one call; None takes as many as there are physical cores that
             this process may use.
         compute_type: ``float32``, ``bfloat16``, ``int8`` or ``auto``; see
-            :class:`transformer_ext.inference.engine.Engine`.
+            :class:`transformer_ext.inference.engine.Engine`. On another device ``float32``,
+            ``bfloat16``, ``float16`` or ``auto``.
         options: how to search where a call does not say otherwise; the defaults if None.
+        device: ``cpu``, where the compiled engine computes, or a device of PyTorch's, such as
+            ``cuda``; see :class:`transformer_ext.inference.torch_engine.TorchEngine`.
 
     Attributes:
         config: the architecture.
@@ -83,7 +89,8 @@ class Translator:
         FileError: something in the folder is missing, broken, or does not fit the rest; the models
             of an ensemble have different tokenizers.
         UnsupportedModelError: the model has a part that the engine does not know.
-        ValueError: ``threads`` is below 1; ``compute_type`` is unknown or not to be had here.
+        ValueError: ``threads`` is below 1, or given for another device; ``compute_type`` is unknown
+            or not to be had here; PyTorch does not have the device.
     """
 
     def __init__(
@@ -93,6 +100,7 @@ class Translator:
         *,
         compute_type: str = "float32",
         options: SearchOptions | None = None,
+        device: str = "cpu",
     ) -> None:
         folders = [model_dir] if isinstance(model_dir, (str, Path)) else list(model_dir)
         if not folders:
@@ -106,13 +114,22 @@ class Translator:
                         f"{other.path}: its {side.replace('_', ' ')} is not that of {model.path}, "
                         "which the models of an ensemble must share"
                     )
-        engines = [
-            Engine(each.config, each.weights, threads=threads, compute_type=compute_type)
-            for each in models
-        ]
+        engine: Engine | TorchEngine
+        if device == "cpu":
+            engines = [
+                Engine(each.config, each.weights, threads=threads, compute_type=compute_type)
+                for each in models
+            ]
+            engine = engines[0] if len(engines) == 1 else Engine.ensemble(engines)
+        else:
+            compute_type = torch_compute_type(threads, compute_type, device)
+            from transformer_ext.inference.torch_engine import TorchEngine
+
+            pairs = [(each.config, each.weights) for each in models]
+            engine = TorchEngine.of_weights(pairs, device, compute_type)
         longest = [each.training.get("max_train_length") for each in models]
         self._set_up(
-            engines[0] if len(engines) == 1 else Engine.ensemble(engines),
+            engine,
             model.source_tokenizer,
             model.target_tokenizer,
             min((length for length in longest if isinstance(length, int)), default=None),
@@ -155,14 +172,14 @@ class Translator:
 
     def _set_up(
         self,
-        engine: Engine,
+        engine: Engine | TorchEngine,
         source_tokenizer: Tokenizer,
         target_tokenizer: Tokenizer,
         max_train_length: int | None,
         options: SearchOptions | None,
     ) -> None:
         self._engine = engine
-        self.config = engine.config
+        self.config: TransformerConfig = engine.config
         self.options = options or SearchOptions()
         self.source_tokenizer = source_tokenizer
         self.target_tokenizer = target_tokenizer
@@ -175,7 +192,7 @@ class Translator:
 
     @property
     def threads(self) -> int:
-        """Threads at work on one call."""
+        """Threads at work on one call; on another device than the CPU, 1."""
         return self._engine.threads
 
     @property
@@ -261,8 +278,8 @@ class Translator:
         *,
         target_prefix: str | Sequence[str] | None = None,
         source_tag: str | None = None,
-        batch_size: int = BATCH_SIZE,
-        batch_tokens: int = BATCH_TOKENS,
+        batch_size: int | None = None,
+        batch_tokens: int | None = None,
         **changes: Any,
     ) -> Translation | list[Translation]:
         """Translate a text, or each of many.
@@ -324,8 +341,8 @@ class Translator:
         target_prefix: Iterable[str] | None = None,
         source_tag: str | None = None,
         read_ahead: int = 4 * BATCH_SIZE,
-        batch_size: int = BATCH_SIZE,
-        batch_tokens: int = BATCH_TOKENS,
+        batch_size: int | None = None,
+        batch_tokens: int | None = None,
         **changes: Any,
     ) -> Iterator[Translation]:
         """:meth:`translate` for texts without end, in bounded memory.
@@ -378,8 +395,8 @@ class Translator:
         source_tag: str | None,
         options: SearchOptions,
         read_ahead: int,
-        batch_size: int,
-        batch_tokens: int,
+        batch_size: int | None,
+        batch_tokens: int | None,
     ) -> Iterator[Translation]:
         number = 0
         warned = False
@@ -416,8 +433,8 @@ class Translator:
         *,
         prefixes: Sequence[Sequence[int]] | None = None,
         numbers: Sequence[int] | None = None,
-        batch_size: int = BATCH_SIZE,
-        batch_tokens: int = BATCH_TOKENS,
+        batch_size: int | None = None,
+        batch_tokens: int | None = None,
         **changes: Any,
     ) -> list[SearchResult]:
         """:meth:`translate` on token ids.
@@ -444,8 +461,7 @@ class Translator:
             options,
             prefixes=prefixes,
             numbers=numbers,
-            batch_size=batch_size,
-            batch_tokens=batch_tokens,
+            **at_once(batch_size, batch_tokens),
         )
 
     def score(
@@ -453,8 +469,8 @@ class Translator:
         sources: Sequence[str],
         targets: Sequence[str],
         *,
-        batch_size: int = BATCH_SIZE,
-        batch_tokens: int = BATCH_TOKENS,
+        batch_size: int | None = None,
+        batch_tokens: int | None = None,
     ) -> list[list[float]]:
         """Log-probability of each token of given translations, the end of sentence's last.
 
@@ -475,8 +491,7 @@ class Translator:
         return self._engine.score(
             self.encode(sources),
             self._encode_targets(targets),
-            batch_size=batch_size,
-            batch_tokens=batch_tokens,
+            **at_once(batch_size, batch_tokens),
         )
 
     def align(
@@ -485,8 +500,8 @@ class Translator:
         targets: Sequence[str],
         *,
         layer: int | None = None,
-        batch_size: int = BATCH_SIZE,
-        batch_tokens: int = BATCH_TOKENS,
+        batch_size: int | None = None,
+        batch_tokens: int | None = None,
     ) -> list[tuple[list[float], NDArray[np.float32]]]:
         """:meth:`score`, with the attention of each token of given translations to the source.
 
@@ -508,8 +523,7 @@ class Translator:
             self.encode(sources),
             self._encode_targets(targets),
             layer=layer,
-            batch_size=batch_size,
-            batch_tokens=batch_tokens,
+            **at_once(batch_size, batch_tokens),
         )
 
     def _encode_targets(self, targets: Sequence[str]) -> list[list[int]]:
@@ -583,6 +597,7 @@ def open_translator(
         arguments.threads,
         compute_type=arguments.compute_type,
         options=options,
+        device=arguments.device,
     )
     if arguments.compute_type == "auto":
         print(f"compute type: {translator.compute_type}", file=sys.stderr)

@@ -1,7 +1,8 @@
 """Multi-head attention (paper section 3.2.2) in the two forms that the model uses.
 
-Both work on packed rows ``[tokens, d_model]`` and on padded ``[batch, length, d_model]``; which,
-and what may attend to what, is said by the value passed as ``attend``.
+Both work on packed rows ``[tokens, d_model]``, on padded ``[batch, length, d_model]`` and on the
+newest tokens of hypotheses ``[rows, d_model]``; which, and what may attend to what, is said by the
+value passed as ``attend``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from transformer_ext import ops
+from transformer_ext.model.cache import DecoderCache
 from transformer_ext.model.layers import Linear, Sites, xavier_per_projection
 from transformer_ext.model.trace import AttentionTrace, Trace
 from transformer_ext.packed import Packed
@@ -25,11 +27,13 @@ class PackedAttention:
         query: layout of the query rows.
         key: layout of the key rows.
         causal: position i sees positions up to i only.
+        cache: where given, self-attentions leave their keys and values there, of prompts.
     """
 
     query: Packed
     key: Packed
     causal: bool = False
+    cache: DecoderCache | None = None
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,18 @@ class DenseAttention:
     trace: Trace | None = None
 
 
-Attend = PackedAttention | DenseAttention
+@dataclass(frozen=True)
+class CachedAttention:
+    """Attention of the newest token of each hypothesis, one a row, to what a cache holds.
+
+    Attributes:
+        cache: takes its key and value, and has those before it and those of the memory.
+    """
+
+    cache: DecoderCache
+
+
+Attend = PackedAttention | DenseAttention | CachedAttention
 
 
 def trace_state(attend: Attend, name: str, state: Tensor) -> None:
@@ -135,7 +150,11 @@ class SelfAttention(_Attention):
         projected = self.in_projection(x)
         if self.rotary:
             projected = self._rotate(projected, attend)
+        if isinstance(attend, CachedAttention):
+            return self._step(projected, attend.cache)
         if isinstance(attend, PackedAttention):
+            if attend.cache is not None:
+                attend.cache.fill(self.name, projected[..., self.nhead * self.head_dim :])
             attended = ops.self_attention_packed(
                 projected,
                 self.nhead,
@@ -151,9 +170,18 @@ class SelfAttention(_Attention):
         query, key, value = heads.split([self.nhead, self.num_kv_heads, self.num_kv_heads], dim=-2)
         return self._dense(query, key, value, attend, rng)
 
+    def _step(self, projected: Tensor, cache: DecoderCache) -> Tensor:
+        width = self.nhead * self.head_dim
+        past = cache.extend(self.name, projected[..., width:]).unflatten(-1, (-1, self.head_dim))
+        key, value = past.split([self.num_kv_heads, self.num_kv_heads], dim=-2)
+        query = projected[:, None, :width].unflatten(-1, (-1, self.head_dim))
+        return self._dense(query, key, value, DenseAttention(cache.slots.mask), None)[:, 0]
+
     def _rotate(self, projected: Tensor, attend: Attend) -> Tensor:
         if isinstance(attend, PackedAttention):
             positions = attend.query.positions
+        elif isinstance(attend, CachedAttention):
+            positions = attend.cache.slots.position
         else:
             positions = torch.arange(projected.shape[-2], device=projected.device)
         heads = projected.unflatten(-1, (-1, self.head_dim))
@@ -186,6 +214,8 @@ class CrossAttention(_Attention):
     ) -> Tensor:
         """``x`` attends to ``memory``; ``[..., d_model]`` each, before the residual connection."""
         query = self.query_projection(x)
+        if isinstance(attend, CachedAttention):
+            return self._step(query, memory, attend.cache)
         key_value = self.key_value_projection(memory)
         if isinstance(attend, PackedAttention):
             attended = ops.cross_attention_packed(
@@ -200,9 +230,24 @@ class CrossAttention(_Attention):
                 site=self.site,
             )
             return self.out_projection(attended)
+        return self._attend(query, key_value, attend, rng)
+
+    def _attend(
+        self, query: Tensor, key_value: Tensor, attend: DenseAttention, rng: Tensor | None
+    ) -> Tensor:
         heads = key_value.unflatten(-1, (-1, self.head_dim))
         key, value = heads.split([self.num_kv_heads, self.num_kv_heads], dim=-2)
         return self._dense(query.unflatten(-1, (-1, self.head_dim)), key, value, attend, rng)
+
+    def _step(self, query: Tensor, memory: Tensor, cache: DecoderCache) -> Tensor:
+        key_value = cache.of_memory(self.name)
+        if key_value is None:
+            key_value = cache.set_memory(self.name, self.key_value_projection(memory))
+        # The hypotheses of a sentence are its queries: its keys and values are read once for all.
+        sentences = query.unflatten(0, (-1, cache.slots.width))
+        trace = cache.trace if cache.traced == self.name else None
+        attend = DenseAttention(cache.memory_mask, trace=trace)
+        return self._attend(sentences, key_value, attend, None).flatten(0, 1)
 
 
 def rotate(heads: Tensor, positions: Tensor) -> Tensor:

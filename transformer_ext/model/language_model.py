@@ -6,8 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from transformer_ext.model.attention import PackedAttention
+from transformer_ext.model.attention import CachedAttention, PackedAttention
 from transformer_ext.model.base import Model, pack_ids
+from transformer_ext.model.cache import DecoderCache
 from transformer_ext.model.config import LanguageModelConfig
 from transformer_ext.model.layers import Embedding, Generator, Sites
 from transformer_ext.model.stacks import SelfAttentionStack
@@ -93,6 +94,30 @@ class LanguageModel(Model):
         return self._trace_stack(
             self.decoder, self.embedding, ids, lengths, self.config.pad_id, causal=True
         )
+
+    def read_prompts(self, ids: Tensor, sequences: Packed, cache: DecoderCache) -> None:
+        """Take in what comes before the last token of each prompt.
+
+        Args:
+            ids: ``[sequences.capacity]`` int64, packed, all but the last tokens of the prompts.
+            sequences: where they lie.
+            cache: takes their keys and values.
+        """
+        x = self._embed(
+            self.decoder, self.embedding, ids, sequences.positions, sequences.max_length, None
+        )
+        self.decoder(x, PackedAttention(sequences, sequences, causal=True, cache=cache))
+
+    def decode_step(self, ids: Tensor, cache: DecoderCache) -> Tensor:
+        """States ``[rows, d_model]`` of one more token of each hypothesis.
+
+        Args:
+            ids: int64 ``[rows]``, the tokens at the positions of the cache's slots.
+            cache: holds the hypotheses so far; takes these tokens in.
+        """
+        slots = cache.slots
+        x = self._embed(self.decoder, self.embedding, ids, slots.position, slots.capacity, None)
+        return self.decoder(x, CachedAttention(cache))
 
     def next_log_probs(self, prefix: Tensor, *, normalize: bool = True) -> Tensor:
         """Log-probabilities of the token after each prefix, for a search.

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from transformer_ext import ops
-from transformer_ext.model.attention import DenseAttention, PackedAttention
+from transformer_ext.model.attention import CachedAttention, DenseAttention, PackedAttention
 from transformer_ext.model.base import Model, check_ids, pack_padded
+from transformer_ext.model.cache import DecoderCache
 from transformer_ext.model.config import TransformerConfig
 from transformer_ext.model.layers import Embedding, Generator, Sites
 from transformer_ext.model.stacks import Decoder, Encoder
@@ -265,6 +266,21 @@ class Transformer(Model):
         last = hidden.view(batch, length, -1)[:, -1].contiguous()
         scores = self.generator.logits(last).float()
         return torch.log_softmax(scores, dim=-1) if normalize else scores
+
+    def decode_step(self, ids: Tensor, cache: DecoderCache) -> Tensor:
+        """States ``[rows, d_model]`` of one more token of each hypothesis.
+
+        Args:
+            ids: int64 ``[rows]``, the tokens at the positions of the cache's slots.
+            cache: holds the hypotheses so far, and the memory; takes these tokens in.
+        """
+        assert cache.memory is not None
+        slots = cache.slots
+        x = self._embed(
+            self.decoder, self.target_embedding, ids, slots.position, slots.capacity, None
+        )
+        attend = CachedAttention(cache)
+        return self.decoder(x, cache.memory, attend, attend)
 
     # --------------------------------------------------------------------------------------------
 

@@ -311,11 +311,14 @@ class ClassificationRun(TextRun):
         """The accuracy is always there; macro-F1 where there are texts for validation."""
         return self.all_scores if self.prepared.dev_set is not None else ()
 
-    def make_scorer(self) -> Callable[[Path], dict[str, float]] | None:
+    def score_in_memory(self) -> bool:
+        """Always."""
+        return True
+
+    def make_scorer(self) -> Callable[[Path | None], dict[str, float]] | None:
         """Macro-F1 of the validation texts, in percent."""
         if self.prepared.dev_set is None:
             return None
-        # The directory has the weights that the model has.
         return lambda directory: {"macro_f1": 100 * macro_f1(self._validation_table())}
 
     def test(self, model: Path) -> dict[str, Any]:

@@ -19,8 +19,10 @@ from transformer_ext.data.dataset import ParallelDataset
 from transformer_ext.data.text import Blocks, Lines, TextCounts, read_texts
 from transformer_ext.data.text_preparation import TextFiles, prepare_texts
 from transformer_ext.files import atomic_write
+from transformer_ext.inference.compiled import UnsupportedModelError
 from transformer_ext.inference.continuation import continuations
-from transformer_ext.inference.options import SearchOptions
+from transformer_ext.inference.options import SearchOptions, SearchResult
+from transformer_ext.inference.torch_engine import TorchLanguageModel
 from transformer_ext.model import LanguageModel, LanguageModelConfig, language_model_preset
 from transformer_ext.training.distributed import World
 from transformer_ext.training.machine import Machine
@@ -242,10 +244,8 @@ class LanguageModelRun(TextRun):
         # Lines that are cut into blocks may be of any length.
         beginnings = [text for text in beginnings if self._has_room(len(tokenizer.encode(text)))]
         ids = [tokenizer.encode(text) for text in beginnings]
-        training = self.model.training
-        self.model.eval()
         found = [
-            continuations(self.model, ids, options)
+            self._continuations(ids, options)
             for options in (
                 SearchOptions(beam_size=1, max_length=40),
                 SearchOptions(
@@ -253,7 +253,6 @@ class LanguageModelRun(TextRun):
                 ),
             )
         ]
-        self.model.train(training)
         greedy, sampled = (
             [
                 tokenizer.decode([*prompt, *result.hypotheses[0].tokens])
@@ -265,6 +264,19 @@ class LanguageModelRun(TextRun):
             {"beginning": b, "greedy": _line(g), "sampled": _line(s)}
             for b, g, s in zip(beginnings, greedy, sampled, strict=True)
         ]
+
+    def _continuations(
+        self, ids: Sequence[Sequence[int]], options: SearchOptions
+    ) -> list[SearchResult]:
+        try:
+            return TorchLanguageModel(self.model).search(ids, options)
+        except UnsupportedModelError:
+            # With a part of the user's own.
+            training = self.model.training
+            self.model.eval()
+            found = continuations(self.model, ids, options)
+            self.model.train(training)
+            return found
 
     def farewell(self, model: Path) -> Sequence[str]:
         """How to let it write."""

@@ -127,9 +127,13 @@ class Run(ABC):
     def validation_batches(self) -> list[Callable[[], Any]]:
         """Each gives one batch of held-out data; empty if there are none."""
 
-    def make_scorer(self) -> Callable[[Path], dict[str, float]] | None:
+    def make_scorer(self) -> Callable[[Path | None], dict[str, float]] | None:
         """Judges the model directory it is given; see :class:`Trainer`."""
         return None
+
+    def score_in_memory(self) -> bool:
+        """Whether that judges the model in memory, and is given no directory."""
+        return False
 
     @property
     def scores(self) -> tuple[str, ...]:
@@ -343,6 +347,7 @@ class Run(ABC):
             world=machine.world,
             validation_batches=self.validation_batches(),
             score=self.make_scorer(),
+            score_in_memory=self.score_in_memory,
             checkpoints=self.checkpoints,
             write_model=self._write_current_model,
             moving_average=MovingAverage(self.parameters, decay) if decay else None,

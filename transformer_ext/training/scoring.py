@@ -1,7 +1,8 @@
 """Translations during and after training: BLEU of held-out text, and samples beside references.
 
-The compiled engine translates where it knows the model; a model with a part of the user's own is
-translated by the Python search instead, which runs any model.
+On the CPU the compiled engine translates where it knows the model. On another device, and with a
+part of the user's own that the engine does not know, the model in memory does, by the search with a
+cache, or by the plain one, which runs any model.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from transformer_ext.inference.search import beam_search
 from transformer_ext.training.report import Console
 
 if TYPE_CHECKING:
+    import torch
+
     from transformer_ext.model import Transformer
 
 __all__ = [
@@ -181,7 +184,7 @@ def print_samples(
 
 
 class Decoder:
-    """Translates with a model directory, or where the engine cannot, with the model in memory.
+    """Translates with a model directory, or with the model in memory, on its device.
 
     Args:
         model: The Python model whose weights the directories hold.
@@ -215,29 +218,59 @@ class Decoder:
 
     @property
     def refused(self) -> bool:
-        """Whether the engine does not know the model, so that only that in memory can translate."""
+        """Whether no engine knows the model, so that only that in memory can translate."""
         return self._refused
 
-    def __call__(self, folder: Path, texts: Sequence[str], beam_size: int) -> list[str]:
-        """Translations with the weights in ``folder``, which ``model`` must have too."""
+    @property
+    def in_memory(self) -> bool:
+        """Whether the model translates where it is, without a folder of its weights."""
+        return self._refused or self._device.type != "cpu"
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self._model.parameters()).device
+
+    def __call__(self, folder: Path | None, texts: Sequence[str], beam_size: int) -> list[str]:
+        """Translations with the weights in ``folder``; None, or a model that no engine knows: with
+        those that ``model`` has."""
         options = SearchOptions(beam_size=beam_size, length_penalty=self._length_penalty)
-        if not self._refused:
+        if folder is not None and not self._refused:
             try:
                 return self._with_engine(folder, texts, options)
             except (ImportError, UnsupportedModelError) as error:
                 self._refused = True
-                self._console.print(f"decoding with the Python search, not the engine: {error}")
-        return self._with_search(texts, options)
+                self._console.print(f"decoding with the model in memory, not the engine: {error}")
+        return self._with_model(texts, options)
 
     def _with_engine(self, folder: Path, texts: Sequence[str], options: SearchOptions) -> list[str]:
         from transformer_ext.inference.translator import Translator
 
-        with Translator(folder, threads=self._threads) as translator:
+        device = str(self._device)
+        with Translator(
+            folder,
+            threads=self._threads if device == "cpu" else None,
+            compute_type="float32" if device == "cpu" else self._precision,
+            device=device,
+        ) as translator:
             return [found.text for found in translator.translate(list(texts), options)]
 
-    def _with_search(self, texts: Sequence[str], options: SearchOptions) -> list[str]:
+    @property
+    def _precision(self) -> str:
+        return str(self._model.activation_dtype).removeprefix("torch.")
+
+    def _with_model(self, texts: Sequence[str], options: SearchOptions) -> list[str]:
+        from transformer_ext.inference.torch_engine import TorchEngine
+
         eos = self._source_tokenizer.eos_id
         sources = [[*ids, eos] for ids in self._source_tokenizer.encode_batch(list(texts))]
+        try:
+            engine = TorchEngine(self._model)
+        except UnsupportedModelError:
+            return self._with_search(sources, options)
+        decode = self._target_tokenizer.decode
+        return [decode(found.hypotheses[0].tokens) for found in engine.search(sources, options)]
+
+    def _with_search(self, sources: Sequence[list[int]], options: SearchOptions) -> list[str]:
         order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
         outputs = [""] * len(sources)
         training = self._model.training
@@ -279,8 +312,11 @@ class Scorer:
         self._console = console
         self._samples = pick_samples(self.pairs, samples)
 
-    def __call__(self, directory: Path) -> dict[str, float]:
-        """BLEU and chrF of the model in ``directory``, 0 to 100; nothing without a sentence."""
+    def __call__(self, directory: Path | None) -> dict[str, float]:
+        """BLEU and chrF of the model in ``directory``, 0 to 100; nothing without a sentence.
+
+        Without a directory the model in memory is judged.
+        """
         if not self.pairs:
             return {}
         outputs = self._decoder(directory, [src for src, _ in self.pairs], self._beam_size)

@@ -208,6 +208,7 @@ class Progress:
         target_tokens: Labels read over all ranks.
         sentences: Sentence pairs read by the first rank.
         seconds: Time spent in training and validating.
+        validation_seconds: Of it, in validating.
         best: Value of the metric and step of the best validations, the best one first.
         worse: Validations since the best one.
         skipped: Steps skipped since the last validation, their gradients not being finite.
@@ -219,6 +220,7 @@ class Progress:
     target_tokens: int = 0
     sentences: int = 0
     seconds: float = 0.0
+    validation_seconds: float = 0.0
     best: list[tuple[float, int]] = field(default_factory=list)
     worse: int = 0
     skipped: int = 0
@@ -321,6 +323,7 @@ class Trainer:
         validation_batches: Each gives one batch of the held-out text.
         score: Judges the model directory that it is given, for example by translating held-out
             sentences, may print samples, and returns scores by name; called by the first rank only.
+        score_in_memory: Whether it judges the model itself, and is given no directory.
         checkpoints: Where to save; None saves nothing.
         write_model: Writes the model directory of the current weights.
         moving_average: Of the weights, to be validated and saved in their place.
@@ -341,7 +344,8 @@ class Trainer:
         *,
         world: World | None = None,
         validation_batches: Sequence[Callable[[], Any]] | None = None,
-        score: Callable[[Path], dict[str, float]] | None = None,
+        score: Callable[[Path | None], dict[str, float]] | None = None,
+        score_in_memory: Callable[[], bool] = lambda: False,
         checkpoints: Checkpoints | None = None,
         write_model: Callable[[Path], None] | None = None,
         moving_average: MovingAverage | None = None,
@@ -359,6 +363,7 @@ class Trainer:
         self.world = world or World(0, 1, optimizer.device)
         self.validation_batches = validation_batches or []
         self.score = score
+        self.score_in_memory = score_in_memory
         self.checkpoints = checkpoints
         self.write_model = write_model
         self.moving_average = moving_average
@@ -678,7 +683,11 @@ class Trainer:
         world = world or self.world
         loss, nll, accuracy = evaluate_loss(self.losses, self.validation_batches, world)
         scores: dict[str, float] = {}
-        if scored and world.first and None not in (self.score, self.write_model, self.checkpoints):
+        judged = scored and world.first and self.score is not None
+        if judged and self.score_in_memory():
+            assert self.score is not None
+            scores = self.score(None)
+        elif judged and None not in (self.write_model, self.checkpoints):
             assert self.score and self.write_model and self.checkpoints
             # Not yet a checkpoint: that is to hold what this finds.
             with self.checkpoints.scratch() as folder:
@@ -705,10 +714,15 @@ class Trainer:
                 result.value(self.plan.metric), self.plan.metric, self.plan.keep_best
             )
         self._count_seconds()
+        progress.validation_seconds += result.seconds
+        share = progress.validation_seconds / max(
+            progress.seconds, progress.validation_seconds, 1e-9
+        )
         self.console.print(
             f"validation at step {result.step}: {result.describe()}"
             + ("  (best so far)" if best else f"  (best: step {progress.best_step})")
-            + f"  [{duration(progress.seconds)}]"
+            + f"  [{duration(progress.seconds)}; validation {result.seconds:.1f} s, "
+            f"{100 * share:.1f} % of the time so far]"
         )
         values = asdict(result)
         self.log.write(
@@ -716,6 +730,7 @@ class Trainer:
             **(values | values.pop("scores")),
             best=best,
             training_seconds=round(progress.seconds, 3),
+            validation_share=round(share, 5),
             target_tokens=progress.target_tokens,
         )
         # After the line: a run killed between the two says it again when it is back here, not never.

@@ -321,6 +321,10 @@ class TranslationRun(Run):
             sentences=evaluation.validation_sentences,
         )
 
+    def score_in_memory(self) -> bool:
+        """On another device than the CPU: the weights stay there."""
+        return self.decoder.in_memory
+
     def make_trainer(self, log: JsonLog, resume_from: int | None) -> Trainer:
         """Says first how the model that it begins with does on the new text."""
         trainer = super().make_trainer(log, resume_from)

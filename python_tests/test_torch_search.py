@@ -1,0 +1,396 @@
+"""The search of whole batches in torch: its rules against the plain search, on each device.
+
+test_engine.py and test_generation.py compare it, with models, beside the compiled engine.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+hypothesis = pytest.importorskip("hypothesis")
+
+from decoding_helpers import SENTENCES, save_random_model  # noqa: E402
+from hypothesis import given, settings  # noqa: E402
+from kernel_testing import needs_gpu  # noqa: E402
+from test_decoding_options import SOURCES, VOCABULARY, searches  # noqa: E402
+from test_engine import assert_same, make_model, random_sources  # noqa: E402
+from test_generation import PROMPTS  # noqa: E402
+from test_generation import make_model as make_language_model  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+from transformer_ext.inference import torch_search  # noqa: E402
+from transformer_ext.inference.compiled import UnsupportedModelError  # noqa: E402
+from transformer_ext.inference.continuation import continuations  # noqa: E402
+from transformer_ext.inference.options import SearchOptions  # noqa: E402
+from transformer_ext.inference.search import beam_search, search  # noqa: E402
+from transformer_ext.inference.torch_engine import (  # noqa: E402
+    TorchEngine,
+    TorchLanguageModel,
+    bytes_per_hypothesis,
+)
+from transformer_ext.inference.torch_search import (  # noqa: E402
+    Decoding,
+    Task,
+    TorchSearch,
+    best_of,
+)
+from transformer_ext.inference.translator import Translator  # noqa: E402
+from transformer_ext.model.cache import DecoderCache, Slots  # noqa: E402
+
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
+START, END = 2, 3
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def table(seed, coarse):
+    """Scores and attention after each token, by sentence; coarse ones are often equal."""
+    generator = np.random.default_rng(seed)
+    scores = generator.normal(size=(len(SOURCES), VOCABULARY, VOCABULARY)) * 2
+    if coarse:
+        scores = np.round(scores)
+    longest = max(len(source) for source in SOURCES)
+    attention = np.zeros((len(SOURCES), VOCABULARY, longest), np.float32)
+    for weights, source in zip(attention, SOURCES, strict=True):
+        weights[:, : len(source)] = generator.dirichlet(np.ones(len(source)), size=VOCABULARY)
+    return scores, attention
+
+
+class Tables:
+    """What a model is for the search: here two tables."""
+
+    def __init__(self, scores, attention, width, device):
+        self.scores = torch.tensor(scores, device=device)
+        self.attention = None if attention is None else torch.tensor(attention, device=device)
+        self.rows = torch.arange(len(scores), device=device).repeat_interleave(width)
+        self.width = width
+        self.room = None
+
+    def step(self, tokens, longest):
+        assert self.room is None or longest <= self.room
+        attention = None if self.attention is None else self.attention[self.rows, tokens]
+        return self.scores[self.rows, tokens], attention
+
+    def keep(self, sentences):
+        self.rows = self.rows.view(-1, self.width)[sentences].flatten()
+
+    def grow(self, steps):
+        self.room = steps
+
+    def decoding(self):
+        return Decoding(self.step, lambda rows: None, self.keep, self.grow)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@settings(max_examples=120, deadline=None, derandomize=True, database=None)
+@given(asked=searches())
+def test_the_rules_are_those_of_the_plain_search(device, asked):
+    options, prefixes, numbers = asked
+    scores, attention = table(numbers[0] % 1000, coarse=numbers[1] % 2 == 0)
+    attention = attention if options.needs_attention else None
+    lengths = [len(source) for source in SOURCES]
+    limits = [options.length_limit(length) for length in lengths]
+    log_probs = torch.tensor(scores).log_softmax(2).numpy()
+
+    def step(rows, prefix_rows):
+        found = log_probs[rows, prefix_rows[:, -1]]
+        return found if attention is None else (found, attention[rows, prefix_rows[:, -1]])
+
+    expected = search(
+        step,
+        limits,
+        options,
+        start_id=START,
+        eos_id=END,
+        suppressed=[0, START],
+        source_lengths=lengths,
+        prefixes=prefixes,
+        numbers=numbers,
+    )
+    tasks = [
+        Task(
+            limit=limit,
+            minimum=options.length_minimum(length),
+            number=number,
+            fed=START,
+            prefix=prefix,
+            source_length=length,
+        )
+        for limit, length, number, prefix in zip(
+            limits, lengths, numbers, prefixes or [[]] * 4, strict=True
+        )
+    ]
+    width = options.num_hypotheses if options.sampling else options.beam_size
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_search, "CHECK_EVERY", 1 + numbers[2] % 3)
+        patch.setattr(torch_search, "_ROOM", 2 + numbers[3] % 9)
+        found = TorchSearch(
+            Tables(scores, attention, width, device).decoding(),
+            tasks,
+            options,
+            eos_id=END,
+            suppressed=[0, START],
+            device=torch.device(device),
+        ).run()
+    assert_same(found, expected, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("columns", [5, 64, 640, 641, 1000])
+def test_the_best_come_first_and_equal_ones_by_column(device, columns):
+    generator = torch.Generator().manual_seed(columns)
+    scores = torch.randint(0, 40, (7, columns), generator=generator).float()
+    scores[1] = -math.inf
+    scores[2, ::3] = -math.inf
+    scores[3] = 1.0
+    scores[4, columns // 2] = math.nan
+    for count in (1, 2, 5, 9):
+        order = scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
+        values, places = best_of(scores.to(device), count)
+        assert torch.equal(places.cpu(), order)
+        torch.testing.assert_close(values.cpu(), scores.gather(1, order), equal_nan=True)
+
+
+class Placed(TorchDispatchMode):
+    """Counts the operations, and collects those that see two devices."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = 0
+        self.mixed = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [t for t in (*args, result) if isinstance(t, torch.Tensor)]
+        self.operations += 1
+        if any(tensor.device.type != "meta" for tensor in tensors):
+            self.mixed.append(str(func))
+        return result
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        SearchOptions(),
+        SearchOptions(beam_size=1),
+        SearchOptions(sampling=True, num_hypotheses=2, top_p=0.5),
+        SearchOptions(
+            coverage_penalty=0.5,
+            return_attention=True,
+            repetition_penalty=1.5,
+            no_repeat_ngram_size=2,
+            early_stopping="heuristic",
+        ),
+    ],
+)
+def test_no_step_asks_the_device_for_anything(options, monkeypatch):
+    """On a device that computes nothing: what would be read from it is an error."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+    model = make_model()
+    sources = random_sources(model)
+    steps = []
+    step = TorchSearch.step
+
+    def watched(self):
+        with Placed() as placed:
+            step(self)
+        steps.append(placed)
+
+    monkeypatch.setattr(TorchSearch, "step", watched)
+    engine = TorchEngine(model.to("meta"))
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        engine.search(sources, options, prefixes=[[4, 5]] * len(sources))
+    assert len(steps) == torch_search.CHECK_EVERY
+    assert all(placed.operations > 0 and not placed.mixed for placed in steps)
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "tolerance"),
+    [
+        ("cpu", "bfloat16", 0.05),
+        pytest.param("cuda", "float32", 1e-3, marks=needs_gpu),
+        pytest.param("cuda", "bfloat16", 0.05, marks=needs_gpu),
+        pytest.param("cuda", "float16", 0.01, marks=needs_gpu),
+    ],
+)
+def test_what_is_found_step_by_step_is_scored_alike_at_once(device, precision, tolerance):
+    model = make_model(seed=3, positions="rope", num_kv_heads=2).to(device)
+    engine = TorchEngine(model.set_precision(precision))
+    sources = random_sources(model)
+    model.train()
+    found = engine.search(sources, SearchOptions(max_length=15, return_attention=True))
+    assert model.training
+    best = [result.hypotheses[0] for result in found]
+    end = [model.config.eos_id]
+    targets = [[*h.tokens, *(end if h.ended else [])] for h in best]
+    for hypothesis, (scores, attention) in zip(best, engine.align(sources, targets), strict=True):
+        np.testing.assert_allclose(hypothesis.token_scores, scores, atol=tolerance)
+        np.testing.assert_allclose(hypothesis.attention, attention, atol=tolerance)
+    with pytest.raises(ValueError, match="targets: got 1, expected one for each of the 6 sources"):
+        engine.score(sources, targets[:1])
+
+
+@needs_gpu
+@pytest.mark.parametrize(
+    "options",
+    [
+        SearchOptions(num_hypotheses=3, max_length=15),
+        SearchOptions(beam_size=1, max_length=15),
+        SearchOptions(sampling=True, num_hypotheses=2, max_length=15),
+        SearchOptions(repetition_penalty=1.3, no_repeat_ngram_size=2, max_length=15),
+    ],
+)
+def test_on_a_gpu_it_finds_what_the_plain_search_finds(options):
+    model = make_model(seed=3)
+    sources = random_sources(model)
+    expected = beam_search(model, sources, options)
+    engine = TorchEngine(copy.deepcopy(model).cuda())
+    assert_same(engine.search(sources, options), expected, tolerance=1e-4)
+    language_model = make_language_model()
+    expected = continuations(language_model, PROMPTS, options)
+    found = TorchLanguageModel(copy.deepcopy(language_model).cuda()).search(PROMPTS, options)
+    assert_same(found, expected, tolerance=1e-4)
+
+
+def test_scores_of_given_targets_are_those_of_the_model():
+    models = [make_model(seed=3), make_model(seed=4)]
+    sources, targets = [[5, 6, 3], [], [7, 3], [8, 9, 9, 3]], [[8, 9, 3], [4, 3], [3], []]
+    each = [TorchEngine(model).score(sources, targets) for model in models]
+    assert [len(row) for row in each[0]] == [3, 0, 1, 0]
+    for model, scores in zip(models, each, strict=True):
+        fed = torch.tensor([[model.config.decoder_start_id, 8, 9]])
+        with torch.no_grad():
+            log_probs = model.logits(torch.tensor([[5, 6, 3]]), fed).log_softmax(-1)[0]
+        expected = log_probs.gather(1, torch.tensor([[8], [9], [3]]))[:, 0]
+        np.testing.assert_allclose(scores[0], expected, atol=1e-5)
+    for i, row in enumerate(TorchEngine(models).score(sources, targets)):
+        mean = np.mean([np.exp(scores[i]) for scores in each], axis=0) if row else []
+        np.testing.assert_allclose(np.exp(row), mean, rtol=1e-5)
+
+
+def test_a_batch_is_as_large_as_memory_allows(monkeypatch):
+    model = make_model(positions="rope", num_kv_heads=1)
+    config = model.config
+    # Two layers and one gathered, keys and values of one head of 8; five rows over 37 tokens.
+    assert bytes_per_hypothesis(config, 10, 4) == 3 * 10 * 2 * 8 * 4 + 5 * 37 * 4
+    held = []
+    grown = DecoderCache._held
+
+    def watched(self, name, like):
+        found = grown(self, name, like)
+        held.append(found.numel() * found.element_size())
+        return found
+
+    monkeypatch.setattr(DecoderCache, "_held", watched)
+    sources = [[5] * 9 + [3]] * 8
+    options = SearchOptions(max_length=10)
+    expected = TorchEngine(model).search(sources, options)
+    assert max(held) == 8 * 4 * 10 * 2 * 8 * 4
+    held.clear()
+    room = 3 * (4 * bytes_per_hypothesis(config, 10, 4) + bytes_per_hypothesis(config, 10, 4))
+    monkeypatch.setattr("transformer_ext.inference.torch_engine._MOST_BYTES", room)
+    assert_same(TorchEngine(model).search(sources, options), expected)
+    assert max(held) == 3 * 4 * 10 * 2 * 8 * 4
+
+
+def test_parts_of_the_users_own(monkeypatch):
+    class Changed(type(make_model())):
+        def decode_packed(self, *args):
+            return super().decode_packed(*args)
+
+    class Layer(torch.nn.Module):
+        pass
+
+    model = make_model()
+    with pytest.raises(UnsupportedModelError, match="Changed has a decode_packed of its own"):
+        TorchEngine(Changed(model.config))
+    # A position-wise part may be anything.
+    model.decoder.layers[0].feed_forward = torch.nn.Identity()
+    model.decoder.layers[0].feed_forward.forward = lambda x, rng=None: 0.5 * x
+    sources = random_sources(model)
+    options = SearchOptions(max_length=9)
+    assert_same(TorchEngine(model).search(sources, options), beam_search(model, sources, options))
+    model.decoder.layers[1].self_attention = Layer()
+    with pytest.raises(UnsupportedModelError, match=r"layers.1.self_attention is a Layer"):
+        TorchEngine(model)
+
+
+def test_wrong_arguments_are_named():
+    engine = TorchEngine(make_model(positions="learned", max_positions=12))
+    for arguments, message in (
+        (dict(sources=[[5, 37]]), "sources: got 37, expected integers from 0 to 36"),
+        (dict(sources=[[5, 3]], prefixes=[]), "prefixes: got 0, expected one for each of the 1"),
+        (dict(sources=[[5, 3]], prefixes=[[37]]), "prefixes: got 37, expected integers from 0"),
+        (dict(sources=[[5] * 13]), "a sequence of 13 tokens is longer than the 12 learned"),
+        (dict(sources=[[5, 3]], prefixes=[[5] * 12]), "prefix: got 12 tokens, expected fewer"),
+        (dict(sources=[[5, 3]], batch_size=0), "batch_size: got 0, expected an integer from 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            engine.search(**arguments)
+    with pytest.raises(ValueError, match="suppressed_tokens: got 37, expected 0 to 36"):
+        engine.search([[5, 3]], SearchOptions(suppressed_tokens=(37,)))
+    with torch.no_grad():
+        engine.models[0].generator.weight.fill_(math.nan)
+    with pytest.raises(ValueError, match="NaN among them"):
+        engine.search([[5, 3]])
+    with pytest.raises(ValueError, match="NaN among them"):
+        engine.score([[5, 3]], [[5, 3]])
+    engine.close()
+    with pytest.raises(ValueError, match="closed"):
+        engine.search([[5, 3]])
+    with pytest.raises(ValueError, match="got none"):
+        TorchEngine([])
+    with pytest.raises(ValueError, match="number 1 .from 0. has eos_id 1, expected the 3"):
+        TorchEngine([make_model(), make_model(eos_id=1, unk_id=3)])
+
+
+@pytest.mark.parametrize("device", ["cpu:0", pytest.param("cuda", marks=needs_gpu)])
+def test_a_translator_on_a_device(device, tmp_path):
+    folder = save_random_model(tmp_path / "model")
+    options = SearchOptions(max_length=12)
+    with (
+        Translator(folder, options=options) as compiled,
+        Translator(folder, options=options, device=device) as translator,
+    ):
+        assert (translator.threads, translator.compute_type) == (1, "float32")
+        assert translator.longest_source is None
+        both = [each.translate(SENTENCES, num_hypotheses=2) for each in (compiled, translator)]
+        for mine, theirs in zip(*both, strict=True):
+            assert [h.text for h in mine.hypotheses] == [h.text for h in theirs.hypotheses]
+            assert mine.score == pytest.approx(theirs.score, rel=1e-4)
+        scores = [
+            np.concatenate(each.score(SENTENCES, SENTENCES)) for each in (compiled, translator)
+        ]
+        np.testing.assert_allclose(*scores, atol=1e-3)
+    for wrong in ({"threads": 2}, {"compute_type": "int8"}):
+        with pytest.raises(ValueError, match=rf"got '?(2|int8)'?, expected .* on {device}"):
+            Translator(folder, device=device, **wrong)
+    with pytest.raises(ValueError, match="device: got 'gpu', expected 'cpu' or a device that"):
+        Translator(folder, device="gpu")
+
+
+def test_slots_of_a_prompt_are_those_of_its_first_row():
+    slots = Slots([3, 1], 2, 5, torch.device("cpu"), reordered=True)
+    assert slots.prompt_slots().tolist() == [0, 1]
+    assert slots.position.tolist() == [2, 2, 0, 0]
+    slots.begin_step(slots.columns_for(3))
+    assert slots.written.tolist() == [2, 7, 10, 15]
+    # Row 1 reads the prompt from row 0 and what it wrote itself from its own.
+    assert slots.read.view(4, 5)[1].tolist()[:3] == [0, 1, 7]
+    slots.end_step(torch.tensor([1, 1, 2, 2]))
+    slots.begin_step(slots.columns_for(4))
+    assert slots.read.view(4, 5)[0].tolist()[:4] == [0, 1, 7, 3]
+    assert slots.mask.sum((1, 2, 3)).tolist() == [4, 4, 2, 2]
+    once = Slots([3, 1], 2, 5, torch.device("cpu"), reordered=False)
+    assert once.prompt_slots().tolist() == [0, 1, 5, 6]
