@@ -2,7 +2,7 @@
 
     compute-sanitizer --tool memcheck python benchmarks/every_kernel.py --device cuda
     compute-sanitizer --tool racecheck python benchmarks/every_kernel.py --device cuda
-    ncu --clock-control none -k regex:transformer_ext --kernel-name-base demangled \\
+    ncu --clock-control none -k regex:.*transformer_ext.* --kernel-name-base demangled \\
         python benchmarks/every_kernel.py --device cuda --large --dtypes bfloat16
 
 For tools that look into kernels, which PyTorch's allocator would hide errors from: set
