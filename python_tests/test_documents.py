@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codeop
 import importlib.util
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from decoding_helpers import SENTENCES, save_random_model
 from huggingface_helpers import write_bert_dir
 
+import transformer_ext
 from transformer_ext import LanguageModel, TextEncoder
 from transformer_ext.data import SentencePieceTokenizer, train_tokenizer
 from transformer_ext.files import save_model_dir
@@ -213,6 +215,10 @@ def test_reference_has_every_op_option_and_command(tmp_path, monkeypatch):
             for flag in action.option_strings:
                 assert f"`{flag}`" in found, (command, flag)
     assert "`--head`" in page("commands/visualize")
+    everything = "".join(page(name) for name in reference.PAGES)
+    for name in transformer_ext.__all__:
+        if inspect.isclass(value := getattr(transformer_ext, name)) or inspect.isfunction(value):
+            assert f"::{name}\n" in everything, name
 
 
 def test_links_of_the_site_that_lead_nowhere_are_found(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from training_helpers import SMALL_MODEL, interrupted_after, write_text
+from training_helpers import SMALL_MODEL, interrupted_after, undocumented_files, write_text
 
 from transformer_ext import train
 from transformer_ext.files import load_model_dir
@@ -81,6 +81,8 @@ def test_from_text_to_model(
         "last",
         "best",
     }
+    assert not undocumented_files(output)
+    assert not undocumented_files(Path(text[text.index("--cache") + 1]))
 
     # The run's own file gives the same run again, and nothing is overwritten unasked.
     assert train.main(["--config", str(output / "config.yaml")]) == 2

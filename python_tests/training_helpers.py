@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,16 @@ def write_text(folder: Path, pairs: int = 300, seed: int = 0) -> tuple[Path, Pat
     for path, lines in zip(paths, (english, german), strict=True):
         path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return paths
+
+
+def undocumented_files(folder: Path) -> list[str]:
+    """The files in a folder that the tables of docs/formats.md and docs/data.md do not name."""
+    docs = Path(__file__).resolve().parent.parent / "docs"
+    pages = [(docs / name).read_text(encoding="utf-8") for name in ("formats.md", "data.md")]
+    rows = [line for page in pages for line in page.splitlines() if line.startswith("|")]
+    names = [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
+    files = [path.name for path in folder.rglob("*") if path.is_file()]
+    return [file for file in files if not any(fnmatch(file, name) for name in names)]
 
 
 @contextmanager
