@@ -151,9 +151,10 @@ class CudaGraphs:
         self._pool = graph.pool()
         return graph
 
-    def release(self) -> None:
-        """Gives the memory back that graphs had, which are no longer there."""
+    def release(self, forget: Callable[[], None]) -> None:
+        """Gives back the memory of the graphs, which ``forget()`` drops when none of them runs."""
         torch.cuda.synchronize(self._device)
+        forget()
         torch.cuda.empty_cache()
 
 
@@ -279,12 +280,13 @@ class DeviceStep:
 
     def _give_up(self, error: RuntimeError) -> None:
         """Lets all further steps run op by op."""
-        self._recorded.clear()
         self.optimizer.clear_gradients()
         assert self._graphs is not None
-        self._graphs.release()
+        self._graphs.release(self._recorded.clear)
         self._graphs = None
-        reason = str(error).strip().partition("\n")[0] or repr(error)
+        # The end of a recording that has failed fails, too.
+        first = error.__context__ if isinstance(error.__context__, RuntimeError) else error
+        reason = str(first).strip().partition("\n")[0] or repr(first)
         self._tell(f"the step cannot be a CUDA graph ({reason})")
 
     def _compute(self, batches: Sequence[DeviceBatch], numbers: Numbers) -> None:
