@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from transformer_ext.model import Transformer, preset
 from transformer_ext.ops import _backend, cross_entropy
+from transformer_ext.ops.linear import converted_weights, forget_copies
 from transformer_ext.training.batches import Layout
 from transformer_ext.training.device_step import DeviceStep, Numbers
 from transformer_ext.training.optimizer import Optimizer
@@ -52,7 +53,7 @@ class Counter(TorchDispatchMode):
         }
         self.calls[name] += 1
         self.bytes[name] += sum(tensors.values())
-        if name.endswith("_"):
+        if name.endswith("_") and isinstance(args[0], torch.Tensor):
             self.bytes[name] += args[0].nbytes  # read, then written
         if name in _PRODUCTS:
             left, right = [value for value in args if isinstance(value, torch.Tensor)][-2:]
@@ -81,11 +82,16 @@ def count(name: str, vocabulary: int, precision: str, tokens: int, length: int) 
         mock.patch.object(_backend, "has_kernel", lambda op, device: True),
         mock.patch.object(torch.Tensor, "is_cuda", property(lambda self: True)),
         mock.patch.object(torch, "is_autocast_enabled", lambda device: False),
-        mock.patch.object(optimizer, "step", lambda rate: None),
-        Counter() as counter,
+        mock.patch.object(optimizer, "step", lambda rate: model.zero_grad()),
     ):
         batch = layout.views(layout.block("meta"))
-        step._compute([batch], Numbers.within(torch.zeros(6, dtype=torch.int64, device="meta")))
+        numbers = Numbers.within(torch.zeros(6, dtype=torch.int64, device="meta"))
+        # As a recorded step, which knows from the first one which weights are converted.
+        step._compute([batch], numbers)
+        step._converted = converted_weights()
+        forget_copies()
+        with Counter() as counter:
+            step._compute([batch], numbers)
     parameters = sum(p.numel() for p in model.parameters())
     # Norm of the gradients; Adam reads and writes weight, gradient and both moments.
     counter.calls["norm, Adam"] += 8

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,6 +48,9 @@ class Emulated(OpByOp):
     What was a number on the host when it was recorded stays what it was.
     """
 
+    #: Calls of each op with the type of what it reads first, in what was recorded last.
+    counts: Counter[tuple[str, torch.dtype]] = Counter()
+
     def record(self, work: Callable[[], None]) -> Any:
         calls: list[tuple[Any, Any, Any, list[torch.Tensor]]] = []
         before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -74,6 +79,9 @@ class Emulated(OpByOp):
 
         with Recording():
             work()
+        self.counts = Counter(
+            (f.name(), t.dtype) for f, args, *_ in calls for t in tensors(args)[:1]
+        )
         # Recording computes nothing.
         for whole, content in before.values():
             whole.copy_(content)
@@ -153,8 +161,14 @@ def test_steps_in_fixed_shapes_compute_the_same(kind: str) -> None:
 
 
 @needs_compiled
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_nothing_of_a_recorded_step_is_frozen(precision: str) -> None:
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16", "bfloat16, torch's mm"])
+def test_nothing_of_a_recorded_step_is_frozen(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    precision, _, products = precision.partition(", ")
+    if products:
+        linear = importlib.import_module("transformer_ext.ops.linear")
+        monkeypatch.setattr(linear, "_choice", lambda product, dtype: None)
     results = []
     for graphs in (OpByOp(), Emulated()):
         model = small_model(dropout=0.3).set_precision(precision)
@@ -176,6 +190,15 @@ def test_nothing_of_a_recorded_step_is_frozen(precision: str) -> None:
         rest = [loss.detach(), trainer._sums, optimizer.gradient_norm, *average._averages]
         results.append([*weights(model), *state.values(), *rest])
         assert trainer._device_step.graphs >= 1
+        copied = {id(weight) for weight, _ in trainer._device_step._converted}
+        assert (id(model.encoder.layers[0].self_attention.in_projection.weight) in copied) == (
+            precision == "float16" or bool(products)
+        )
+    if products:
+        # All weights at once.
+        assert isinstance(graphs, Emulated)
+        assert graphs.counts["aten::_foreach_copy_", torch.bfloat16] == 1
+        assert graphs.counts["aten::_to_copy", torch.float32] < 10
         assert (int(optimizer.skipped) > 0) == (precision == "float16")
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)

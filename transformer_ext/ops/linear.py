@@ -9,7 +9,7 @@ after each change of the weight.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ from transformer_ext._native import load_ops, native
 from transformer_ext.ops._backend import has_kernel, use_compiled
 
 __all__ = [
+    "convert_weights",
+    "converted_weights",
     "forget_copies",
     "gemm_choices",
     "linear",
@@ -199,6 +201,15 @@ class _Copies:
         entry[1][kind] = (stamp, copy)
         return copy
 
+    def of_types(self) -> list[tuple[Tensor, torch.dtype]]:
+        """Tensors with a plain copy in another type, up to date or not, and that type."""
+        return [
+            (tensor, kind)
+            for reference, copies in self._entries.values()
+            for kind in copies
+            if isinstance(kind, torch.dtype) and (tensor := reference()) is not None
+        ]
+
     def clear(self) -> None:
         self._entries.clear()
 
@@ -227,6 +238,25 @@ def weight_for(weight: Tensor, dtype: torch.dtype) -> Tensor:
     if torch.compiler.is_compiling() or weight.is_inference() or _recording(weight):
         return weight.to(dtype)
     return _copies.get(weight, dtype, lambda w: w.detach().to(dtype))
+
+
+def converted_weights() -> list[tuple[Tensor, torch.dtype]]:
+    """The weights of which :func:`weight_for` keeps a copy, and its type."""
+    return _copies.of_types()
+
+
+@torch.no_grad()
+def convert_weights(weights: Sequence[tuple[Tensor, torch.dtype]]) -> None:
+    """Makes the copies of :func:`weight_for` in advance, together.
+
+    On a GPU each of them alone takes longer to begin than to make.
+    """
+    if not weights:
+        return
+    copies = [torch.empty_like(weight, dtype=dtype) for weight, dtype in weights]
+    torch._foreach_copy_(copies, [weight.detach() for weight, _ in weights])
+    for (weight, dtype), copy in zip(weights, copies, strict=True):
+        _copies.get(weight, dtype, lambda _, copy=copy: copy)  # type: ignore[misc]
 
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

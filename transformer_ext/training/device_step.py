@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transformer_ext.ops.linear import forget_copies
+from transformer_ext.ops.linear import convert_weights, converted_weights, forget_copies
 from transformer_ext.training.batches import DeviceBatch, Layout
 from transformer_ext.training.optimizer import Optimizer
 
@@ -193,6 +193,8 @@ class DeviceStep:
         self._tell = tell
         self._rng: Tensor | None = getattr(losses.model, "rng", None)
         self._recorded: dict[tuple[Layout, int], _Recorded] = {}
+        #: Weights that the model reads in another type, and that type.
+        self._converted: list[tuple[Tensor, torch.dtype]] = []
 
     @property
     def graphs(self) -> int:
@@ -258,6 +260,8 @@ class DeviceStep:
         try:
             if first:
                 self._graphs.run(work)
+                own = {id(parameter) for parameter in self.optimizer.parameters.values()}
+                self._converted = [pair for pair in converted_weights() if id(pair[0]) in own]
                 return False
             # A copy of a weight must be made by the graph that reads it.
             forget_copies()
@@ -294,6 +298,7 @@ class DeviceStep:
         normalizer = numbers.normalizer.float()
         # In float16 the scale belongs inside the loss: its gradients are made there.
         divisor = normalizer if self.optimizer.scale is None else normalizer / self.optimizer.scale
+        convert_weights(self._converted)
         sums = torch.zeros_like(self.sums)
         for index, batch in enumerate(batches):
             if self._rng is not None:
