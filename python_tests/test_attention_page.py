@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,7 +44,8 @@ def test_the_file_holds_the_data() -> None:
     cross, encoder = data["maps"]
     assert cross["rows"] == [[piece, piece == "</s>"] for piece in ROWS]
     assert encoder["columns"][1] == [EVIL, False]
-    found = np.frombuffer(base64.b64decode(cross["weights"]), np.uint8).reshape(2, 3, 4, 5)
+    packed = base64.b64decode(cross["weights"])
+    found = np.frombuffer(zlib.decompress(packed), np.uint8).reshape(2, 3, 4, 5)
     np.testing.assert_allclose(found / 255, maps()["cross"].weights, atol=0.5 / 255 + 1e-6)
 
 
@@ -78,6 +80,7 @@ def page(chromium: Page, tmp_path: Path) -> Iterator[Page]:
     save_attention_page(data, tmp_path / "page.html")
     chromium.call("Input.dispatchMouseEvent", type="mouseMoved", x=1, y=1)
     chromium.open(tmp_path / "page.html")
+    chromium.eval("ready")
     yield chromium
     chromium.eval("1")
     assert chromium.problems() == []

@@ -10,15 +10,19 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from matplotlib import colormaps
+from matplotlib.text import Text
 from tokenizers import decoders, models, pre_tokenizers
 
 from transformer_ext.data.json_tokenizer import JsonTokenizer
-from transformer_ext.inference.options import SearchOptions
+from transformer_ext.inference.continuation import continuations
+from transformer_ext.inference.options import SearchOptions, SearchResult
 from transformer_ext.inference.search import beam_search
 from transformer_ext.model import LanguageModel, TextEncoder, Transformer
 from transformer_ext.ops import label_smoothing_loss
 from transformer_ext.packed import Packed
 from transformer_ext.training.schedules import Schedule
+from transformer_ext.training.sizing import Recipe
 from transformer_ext.visualization.attention import (
     AttentionMap,
     draw_attention,
@@ -26,15 +30,22 @@ from transformer_ext.visualization.attention import (
     text_attention,
     translation_attention,
 )
-from transformer_ext.visualization.beam import beam_tree, draw_beam
-from transformer_ext.visualization.figure import new_figure, piece_labels, save_figure
+from transformer_ext.visualization.beam import BeamNode, BeamTree, beam_tree, draw_beam
+from transformer_ext.visualization.figure import (
+    SIGNED_COLORS,
+    SMALL_TEXT,
+    WEIGHT_COLORS,
+    new_figure,
+    piece_labels,
+    save_figure,
+)
 from transformer_ext.visualization.flow import FlowStep, draw_flow, flow_text, model_flow
 from transformer_ext.visualization.label_smoothing import (
     confidence_curve,
     draw_label_smoothing,
     smoothed_targets,
 )
-from transformer_ext.visualization.pieces import readable_pieces, spelt_in_bytes
+from transformer_ext.visualization.pieces import piece_contents, readable_pieces, spelt_out
 from transformer_ext.visualization.positions import draw_positions, position_table
 from transformer_ext.visualization.schedules import (
     draw_schedules,
@@ -84,7 +95,10 @@ def test_a_picture_is_the_same_file_each_time(tmp_path: Path) -> None:
 def test_what_cannot_be_drawn_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"output: expected a file in \.png, \.svg, \.pdf, got"):
         save_figure(new_figure(1, 1), tmp_path / "x.gif")
-    with pytest.raises(ValueError, match="picture: would be 400 x 2 inches; choose fewer"):
+    with pytest.raises(
+        ValueError,
+        match="picture: would be 400 x 2 inches, expected at most 300 a side .*; choose fewer",
+    ):
         new_figure(400, 2)
     with pytest.warns(UserWarning, match="no font here has some of the characters"):
         figure = new_figure(2, 2)
@@ -105,12 +119,6 @@ def test_labels_are_plain_text() -> None:
 
 def test_byte_level_pieces_are_readable(tmp_path: Path) -> None:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    for text in (" w\u00f6rld", "\u4f60\u597d", "a\n", "\u00a0x\x7f"):
-        ((spelt, _),) = pre_tokenizers.ByteLevel(False, use_regex=False).pre_tokenize_str(text)
-        assert spelt_in_bytes(spelt) == text.replace(" ", "\u2581")
-    assert all(len(spelt_in_bytes(letter)) in (1, 4) for letter in alphabet)
-    assert spelt_in_bytes("\u00e4\u00bd") == r"\xe4\xbd" and spelt_in_bytes("\u4f60") == "\u4f60"
-
     library = tokenizers.Tokenizer(
         models.BPE({piece: i for i, piece in enumerate([*sorted(alphabet), "<|endoftext|>"])}, [])
     )
@@ -121,8 +129,76 @@ def test_byte_level_pieces_are_readable(tmp_path: Path) -> None:
     library.save(str(tmp_path / "tokenizer.json"))
     tokenizer = JsonTokenizer(tmp_path / "tokenizer.json", roles)
     ids = [*tokenizer.encode(" a\u00f6"), tokenizer.eos_id]
-    assert readable_pieces(tokenizer, ids) == ["\u2581", "a", r"\xc3", r"\xb6", "<|endoftext|>"]
-    assert readable_pieces(Letters(), [5, 3]) == ["p5", "</s>"]
+    parts = ["\u00f6 1/2", "\u00f6 2/2"]
+    assert readable_pieces(tokenizer, ids) == ["\u2581", "a", *parts, "<|endoftext|>"]
+    every = piece_contents(tokenizer, range(256))
+    assert sorted(every) == [bytes([byte]) for byte in range(256)]
+
+
+@pytest.mark.parametrize(
+    ("contents", "texts"),
+    [
+        # Byte fallback: three pieces of one character, then one that is broken off.
+        ([b"\xe7", b"\x82", b"\xb9"], ["\u70b9 1/3", "\u70b9 2/3", "\u70b9 3/3"]),
+        (["\u2581", b"\xe7", b"\x82", "a"], ["\u2581", r"\xe7", r"\x82", "a"]),
+        # Bytes of two characters in one piece, and a character whole.
+        ([b" \xe4\xbd", b"\xa0\xe5", b"\xa5\xbdx"], ["\u2581\u4f60 1/2", "\u4f60 2/2\u597d 1/2", "\u597d 2/2x"]),
+        ([b" w\xc3\xb6", "</s>", b"\n"], ["\u2581w\u00f6", "</s>", "\n"]),
+        ([], []),
+    ],
+)  # fmt: skip
+def test_bytes_are_joined_to_characters(contents, texts) -> None:
+    assert spelt_out(contents) == texts
+
+
+class Bytes(Letters):
+    """Every id is a byte piece, as those of SentencePiece's byte fallback."""
+
+    def piece(self, id: int) -> str:
+        return f"<0x{0xE0 + id % 4:02X}>" if id >= 4 else super().piece(id)
+
+
+# --- all of them -----------------------------------------------------------------------------------
+
+PICTURES = {
+    "attention": lambda: draw_attention(
+        text_attention(TextEncoder(vocab_size=37, num_layers=2, **SIZES), [5], Letters())["encoder"]
+    ),
+    "beam": lambda: draw_beam(
+        beam_tree(transformer(), [5, 3], Letters(), SearchOptions(max_length=3))
+    ),
+    "flow": lambda: draw_flow(transformer()),
+    "label smoothing": draw_label_smoothing,
+    "positions": draw_positions,
+    "schedules": lambda: draw_schedules({"noam": noam_schedules(50)}),
+    "training": lambda: draw_training(
+        [{"event": "train", "step": 1, "nll": 2.0, "learning_rate": 1}]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_picture_can_be_read(name) -> None:
+    """No small letters, a name at each axis, and a colour bar where colours are numbers."""
+    figure = PICTURES[name]()
+    figure.draw_without_rendering()
+    for text in figure.findobj(Text):
+        assert not text.get_text() or text.get_fontsize() >= SMALL_TEXT, text
+    shared = figure.get_supxlabel() and figure.get_supylabel()
+    bars = [axes for axes in figure.axes if axes.get_label() == "<colorbar>"]
+    for axes in figure.axes:
+        if axes in bars:
+            assert axes.get_ylabel()
+        elif axes.axison:
+            assert shared or (axes.get_xlabel() and axes.get_ylabel())
+        for image in axes.images:
+            assert bars and image.get_cmap().name in (WEIGHT_COLORS, SIGNED_COLORS)
+
+
+@pytest.mark.parametrize("colors", [WEIGHT_COLORS, SIGNED_COLORS])
+def test_more_is_darker(colors) -> None:
+    lightness = colormaps[colors](np.linspace(0.5, 1.0, 50))[:, :3] @ (0.3, 0.6, 0.1)
+    assert (np.diff(lightness) < 0).all()
 
 
 # --- attention -----------------------------------------------------------------------------------
@@ -194,11 +270,28 @@ def test_position_table_is_the_formula() -> None:
         assert table[position, 2 * i] == pytest.approx(math.sin(angle), abs=1e-6)
         assert table[position, 2 * i + 1] == pytest.approx(math.cos(angle), abs=1e-6)
     assert np.array_equal(halves, np.concatenate([table[:, ::2], table[:, 1::2]], axis=1))
-    figure = draw_positions(dimensions=(4, 5))
+    figure = draw_positions()
     maps = [axes.images[0].get_array() for axes in figure.axes if axes.images]
     assert np.array_equal(maps[0], table) and np.array_equal(maps[1], halves)
-    lines = figure.axes[2].get_lines()
+    lines = figure.axes[-1].get_lines()
     assert np.array_equal(lines[1].get_ydata(), position_table(100, 20)[:, 5])
+    # A column is as wide as its neighbours: whole pixels, from a whole pixel on.
+    for axes in figure.axes[:-1]:
+        left, _, width, _ = axes.get_position().bounds * (
+            100 * figure.get_size_inches().repeat(2)[[0, 2, 0, 2]]
+        )
+        assert left == pytest.approx(round(left))
+        assert not axes.images or width == pytest.approx(2 * 512)
+    (title,) = [
+        axes.get_title("left")
+        for axes in draw_positions(9, 4, layouts=["sinusoidal_halves"]).axes
+        if axes.images
+    ]
+    assert title.startswith("sinusoidal_halves: all sines, then all cosines")
+    halves = draw_positions(layouts=["sinusoidal_halves"]).axes[-1].get_lines()
+    assert all(
+        np.array_equal(a.get_ydata(), b.get_ydata()) for a, b in zip(lines, halves, strict=True)
+    )
     with pytest.raises(ValueError, match="d_model: got 7, expected an even number"):
         draw_positions(d_model=7)
 
@@ -264,6 +357,12 @@ def test_confidence_has_a_cost() -> None:
         draw_label_smoothing(1.5)
     with pytest.raises(ValueError, match="target: got 7, expected 0 to 4"):
         draw_label_smoothing(targets=[7])
+    assert Recipe.label_smoothing == 0.1
+    large = draw_label_smoothing(vocab_size=1000).axes[0]
+    assert large.get_title() == "targets with label smoothing 0.1"
+    assert large.get_xlabel() == "token of the vocabulary (the first 10 of 1,000)"
+    assert [text.get_text() for text in large.texts[:3]] == ["1e-04", "1e-04", "0.90"]
+    assert len(draw_label_smoothing(vocab_size=2).axes[0].texts) == 10
 
 
 # --- beam ----------------------------------------------------------------------------------------
@@ -324,15 +423,41 @@ def test_the_tree_holds_every_step_of_the_search(changes, ended) -> None:
     drawn = draw_beam(tree, "title").axes[0].texts
     assert len({text.get_position() for text in drawn}) == len(drawn)  # none upon another
     texts = [text.get_text() for text in drawn]
-    assert texts[0] == "title" and len(texts) == 3 + 2 * len(nodes)
+    assert texts[0] == "title" and len(texts) == 8 + 2 * len(nodes)
+    # The legend has every colour that there is.
+    legend = {text.get_color() for text in drawn[1:6]}
+    assert len(legend) == 5 and {text.get_color() for text in drawn[8:]} <= legend
     assert any(f"score {best.score:.3f}  no. 1" in text for text in texts)
 
 
 def test_what_has_no_tree_is_named() -> None:
     with pytest.raises(ValueError, match="sampling: the tree is one of a beam search"):
         beam_tree(transformer(), [5, 3], Letters(), SearchOptions(sampling=True))
+    with pytest.raises(ValueError, match="beam_size: got 33, expected at most 32 in a picture"):
+        beam_tree(transformer(), [5, 3], Letters(), SearchOptions(beam_size=33))
     with pytest.raises(ValueError, match="source: expected at least one token"):
         beam_tree(transformer(), [], Letters())
+    leaves = [BeamNode(-1, 5, "x", 1, -1.0, -1.0, "dropped") for _ in range(201)]
+    with pytest.raises(
+        ValueError, match=r"the tree has 201 leaves, .* at most 200; choose a smaller"
+    ):
+        draw_beam(BeamTree(leaves, SearchResult([], "exact", 1)))
+
+
+def test_the_tree_of_a_continuation() -> None:
+    torch.manual_seed(1)
+    model = LanguageModel(vocab_size=37, num_layers=1, **SIZES).eval()
+    options = SearchOptions(beam_size=3, max_length=5)
+    tree = beam_tree(model, [5, 6], Bytes(), options)
+    (expected,) = continuations(model, [[5, 6]], options)
+    assert tree.result == expected
+    best = [node for node in tree.nodes if node.best]
+    assert [node.token for node in best][:5] == expected.hypotheses[0].tokens
+    # A byte is spelt with those before it on its way, not with its neighbours in the list.
+    way = [f"<0x{0xE0 + node.token % 4:02X}>" for node in best if node.token != 3]
+    assert [node.piece for node in best][: len(way)] == [
+        rf"\x{piece[3:5].lower()}" for piece in way
+    ]
 
 
 # --- flow ----------------------------------------------------------------------------------------

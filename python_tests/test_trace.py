@@ -157,13 +157,60 @@ def test_of_a_text_encoder():
     torch.testing.assert_close(trace.states["encoder.output"][:, 0], pooled)
 
 
-def test_wrong_ids_are_named():
-    model = transformer()
-    with pytest.raises(ValueError, match="tgt_ids: expected as many sentences as src_ids has"):
-        model.trace(SOURCE, TARGET[:1])
-    with pytest.raises(ValueError, match="src_ids: expected int64"):
-        model.trace(SOURCE.float(), TARGET)
-    with pytest.raises(ValueError, match="padding .* stands before a token"):
-        model.trace(SOURCE.flip(1), TARGET)
-    with pytest.raises(ValueError, match="token_types: expected none"):
-        TextEncoder(vocab_size=37, num_layers=1, **SIZES).trace(SOURCE, token_types=SOURCE)
+EMPTY = torch.zeros(2, 0, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ((SOURCE, TARGET[:1]), r"tgt_ids: expected as many sentences as src_ids has \(2\), got 1"),
+        ((SOURCE.float(), TARGET), r"src_ids: expected int64 .*, got torch.float32 \[2, 6\]"),
+        ((SOURCE.tolist(), TARGET), r"src_ids: expected a tensor, int64 .*, got list: \[\[5, 6,"),
+        ((SOURCE, TARGET[0]), r"tgt_ids: expected int64 \[batch, length\], got torch.int64 \[5\]"),
+        ((SOURCE.flip(1), TARGET), "src_ids: padding .* stands before a token"),
+        ((SOURCE * 7, TARGET), "src_ids: got 42 in row 0, column 1, expected ids from 0 to 36"),
+        ((SOURCE, -TARGET), "tgt_ids: got -2 in row 0, column 0, expected ids from 0 to 36"),
+        (
+            (SOURCE * torch.tensor([[1], [0]]), TARGET),
+            "src_ids: .* one token .*, got none in row 1",
+        ),
+        ((SOURCE, EMPTY), "tgt_ids: expected at least one token in each row, got none in row 0"),
+        (
+            (SOURCE[:0], TARGET[:0]),
+            r"src_ids: expected at least one token .*, got no row: \[0, 6\]",
+        ),
+    ],
+)
+def test_wrong_ids_are_named(arguments, error):
+    with pytest.raises((TypeError, ValueError), match=error):
+        transformer().trace(*arguments)
+
+
+def test_wrong_ids_of_one_stack_are_named():
+    encoder = TextEncoder(vocab_size=37, num_layers=1, **SIZES)
+    typed = TextEncoder(vocab_size=37, num_layers=1, num_token_types=2, **SIZES)
+    for model, arguments, error in (
+        (encoder, {"token_types": SOURCE}, "token_types: expected none"),
+        (encoder, {"lengths": [6, 2]}, r"lengths: expected a tensor, integers \[2\], got list"),
+        (encoder, {"lengths": torch.tensor([6, 0])}, "ids: .*, got none in row 1"),
+        (encoder, {"ids": SOURCE.tolist()}, "ids: expected a tensor"),
+        (typed, {"token_types": SOURCE}, "token_types: got 5 in row 0, column 0, .* 0 to 1"),
+        (
+            typed,
+            {"token_types": SOURCE.float()},
+            r"token_types: expected int64 \[2, 6\], got torch.fl",
+        ),
+        (typed, {"token_types": [1]}, "token_types: expected a tensor"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=error):
+            model.trace(**{"ids": SOURCE, **arguments})
+
+
+def test_the_text_of_a_trace_is_short():
+    trace = transformer(positions="learned").trace(SOURCE, TARGET)
+    lines = repr(trace).splitlines()
+    assert len(lines) == 19 and max(map(len, lines)) < 60
+    assert lines[3].split() == ["decoder.layers.0-2.self_attention", "[2,", "6,", "5,", "5]"]
+    assert lines[7].split() == ["encoder.positions", "[6,", "24]"]
+    (first, *_) = trace.attentions.values()
+    assert repr(first).startswith("AttentionTrace(query [2, 6, 6, 4], key [2, 2, 6, 4], value")

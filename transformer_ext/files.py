@@ -221,6 +221,29 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
         _write(file, data)
 
 
+def check_writable(path: str | Path) -> None:
+    """Try whether :func:`atomic_write` could write a file, before the work whose result it is to hold.
+
+    Nothing is changed, and nothing left behind.
+
+    Args:
+        path: the file; its folder is there.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return
+    temporary = _temporary(path.resolve() if path.is_symlink() else path)
+    try:
+        temporary.touch(exist_ok=False)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def atomic_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A folder that appears under its name only when complete and on disk.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformer_ext._command import command
-from transformer_ext.config import ArgumentParser, ConfigError, add_arguments, given, nearest
+from transformer_ext.config import ArgumentParser, add_arguments, given, nearest
 from transformer_ext.inference.options import SearchOptions
 from transformer_ext.model.config import (
     PRESETS,
@@ -23,7 +23,9 @@ from transformer_ext.model.config import (
     TransformerConfig,
     preset,
 )
+from transformer_ext.training.sizing import Recipe
 from transformer_ext.visualization.figure import FORMATS, check_output, save_figure
+from transformer_ext.visualization.positions import LAYOUTS
 
 if TYPE_CHECKING:
     from transformer_ext.files import ModelDir
@@ -69,7 +71,7 @@ class Picture:
         summary: what it shows.
         usage: what stands after its name.
         add_options: gives the parser the options of its own.
-        draw: draws it into ``options.output``; returns what the command prints.
+        draw: draws it into ``options.output``, which can be written; returns what the command prints.
         formats: endings of its output.
     """
 
@@ -108,21 +110,18 @@ def _attention_options(parser: ArgumentParser) -> None:
 def _draw_attention(options: argparse.Namespace, parser: ArgumentParser) -> str:
     from transformer_ext.visualization import attention, page
 
-    as_page = check_output(options.output, (*FORMATS, ".html")).suffix.lower() == ".html"
+    as_page = Path(options.output).suffix.lower() == ".html"
+    for name in ("source", "target", "text"):
+        _check_text(name, getattr(options, name), parser)
     if as_page:
         for name in ("kind", "layer", "head"):
             if getattr(options, name) is not None:
                 parser.error(f"--{name}: a page has all of them; expected no --{name}")
     model, saved = load_model(options.model, ModelConfig)
     pair = isinstance(saved.config, TransformerConfig)
-    wanted, unwanted = ("source", ("text",)) if pair else ("text", ("source", "target"))
-    for name in unwanted:
-        if getattr(options, name) is not None:
-            parser.error(f"--{name}: {options.model} is {saved.config.kind}; expected --{wanted}")
-    text = getattr(options, wanted)
-    if text is None:
-        parser.error(f"--{wanted}: is missing; {options.model} is {saved.config.kind}")
-    ids = saved.source_tokenizer.encode(text)
+    text, ids = _wanted_text(options, saved, parser, ("source", "target", "text"))
+    if not as_page:
+        _check_choice(options, saved, parser)
     texts = [text]
     if pair:
         target_ids = _target_ids(model, saved, ids, options.target)
@@ -149,39 +148,103 @@ def _draw_attention(options: argparse.Namespace, parser: ArgumentParser) -> str:
     return "\n".join(texts) + "\n"
 
 
+def _check_text(name: str, text: str | None, parser: ArgumentParser) -> None:
+    if text is not None and not text.strip():
+        parser.error(f"--{name}: got {text!r}, expected a text of at least one letter")
+
+
+def _wanted_text(
+    options: argparse.Namespace, saved: Any, parser: ArgumentParser, names: Sequence[str]
+) -> tuple[str, list[int]]:
+    """The text that the kind of model reads, and its ids; of the other names none may be given."""
+    pair = isinstance(saved.config, TransformerConfig)
+    wanted = "source" if pair else "text"
+    expected = ("source", "target") if pair else ("text",)
+    for name in names:
+        if name not in expected and getattr(options, name) is not None:
+            parser.error(f"--{name}: {options.model} is {saved.config.kind}; expected --{wanted}")
+    text = getattr(options, wanted)
+    if text is None:
+        parser.error(f"--{wanted}: is missing; {options.model} is {saved.config.kind}")
+    ids: list[int] = saved.source_tokenizer.encode(text)
+    if not ids:
+        parser.error(f"--{wanted}: got {text!r}, of which the tokenizer of the model keeps nothing")
+    return text, ids
+
+
+def _check_choice(options: argparse.Namespace, saved: Any, parser: ArgumentParser) -> None:
+    """Kind, layers and heads, before anything is computed."""
+    config = saved.config
+    if isinstance(config, TransformerConfig):
+        depths = {
+            "cross": config.num_decoder_layers,
+            "encoder": config.num_encoder_layers,
+            "decoder": config.num_decoder_layers,
+        }
+    else:
+        depths = {
+            "decoder" if isinstance(config, LanguageModelConfig) else "encoder": config.num_layers
+        }
+    kind = options.kind or next(iter(depths))
+    if kind not in depths:
+        parser.error(
+            f"--kind: got {kind!r}, expected {' or '.join(depths)}: {options.model} is {config.kind}"
+        )
+    if not depths[kind]:
+        parser.error(f"--kind: {options.model} has no layer of the kind {kind}")
+    for name, most in (("layer", depths[kind]), ("head", config.nhead)):
+        for number in getattr(options, name) or ():
+            if not 1 <= number <= most:
+                parser.error(f"--{name}: got {number}, expected 1 to {most}")
+
+
 def _target_ids(model: Any, saved: Any, source_ids: Sequence[int], text: str | None) -> list[int]:
     """Of the given translation, or of the model's own."""
     from transformer_ext.inference.search import beam_search
 
     if text is not None:
-        given_ids: list[int] = saved.target_tokenizer.encode(text)
-        return given_ids
+        ids: list[int] = saved.target_tokenizer.encode(text)
+        return ids
     source = [*source_ids, saved.source_tokenizer.eos_id]
     return list(beam_search(model, [source])[0].hypotheses[0].tokens)
 
 
 def _beam_options(parser: ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL_DIR", help="folder of the model")
-    parser.add_argument("--source", required=True, metavar="TEXT", help="the sentence to translate")
+    parser.add_argument("--source", metavar="TEXT", help="the sentence to translate")
+    parser.add_argument(
+        "--text", metavar="TEXT", help="the beginning that a language model continues"
+    )
     add_arguments(parser, SearchOptions)
 
 
 def _draw_beam(options: argparse.Namespace, parser: ArgumentParser) -> str:
-    from transformer_ext.visualization.beam import beam_tree, draw_beam
+    from transformer_ext.visualization.beam import beam_tree, check_beam, draw_beam
 
+    for name in ("source", "text"):
+        _check_text(name, getattr(options, name), parser)
     try:
         search_options = SearchOptions(**given(options, SearchOptions))
-    except ConfigError as error:
+        check_beam(search_options)
+    except ValueError as error:
         parser.error(str(error))
-    model, saved = load_model(options.model)
-    source = [*saved.source_tokenizer.encode(options.source), saved.source_tokenizer.eos_id]
+    model, saved = load_model(options.model, ModelConfig)
+    if not isinstance(saved.config, TransformerConfig | LanguageModelConfig):
+        parser.error(
+            f"MODEL_DIR: {options.model} is {saved.config.kind}, which writes nothing; expected a "
+            "translation model or a language model"
+        )
+    text, ids = _wanted_text(options, saved, parser, ("source", "text"))
+    pair = isinstance(saved.config, TransformerConfig)
+    source = [*ids, saved.source_tokenizer.eos_id] if pair else ids
     tree = beam_tree(model, source, saved.target_tokenizer, search_options)
-    save_figure(draw_beam(tree, options.source), options.output)
+    save_figure(draw_beam(tree, text), options.output)
+    before = [] if pair else ids
     lines = [
-        f"{found.score:.4f}  {saved.target_tokenizer.decode(found.tokens)}"
+        f"{found.score:.4f}  {saved.target_tokenizer.decode([*before, *found.tokens])}"
         for found in tree.result.hypotheses
     ]
-    return "\n".join([options.source, *lines, ""])
+    return "\n".join([text, *lines, ""])
 
 
 def _positions_options(parser: ArgumentParser) -> None:
@@ -189,12 +252,21 @@ def _positions_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--d-model", type=int, default=512, help="width of the model (default: %(default)s)"
     )
+    parser.add_argument(
+        "--layout",
+        choices=[*LAYOUTS, "both"],
+        default="both",
+        help="; ".join(f"{layout}: {meaning}" for layout, meaning in LAYOUTS.items())
+        + " (default: %(default)s)",
+    )
 
 
 def _draw_positions(options: argparse.Namespace, parser: ArgumentParser) -> str:
     from transformer_ext.visualization.positions import draw_positions
 
-    save_figure(draw_positions(options.length, options.d_model), options.output)
+    layouts = tuple(LAYOUTS) if options.layout == "both" else (options.layout,)
+    figure = draw_positions(options.length, options.d_model, layouts=layouts)
+    save_figure(figure, options.output)
     return ""
 
 
@@ -259,7 +331,10 @@ def _draw_training(options: argparse.Namespace, parser: ArgumentParser) -> str:
 
 def _smoothing_options(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "--label-smoothing", type=float, default=0.4, help="of the map (default: %(default)s)"
+        "--label-smoothing",
+        type=float,
+        default=Recipe.label_smoothing,
+        help="of the map, and a curve (default: %(default)s, a training's)",
     )
     parser.add_argument(
         "--vocab-size", type=int, default=5, help="tokens of the vocabulary (default: %(default)s)"
@@ -267,9 +342,9 @@ def _smoothing_options(parser: ArgumentParser) -> None:
 
 
 def _draw_smoothing(options: argparse.Namespace, parser: ArgumentParser) -> str:
-    from transformer_ext.visualization.label_smoothing import draw_label_smoothing
+    from transformer_ext.visualization.label_smoothing import CURVES, draw_label_smoothing
 
-    curves = sorted({0.0, 0.1, options.label_smoothing})
+    curves = sorted({*CURVES, options.label_smoothing})
     figure = draw_label_smoothing(
         options.label_smoothing, vocab_size=options.vocab_size, curves=curves
     )
@@ -315,7 +390,7 @@ PICTURES = {
     ),
     "beam": Picture(
         "the tree of a beam search, with scores",
-        "MODEL_DIR --source TEXT",
+        "MODEL_DIR --source TEXT | --text TEXT",
         _beam_options,
         _draw_beam,
     ),

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from transformer_ext.inference.search import Observer
     from transformer_ext.inference.torch_engine import TorchLanguageModel
     from transformer_ext.model.language_model import LanguageModel
 
@@ -36,6 +37,7 @@ def continuations(
     options: SearchOptions | None = None,
     *,
     numbers: Sequence[int] | None = None,
+    observe: Observer | None = None,
 ) -> list[SearchResult]:
     """What :meth:`LanguageModelEngine.search` finds, with a torch model, in plain Python.
 
@@ -46,6 +48,7 @@ def continuations(
         prompts: see there, as for the other arguments.
         options: see there.
         numbers: see there.
+        observe: is called after each step with the number of the prompt and its search.
 
     Returns:
         a result for each prompt, with the new tokens only.
@@ -79,6 +82,7 @@ def continuations(
             suppressed=never_proposed(config),
             prompts=fed,
             numbers=numbers,
+            observe=observe,
         )
 
 

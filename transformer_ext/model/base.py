@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
@@ -128,6 +129,7 @@ class Model(nn.Module):
     ) -> Trace:
         """:meth:`trace` of a model of one stack."""
         real = pack_ids("ids", ids, lengths, pad_id).lengths
+        check_read("ids", ids, real, table.weight.shape[0])
         mask = ops.key_padding_mask(real, ids.shape[1])
         with self._studied() as trace:
             x = self._embed_dense(stack, table, ids, None, trace, token_types)
@@ -145,10 +147,43 @@ class Model(nn.Module):
 
 
 def check_ids(name: str, ids: Tensor) -> None:
-    """Raise a ValueError for anything but int64 ``[batch, length]``."""
+    """Raise a TypeError for what is no tensor, a ValueError for anything but int64 ``[batch, length]``."""
+    check_tensor(name, ids, "int64 [batch, length]")
     if ids.dim() != 2 or ids.dtype != torch.int64:
         raise ValueError(
             f"{name}: expected int64 [batch, length], got {ids.dtype} {list(ids.shape)}"
+        )
+
+
+def check_tensor(name: str, value: object, expected: str) -> None:
+    """Raise a TypeError for what is no tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name}: expected a tensor, {expected}, got {type(value).__name__}: {reprlib.repr(value)}"
+        )
+
+
+def check_read(name: str, ids: Tensor, lengths: Tensor, vocab_size: int) -> None:
+    """Raise a ValueError for what is nothing to study: no token, or one that is not in the vocabulary.
+
+    Args:
+        name: of the argument.
+        ids: ``[batch, length]``.
+        lengths: ``[batch]`` tokens of each.
+        vocab_size: of the model.
+    """
+    if not len(lengths) or not bool(lengths.all()):
+        row = int(lengths.argmin()) if len(lengths) else None
+        raise ValueError(
+            f"{name}: expected at least one token in each row, got "
+            + (f"none in row {row}" if row is not None else f"no row: {list(ids.shape)}")
+        )
+    wrong = (ids < 0) | (ids >= vocab_size)
+    if bool(wrong.any()):
+        row, column = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"{name}: got {int(ids[row, column])} in row {row}, column {column}, expected ids from 0 "
+            f"to {vocab_size - 1}"
         )
 
 
@@ -193,6 +228,7 @@ def pack_ids(name: str, ids: Tensor, lengths: Tensor | None, pad_id: int) -> Pac
     check_ids(name, ids)
     if lengths is None:
         return pack_padded(name, ids, ids != pad_id, pad_id)
+    check_tensor("lengths", lengths, f"integers [{ids.shape[0]}]")
     if lengths.shape != ids.shape[:1] or lengths.is_floating_point():
         raise ValueError(
             f"lengths: expected integers [{ids.shape[0]}], got {lengths.dtype} "

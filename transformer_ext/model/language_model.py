@@ -89,7 +89,9 @@ class LanguageModel(Model):
             ids, lengths: as of :meth:`forward`.
 
         Raises:
-            ValueError: as of :meth:`forward`.
+            TypeError: something that is no tensor.
+            ValueError: as of :meth:`forward`, a text without any token, or ids that are not in the
+                vocabulary.
         """
         return self._trace_stack(
             self.decoder, self.embedding, ids, lengths, self.config.pad_id, causal=True

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from transformer_ext import ops
 from transformer_ext.model.attention import PackedAttention
-from transformer_ext.model.base import Model, pack_ids
+from transformer_ext.model.base import Model, check_ids, check_read, check_tensor, pack_ids
 from transformer_ext.model.config import TextEncoderConfig
 from transformer_ext.model.layers import Embedding, Generator, Linear, Norm, Sites
 from transformer_ext.model.stacks import SelfAttentionStack
@@ -143,9 +143,16 @@ class TextEncoder(Model):
             ids, lengths, token_types: as of :meth:`forward`.
 
         Raises:
-            ValueError: as of :meth:`forward`.
+            TypeError: something that is no tensor.
+            ValueError: as of :meth:`forward`, a text without any token, or ids that are not in the
+                vocabulary.
         """
+        check_ids("ids", ids)
         self._check_token_types(ids, token_types)
+        if token_types is not None:
+            # Of padding too: the padded pass embeds them.
+            ones = torch.ones(len(token_types))
+            check_read("token_types", token_types, ones, self.config.num_token_types)
         return self._trace_stack(
             self.encoder,
             self.embedding,
@@ -156,13 +163,15 @@ class TextEncoder(Model):
         )
 
     def _check_token_types(self, ids: Tensor, token_types: Tensor | None) -> None:
-        if token_types is not None and (
-            self.encoder.token_types is None or token_types.shape != ids.shape
-        ):
+        if token_types is None:
+            return
+        if self.encoder.token_types is None:
+            raise ValueError("token_types: expected none, the model has no embedding of them")
+        check_tensor("token_types", token_types, f"int64 {list(ids.shape)}")
+        if token_types.shape != ids.shape or token_types.dtype != torch.int64:
             raise ValueError(
-                "token_types: expected none, the model has no embedding of them"
-                if self.encoder.token_types is None
-                else f"token_types: expected {list(ids.shape)}, got {list(token_types.shape)}"
+                f"token_types: expected int64 {list(ids.shape)}, got {token_types.dtype} "
+                f"{list(token_types.shape)}"
             )
 
     def logits(

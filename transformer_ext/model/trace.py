@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AttentionTrace:
     """One attention (paper section 3.2), of all heads.
 
@@ -30,8 +30,13 @@ class AttentionTrace:
     context: Tensor
     output: Tensor
 
+    def __repr__(self) -> str:
+        """The shapes; the numbers would be thousands of lines."""
+        parts = (f"{part.name} {list(getattr(self, part.name).shape)}" for part in fields(self))
+        return f"AttentionTrace({', '.join(parts)})"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Trace:
     """The attentions and the states of one pass.
 
@@ -49,3 +54,27 @@ class Trace:
 
     attentions: dict[str, AttentionTrace] = field(default_factory=dict)
     states: dict[str, Tensor] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """The names, and the shapes of weights and states, equal layers in one line."""
+        weights = {name: list(found.weights.shape) for name, found in self.attentions.items()}
+        states = {name: list(state.shape) for name, state in self.states.items()}
+        lines = ["Trace", "  attentions, with the shape of their weights:", *_listed(weights)]
+        return "\n".join([*lines, "  states:", *_listed(states)])
+
+
+def _listed(shapes: dict[str, list[int]]) -> list[str]:
+    """A line for each name; layers 0 to 5 are ``encoder.layers.0-5.self_attention``."""
+    layers: dict[tuple[str, ...], list[str]] = {}
+    for name, shape in shapes.items():
+        before, _, rest = name.partition(".layers.")
+        number, _, part = rest.partition(".")
+        layers.setdefault((before, part, str(shape)), []).append(number)
+    names = []
+    for (before, part, size), numbers in layers.items():
+        if part:
+            span = numbers[0] if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
+            before = f"{before}.layers.{span}.{part}"
+        names.append((before, size))
+    width = max((len(name) for name, _ in names), default=0)
+    return [f"    {name:{width}}  {size}" for name, size in names]

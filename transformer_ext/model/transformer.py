@@ -9,7 +9,7 @@ from torch import Tensor
 
 from transformer_ext import ops
 from transformer_ext.model.attention import CachedAttention, DenseAttention, PackedAttention
-from transformer_ext.model.base import Model, check_ids, pack_padded
+from transformer_ext.model.base import Model, check_ids, check_read, pack_padded
 from transformer_ext.model.cache import DecoderCache
 from transformer_ext.model.config import TransformerConfig
 from transformer_ext.model.layers import Embedding, Generator, Sites
@@ -178,11 +178,15 @@ class Transformer(Model):
                 start token.
 
         Raises:
-            ValueError: shapes that do not fit, or padding in the middle of a sentence.
+            TypeError: something that is no tensor.
+            ValueError: shapes that do not fit, padding in the middle of a sentence, a sentence
+                without any token, or ids that are not in the vocabulary.
         """
         _check_pairs(src_ids, tgt_ids)
         src = self._packed("src_ids", src_ids)
         tgt = self._packed("tgt_ids", tgt_ids, target=True)
+        check_read("src_ids", src_ids, src.lengths, self.config.src_vocab_size)
+        check_read("tgt_ids", tgt_ids, tgt.lengths, self.config.tgt_vocab_size)
         src_mask = ops.key_padding_mask(src.lengths, src_ids.shape[1])
         tgt_mask = ops.key_padding_mask(tgt.lengths, tgt_ids.shape[1])
         with self._studied() as trace:

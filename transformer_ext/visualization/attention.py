@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from transformer_ext.visualization.figure import new_figure, piece_labels
+from transformer_ext.visualization.figure import (
+    SMALL_TEXT,
+    WEIGHT_COLORS,
+    new_figure,
+    piece_labels,
+    text_width,
+)
 from transformer_ext.visualization.pieces import readable_pieces
 
 if TYPE_CHECKING:
@@ -66,9 +72,14 @@ def translation_attention(
         ``cross`` (a row is the piece that is written, its end of sentence the last), ``encoder``
         and ``decoder`` (rows and columns are the pieces read); without those of which the model
         has no layers.
+
+    Raises:
+        ValueError: an empty source, or what the model's ``trace`` refuses.
     """
     import torch
 
+    if not source_ids:
+        raise ValueError("source_ids: got none, expected at least one token")
     source = [*source_ids, source_tokenizer.eos_id]
     read = [model.config.decoder_start_id, *target_ids]
     device = next(model.parameters()).device
@@ -117,16 +128,20 @@ def text_attention(
     Returns:
         one entry: ``decoder`` of a language model, ``encoder`` of a text encoder; none where it
         has no layers.
+
+    Raises:
+        ValueError: an empty text, or what the model's ``trace`` refuses.
     """
     import torch
 
+    from transformer_ext.inference.shared import fed_tokens
     from transformer_ext.model import LanguageModel
 
+    if not ids:
+        raise ValueError("ids: got none, expected at least one token")
     if isinstance(model, LanguageModel):
         stack, name, layers = "decoder", "language model", model.decoder.layers
-        # An empty text must have a first token.
-        begins = model.config.prepend_bos or not ids
-        read = [model.config.bos_id, *ids] if begins else list(ids)
+        read = fed_tokens(model.config, ids)
     else:
         stack, name, layers = "encoder", "text encoder", model.encoder.layers
         read = [model.config.bos_id, *ids, model.config.eos_id]
@@ -185,34 +200,38 @@ def draw_attention(
     layers = _numbers("layer", layers, attention.weights.shape[0])
     heads = _numbers("head", heads, attention.weights.shape[1])
     rows, columns = piece_labels(attention.rows), piece_labels(attention.columns)
-    size = 7.0
-    line = size * 1.25 / 72  # inches that a label takes
-    letters = size * 0.62 / 72
+    line = SMALL_TEXT * 1.25 / 72  # inches that a label takes
+    letters = SMALL_TEXT * 0.62 / 72
     width = max(1.4, line * len(columns)) + 0.15
     height = max(1.0, line * len(rows)) + 0.3
-    left = letters * max(map(len, rows)) + 0.3
-    bottom = letters * max(map(len, columns)) + 0.3
-    title = f"{attention.title}: row attends to column"
-    total = max(left + width * len(heads) + 1.2, 0.08 * len(title) + 0.4)
-    figure = new_figure(total, bottom + height * len(layers) + 0.6)
+    left = letters * max(map(text_width, rows)) + 0.5
+    bottom = letters * max(map(text_width, columns)) + 0.5
+    total = max(left + width * len(heads) + 1.2, 0.08 * len(attention.title) + 0.4)
+    figure = new_figure(
+        total,
+        bottom + height * len(layers) + 0.6,
+        advice="choose fewer layers or heads (--layer, --head), or a shorter text",
+    )
     grid = figure.subplots(len(layers), len(heads), squeeze=False)
     for i, layer in enumerate(layers):
         for j, head in enumerate(heads):
             axes: Any = grid[i][j]
             weights = attention.weights[layer - 1, head - 1]
             # One scale for all panels, so that they can be compared.
-            image = axes.imshow(weights, vmin=0.0, vmax=1.0, cmap="Blues", aspect="auto")
-            axes.set_title(f"layer {layer}, head {head}", fontsize=8)
+            image = axes.imshow(weights, vmin=0.0, vmax=1.0, cmap=WEIGHT_COLORS, aspect="auto")
+            axes.set_title(f"layer {layer}, head {head}", fontsize=SMALL_TEXT)
             axes.tick_params(length=0, pad=2)
-            axes.set_yticks(range(len(rows)), rows if j == 0 else [], fontsize=size)
+            axes.set_yticks(range(len(rows)), rows if j == 0 else [], fontsize=SMALL_TEXT)
             axes.set_xticks(
                 range(len(columns)),
                 columns if i == len(layers) - 1 else [],
-                fontsize=size,
+                fontsize=SMALL_TEXT,
                 rotation=90,
             )
     bar = figure.colorbar(image, ax=grid, shrink=min(1.0, 3.0 / (height * len(layers))), pad=0.01)
-    bar.set_label("attention weight", fontsize=8)
-    bar.ax.tick_params(labelsize=7)
-    figure.suptitle(title, fontsize=10)
+    bar.set_label("attention weight", fontsize=9)
+    bar.ax.tick_params(labelsize=SMALL_TEXT)
+    figure.supylabel("attends", fontsize=9)
+    figure.supxlabel("is attended to", fontsize=9)
+    figure.suptitle(attention.title, fontsize=10)
     return figure

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from transformer_ext.inference.options import SearchOptions, SearchResult
-from transformer_ext.visualization.figure import new_figure, piece_labels
-from transformer_ext.visualization.pieces import readable_pieces
+from transformer_ext.model.config import LanguageModelConfig
+from transformer_ext.visualization.figure import SMALL_TEXT, new_figure, piece_labels, text_width
+from transformer_ext.visualization.pieces import piece_contents, spelt_out
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from transformer_ext.data.tokenizer import Tokenizer
     from transformer_ext.inference.search import SentenceSearch
-    from transformer_ext.model import Transformer
+    from transformer_ext.model import LanguageModel, Transformer
 
-__all__ = ["BeamNode", "BeamTree", "beam_tree", "draw_beam"]
+__all__ = ["WIDEST_BEAM", "BeamNode", "BeamTree", "beam_tree", "check_beam", "draw_beam"]
+
+#: Hypotheses of a step in a tree that can be looked at.
+WIDEST_BEAM = 32
+#: Leaves of one, each a line of the picture.
+_MOST_LEAVES = 200
 
 
 @dataclass
@@ -28,7 +33,8 @@ class BeamNode:
     Attributes:
         parent: index of the node that it extends; -1: of the start.
         token: its last token.
-        piece: of that token.
+        piece: of that token, readable: see
+            :func:`transformer_ext.visualization.pieces.spelt_out`.
         step: from 1: length of the hypothesis, end of sentence included.
         log_prob: of the token, given those before.
         total: what the search has added up.
@@ -59,28 +65,40 @@ class BeamTree:
     result: SearchResult
 
 
+def check_beam(options: SearchOptions) -> None:
+    """Raise a ValueError for a search that has no tree, or one that nobody could look at."""
+    if options.sampling:
+        raise ValueError("sampling: the tree is one of a beam search, expected sampling off")
+    if options.beam_size > WIDEST_BEAM:
+        raise ValueError(
+            f"beam_size: got {options.beam_size}, expected at most {WIDEST_BEAM} in a picture"
+        )
+
+
 def beam_tree(
-    model: Transformer,
+    model: Transformer | LanguageModel,
     source_ids: Sequence[int],
     tokenizer: Tokenizer,
     options: SearchOptions | None = None,
 ) -> BeamTree:
-    """Translates a sentence by the plain Python search, and keeps every step of it.
+    """Translates a sentence, or continues a text, by the plain Python search, and keeps every step.
 
     Args:
         model: in evaluation mode.
-        source_ids: token ids of the source, its end included.
-        tokenizer: of the target.
+        source_ids: token ids of the source, its end included; of a language model those of the
+            beginning, without a start token.
+        tokenizer: of what is written.
         options: how to search; the defaults if None.
 
     Raises:
-        ValueError: an empty source, options that sample, or what the search refuses.
+        ValueError: an empty source, options that sample, a beam wider than :data:`WIDEST_BEAM`, or
+            what the search refuses.
     """
+    from transformer_ext.inference.continuation import continuations
     from transformer_ext.inference.search import beam_search
 
     options = options or SearchOptions()
-    if options.sampling:
-        raise ValueError("sampling: the tree is one of a beam search, expected sampling off")
+    check_beam(options)
     if not source_ids:
         raise ValueError("source: expected at least one token, got none")
     nodes: list[BeamNode] = []
@@ -119,10 +137,17 @@ def beam_tree(
             node.end, node.score = "ended", found.score
         seen = len(state.finished)
 
-    (result,) = beam_search(model, [source_ids], options, observe=observe)
-    pieces = readable_pieces(tokenizer, [node.token for node in nodes])
-    for node, piece in zip(nodes, pieces, strict=True):
-        node.piece = piece
+    search: Any = continuations if isinstance(model.config, LanguageModelConfig) else beam_search
+    (result,) = search(model, [source_ids], options, observe=observe)
+    contents = piece_contents(tokenizer, [node.token for node in nodes])
+    for index, node in enumerate(nodes):
+        # What a byte is part of follows from those before it on the way.
+        way = [contents[index]]
+        before = node.parent
+        while isinstance(way[0], bytes) and before >= 0:
+            way.insert(0, contents[before])
+            before = nodes[before].parent
+        node.piece = spelt_out(way)[-1]
     for rank, found in enumerate(result.hypotheses, 1):
         ending = [model.config.eos_id] if found.ended else []
         index = by_tokens[tuple(found.tokens + ending)]
@@ -138,11 +163,6 @@ def beam_tree(
         if node.step == last and node.end == "dropped":
             node.end = "cut"
     return BeamTree(nodes, result)
-
-
-def _columns(text: str) -> int:
-    """Width of a text, in letters: those of East Asia count twice."""
-    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def _rows(nodes: Sequence[BeamNode]) -> list[int]:
@@ -170,7 +190,19 @@ def _best_first(nodes: Sequence[BeamNode], indices: Sequence[int]) -> list[int]:
     return sorted(indices, key=lambda i: (not nodes[i].best, -nodes[i].total))
 
 
-_COLORS = {"went on": "#333333", "dropped": "#999999", "ended": "#1a7f37", "cut": "#9a6700"}
+_BEST = "#0969da"
+_COLORS = {"went on": "#333333", "dropped": "#8c8c8c", "ended": "#1a7f37", "cut": "#9a6700"}
+_LEGEND = (
+    (_BEST, "on the way to the best"),
+    (_COLORS["went on"], "went on"),
+    (_COLORS["ended"], "ended"),
+    (_COLORS["dropped"], "dropped"),
+    (_COLORS["cut"], "alive when the search stopped"),
+)
+_NOTES = (
+    "Below a piece: sum of the log-probabilities so far; where a hypothesis ended, its score; "
+    "no.: its place in the result."
+)
 
 
 def draw_beam(tree: BeamTree, title: str = "") -> Figure:
@@ -178,6 +210,9 @@ def draw_beam(tree: BeamTree, title: str = "") -> Figure:
 
     Under each piece stands what the search has added up so far; where a hypothesis ended, its score
     and its place in the result. The way to the best is blue.
+
+    Raises:
+        ValueError: more leaves than a picture can show.
     """
     nodes = tree.nodes
     labels = piece_labels(node.piece for node in nodes)
@@ -185,19 +220,25 @@ def draw_beam(tree: BeamTree, title: str = "") -> Figure:
     widths = [0.6] + [0.0] * steps
     notes = [_note(node) for node in nodes]
     for node, label, note in zip(nodes, labels, notes, strict=True):
-        needed = max(0.083 * _columns(label), 0.055 * len(note)) + 0.3
+        needed = max(0.083 * text_width(label), 0.07 * len(note)) + 0.3
         widths[node.step] = max(widths[node.step], needed)
     left = [sum(widths[:step]) for step in range(steps + 1)]
     rows = _rows(nodes)
-    height = 0.36
-    tall = height * (max(rows, default=0) + 1) + 0.9
-    wide = max(sum(widths) + 0.1, 6.5, 0.09 * _columns(title))
-    figure = new_figure(wide, tall, layout=None)
+    leaves = max(rows, default=0) + 1
+    if leaves > _MOST_LEAVES:
+        raise ValueError(
+            f"picture: the tree has {leaves:,} leaves, a line each, expected at most {_MOST_LEAVES}; "
+            "choose a smaller beam_size or max_length"
+        )
+    height = 0.38
+    tall = height * leaves + 1.2
+    wide = max(sum(widths) + 0.1, 8.0, 0.09 * text_width(title))
+    figure = new_figure(wide, tall, layout=None, advice="choose a smaller beam_size or max_length")
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
     axes.set_xlim(0.0, wide)
     axes.set_ylim(0.0, tall)
     axes.axis("off")
-    top = tall - 0.75
+    top = tall - 1.05
 
     def place(index: int) -> tuple[float, float]:
         if index < 0:
@@ -205,23 +246,20 @@ def draw_beam(tree: BeamTree, title: str = "") -> Figure:
         return left[nodes[index].step], top - height * rows[index]
 
     axes.text(0.1, tall - 0.12, title, fontsize=10, va="top", parse_math=False)
-    axes.text(
-        0.1,
-        tall - 0.36,
-        "blue: the way to the best   black: went on   green: ended   grey: dropped   "
-        "brown: alive at the end      number: sum of log-probabilities",
-        fontsize=7,
-        color="#555555",
-        va="top",
-    )
+    x = 0.1
+    for color, meaning in _LEGEND:
+        axes.plot([x, x + 0.2], [tall - 0.45] * 2, color=color, linewidth=3.0)
+        axes.text(x + 0.26, tall - 0.45, meaning, fontsize=SMALL_TEXT, va="center", color=color)
+        x += 0.55 + 0.068 * len(meaning)
+    axes.text(0.1, tall - 0.68, _NOTES, fontsize=SMALL_TEXT, va="center", color="#555555")
     # Lines run behind the texts, whose width depends on the font.
     behind = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
-    axes.text(*place(-1), "start", fontsize=8, va="center", color="#555555", bbox=behind)
+    axes.text(*place(-1), "start", fontsize=SMALL_TEXT, va="center", color="#555555", bbox=behind)
     for index, node in enumerate(nodes):
         x, y = place(index)
         parent_x, parent_y = place(node.parent)
         middle = left[node.step] - 0.14
-        color = "#0969da" if node.best else "#bbbbbb"
+        color = _BEST if node.best else "#bbbbbb"
         axes.plot(
             [parent_x, middle, middle, x],
             [parent_y, parent_y, y, y],
@@ -230,12 +268,12 @@ def draw_beam(tree: BeamTree, title: str = "") -> Figure:
             zorder=2 if node.best else 1,
             solid_joinstyle="round",
         )
-        color = "#0969da" if node.best and node.end == "went on" else _COLORS[node.end]
+        color = _BEST if node.best and node.end == "went on" else _COLORS[node.end]
         weight = "bold" if node.best else "normal"
         axes.text(
             x, y, labels[index], fontsize=8.5, va="center", color=color, weight=weight, bbox=behind
         )
-        axes.text(x, y - 0.08, notes[index], fontsize=6, va="top", color=color)
+        axes.text(x, y - 0.08, notes[index], fontsize=SMALL_TEXT, va="top", color=color)
     return figure
 
 

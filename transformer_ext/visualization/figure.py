@@ -4,19 +4,37 @@ from __future__ import annotations
 
 import io
 import os
+import unicodedata
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformer_ext.files import atomic_write, write_error
+from transformer_ext.files import atomic_write, check_writable, write_error
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["FORMATS", "check_output", "new_figure", "piece_labels", "save_figure"]
+__all__ = [
+    "FORMATS",
+    "SIGNED_COLORS",
+    "SMALL_TEXT",
+    "WEIGHT_COLORS",
+    "check_output",
+    "new_figure",
+    "piece_labels",
+    "save_figure",
+    "text_width",
+]
 
 FORMATS = (".png", ".svg", ".pdf")
+
+#: Colour map of weights and probabilities, from 0 to 1: the more, the darker.
+WEIGHT_COLORS = "Blues"
+#: Colour map of numbers of both signs, 0 in the middle: white is 0, red above, blue below.
+SIGNED_COLORS = "RdBu_r"
+#: The least size of a text, in points.
+SMALL_TEXT = 8.0
 
 #: Tried in this order for the characters that the ones before lack. DejaVu comes with matplotlib.
 _FONTS = (
@@ -43,8 +61,15 @@ _MOST_INCHES = 300.0
 _MOST_SQUARE_INCHES = 8_000.0
 
 
-def new_figure(width: float, height: float, layout: Any = "constrained") -> Figure:
+def new_figure(
+    width: float, height: float, layout: Any = "constrained", advice: str = "choose fewer of them"
+) -> Figure:
     """An empty figure of that many inches, drawn without a display.
+
+    Args:
+        width, height: in inches.
+        layout: see matplotlib.
+        advice: what to do about one that is too large.
 
     Raises:
         ImportError: matplotlib is missing; the message says how to install it.
@@ -59,8 +84,8 @@ def new_figure(width: float, height: float, layout: Any = "constrained") -> Figu
         ) from None
     if max(width, height) > _MOST_INCHES or width * height > _MOST_SQUARE_INCHES:
         raise ValueError(
-            f"picture: would be {width:.0f} x {height:.0f} inches; choose fewer layers or heads, "
-            "or a shorter text"
+            f"picture: would be {width:,.0f} x {height:,.0f} inches, expected at most "
+            f"{_MOST_INCHES:.0f} a side and {_MOST_SQUARE_INCHES:,.0f} square inches; {advice}"
         )
     figure = Figure(figsize=(width, height), layout=layout)
     FigureCanvasAgg(figure)
@@ -75,10 +100,11 @@ def _usable_fonts() -> list[str]:
 
 
 def check_output(output: str | os.PathLike[str], formats: Iterable[str] = FORMATS) -> Path:
-    """The path of a picture that can be written.
+    """The path of a picture that can be written, which is tried: a command does so before its work.
 
     Raises:
-        ValueError: another ending, or a folder that is not there.
+        ValueError: another ending, a folder that is not there, or a folder in its place.
+        OSError: nothing can be written there.
     """
     path = Path(output)
     formats = tuple(formats)
@@ -86,6 +112,12 @@ def check_output(output: str | os.PathLike[str], formats: Iterable[str] = FORMAT
         raise ValueError(f"output: expected a file in {', '.join(formats)}, got {str(output)!r}")
     if not path.parent.is_dir():
         raise ValueError(f"output: {path.parent} is no folder")
+    if path.is_dir():
+        raise ValueError(f"output: {path} is a folder, expected a file")
+    try:
+        check_writable(path)
+    except OSError as error:
+        raise ValueError(f"output: {path} cannot be written: {error.strerror or error}") from error
     return path
 
 
@@ -142,3 +174,8 @@ def piece_labels(pieces: Iterable[str]) -> list[str]:
         label = label.replace("\u2581", "_").strip() or "_"
         labels.append(label.replace("$", r"\$"))
     return labels
+
+
+def text_width(text: str) -> int:
+    """Width of a text, in letters: those of East Asia count twice."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)

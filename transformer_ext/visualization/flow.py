@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from transformer_ext.visualization.figure import new_figure
+from transformer_ext.visualization.figure import SMALL_TEXT, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -337,7 +337,7 @@ def _fill(step: FlowStep) -> str:
     return next((color for text, color in _FILLS if text in step.name), "#dde3ff")
 
 
-_WIDE, _TALL, _GAP, _MARGIN = 4.6, 0.5, 0.26, 0.75
+_WIDE, _TALL, _GAP, _MARGIN = 5.4, 0.52, 0.28, 0.75
 
 
 def draw_flow(model: Model) -> Figure:
@@ -375,7 +375,7 @@ def draw_flow(model: Model) -> Figure:
             [out, out, between, between], [y - _GAP, y + 0.1, y + 0.1, memory[1]], color="#444444"
         )
         _arrow(axes, (between, memory[1]), memory)
-        axes.text(between - 0.08, y + 0.16, "memory", fontsize=8, ha="right")
+        axes.text(between - 0.08, y + 0.16, "memory", fontsize=SMALL_TEXT, ha="right")
     total = sum(parameter.numel() for parameter in model.parameters())
     axes.text(
         0.15,
@@ -398,7 +398,13 @@ def _draw_column(
 
     center = left + _WIDE / 2
     y = 0.45
-    axes.text(center + 0.1, y - 0.16, f"ids {_plain(column[0][0].inputs)}", fontsize=7, va="center")
+    axes.text(
+        center + 0.1,
+        y - 0.16,
+        f"ids {_plain(column[0][0].inputs)}",
+        fontsize=SMALL_TEXT,
+        va="center",
+    )
     spans: list[float] = []
     for step, layers in column:
         # Keys and values come from the memory: what is above goes past their box.
@@ -431,21 +437,25 @@ def _draw_column(
             title = name.rsplit(".", 1)[1]
         weights = " ".join(_plain(shape) for shape in step.parameters.values())
         high = y + _TALL - 0.09
-        axes.text(left + 0.1, high, title, fontsize=8, weight="bold", va="top")
+        axes.text(left + 0.1, high, title, fontsize=SMALL_TEXT, weight="bold", va="top")
         axes.text(
             left + width - 0.1,
             high,
             f"{kind} {weights}".strip(),
-            fontsize=6.5,
+            fontsize=SMALL_TEXT,
             va="top",
             ha="right",
             color="#444444",
         )
         equation = textwrap.shorten(step.equation, 82, placeholder=" …")
-        axes.text(left + 0.1, y + 0.09, equation, fontsize=7.5, va="bottom", parse_math=False)
+        axes.text(
+            left + 0.1, y + 0.09, equation, fontsize=SMALL_TEXT, va="bottom", parse_math=False
+        )
         top = y + _TALL
         shape = center if not step.name.endswith("query_projection") else bypass - 0.62
-        axes.text(shape + 0.1, top + _GAP / 2, _plain(step.outputs), fontsize=7, va="center")
+        axes.text(
+            shape + 0.1, top + _GAP / 2, _plain(step.outputs), fontsize=SMALL_TEXT, va="center"
+        )
         if step.residual:
             begin = 0.45 if step.residual not in places else places[step.residual][1] + _TALL / 2
             if step.residual.endswith(".input"):

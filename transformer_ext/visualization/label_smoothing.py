@@ -8,12 +8,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from transformer_ext.visualization.figure import new_figure
+from transformer_ext.training.sizing import Recipe
+from transformer_ext.visualization.figure import SMALL_TEXT, WEIGHT_COLORS, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["confidence_curve", "draw_label_smoothing", "smoothed_targets"]
+__all__ = ["CURVES", "confidence_curve", "draw_label_smoothing", "smoothed_targets"]
+
+#: Of the curves: none, that of a training, and more than one would take.
+CURVES = (0.0, Recipe.label_smoothing, 0.3)
+#: Tokens of the map, and of the curves.
+_COLUMNS, _LARGEST = 10, 256_000
 
 
 def smoothed_targets(
@@ -62,17 +68,17 @@ def confidence_curve(
 
 
 def draw_label_smoothing(
-    label_smoothing: float = 0.4,
-    targets: Sequence[int] = (2, 1, 0, 3, 3),
+    label_smoothing: float = Recipe.label_smoothing,
+    targets: Sequence[int] | None = None,
     vocab_size: int = 5,
-    curves: Sequence[float] = (0.0, 0.1, 0.4),
+    curves: Sequence[float] = CURVES,
 ) -> Figure:
     """The targets as a map with their numbers, and beside it the curves of over-confidence.
 
     Args:
-        label_smoothing: of the map.
-        targets: token ids of the map; 0 is padding.
-        vocab_size: of both.
+        label_smoothing: of the map; a training's default.
+        targets: token ids of the map; 0 is padding; None: some that there are.
+        vocab_size: of both; the map has the first tokens of a larger one.
         curves: values of label smoothing, a curve each.
 
     Raises:
@@ -81,31 +87,36 @@ def draw_label_smoothing(
     for value in (label_smoothing, *curves):
         if not 0.0 <= value <= 1.0:
             raise ValueError(f"label_smoothing: got {value}, expected a number from 0 to 1")
-    if vocab_size < 2:
-        raise ValueError(f"vocab_size: got {vocab_size}, expected at least 2")
+    if not 2 <= vocab_size <= _LARGEST:
+        raise ValueError(f"vocab_size: got {vocab_size}, expected 2 to {_LARGEST}")
+    shown = min(vocab_size, _COLUMNS)
+    if targets is None:
+        targets = [min(target, vocab_size - 1) for target in (2, 1, 0, 3, 3)]
     for target in targets:
-        if not 0 <= target < vocab_size:
-            raise ValueError(f"target: got {target}, expected 0 to {vocab_size - 1}")
-    table = smoothed_targets(targets, vocab_size, label_smoothing)
+        if not 0 <= target < shown:
+            raise ValueError(f"target: got {target}, expected 0 to {shown - 1}")
+    table = smoothed_targets(targets, vocab_size, label_smoothing)[:, :shown]
     figure = new_figure(11.0, 4.4)
     left, right = figure.subplots(1, 2)
-    image = left.imshow(table, vmin=0.0, vmax=1.0, cmap="Blues")
-    if table.size <= 200:
-        for (row, column), value in np.ndenumerate(table):
-            color = "white" if value > 0.6 else "black"
-            left.text(column, row, f"{value:.2f}", ha="center", va="center", color=color)
+    image = left.imshow(table, vmin=0.0, vmax=1.0, cmap=WEIGHT_COLORS)
+    for (row, column), value in np.ndenumerate(table):
+        color = "white" if value > 0.6 else "black"
+        text = f"{value:.2f}" if value == 0.0 or value >= 0.005 else f"{value:.0e}"
+        left.text(column, row, text, ha="center", va="center", color=color, fontsize=SMALL_TEXT)
     names = [f"{target} (padding)" if target == 0 else f"{target}" for target in targets]
     left.set_yticks(range(len(targets)), names)
-    left.set_xticks(range(vocab_size))
+    left.set_xticks(range(shown))
     left.set_ylabel("right token of each position")
-    left.set_xlabel("token of the vocabulary")
+    few = "" if shown == vocab_size else f" (the first {shown} of {vocab_size:,})"
+    left.set_xlabel(f"token of the vocabulary{few}")
     left.set_title(f"targets with label smoothing {label_smoothing:g}", fontsize=10)
     figure.colorbar(image, ax=left, shrink=0.8, label="probability")
-    odds = np.geomspace(1.0, 1e4, 100)
+    # With much smoothing the least loss is where the odds are near the number of tokens.
+    odds = np.geomspace(1.0, max(1e4, 1e3 * vocab_size), 100)
     for value in curves:
         losses = confidence_curve(list(odds), vocab_size, value)
         right.semilogx(odds, losses, label=f"label smoothing {value:g}")
-    right.set_title(f"loss of a model that is right, vocabulary of {vocab_size}", fontsize=10)
+    right.set_title(f"loss of a model that is right, vocabulary of {vocab_size:,}", fontsize=10)
     right.set_xlabel("odds of the right token against each other one")
     right.set_ylabel("loss, nats")
     right.set_ylim(bottom=0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import zlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from transformer_ext.visualization.attention import AttentionMap
 from transformer_ext.visualization.figure import check_output
 
 __all__ = ["attention_page", "page_data", "save_attention_page"]
+
+#: Each is a byte in the browser's memory; it takes as long to draw them.
+_MOST_WEIGHTS = 32_000_000
 
 #: What the kinds are called in the choice of the page.
 _NAMES = {
@@ -34,7 +38,8 @@ def page_data(
 ) -> dict[str, Any]:
     """What the page is drawn from, as it stands in it.
 
-    Weights are rounded to 1/255 and stand as base64, a byte each: [layers, heads, rows, columns].
+    Weights are rounded to 1/255, a byte each: [layers, heads, rows, columns], deflated (RFC 1950)
+    and then base64.
 
     Args:
         maps: by kind, as they are to be offered.
@@ -43,10 +48,17 @@ def page_data(
         special: pieces that stand for no text, drawn more quietly.
 
     Raises:
-        ValueError: no map.
+        ValueError: no map, or more weights than a browser shows with ease.
     """
     if not maps:
         raise ValueError("maps: got none, the model has no layer to look at")
+    count = sum(found.weights.size for found in maps.values())
+    if count > _MOST_WEIGHTS:
+        longest = max(max(found.weights.shape[2:]) for found in maps.values())
+        raise ValueError(
+            f"page: would hold {count:,} weights, expected at most {_MOST_WEIGHTS:,}; give a text of "
+            f"fewer pieces (it has {longest:,}), or draw some layers and heads as a picture"
+        )
     return {
         "title": title,
         "texts": list(texts),
@@ -59,7 +71,9 @@ def page_data(
                 "layers": found.weights.shape[0],
                 "heads": found.weights.shape[1],
                 "weights": base64.b64encode(
-                    np.rint(255.0 * found.weights.clip(0.0, 1.0)).astype(np.uint8).tobytes()
+                    zlib.compress(
+                        np.rint(255.0 * found.weights.clip(0.0, 1.0)).astype(np.uint8).tobytes(), 9
+                    )
                 ).decode("ascii"),
             }
             for kind, found in maps.items()

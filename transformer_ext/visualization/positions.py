@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from transformer_ext.visualization.figure import new_figure
+from transformer_ext.visualization.figure import SIGNED_COLORS, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,6 +20,11 @@ LAYOUTS = {
     "sinusoidal": "sine and cosine in turn (the paper)",
     "sinusoidal_halves": "all sines, then all cosines (the layout of Tensor2Tensor and Marian)",
 }
+
+#: The dimensions of the third and the fourth frequency, sine and cosine of each, with d_model 20.
+_TWO_WAVES = {"sinusoidal": (4, 5, 6, 7), "sinusoidal_halves": (2, 12, 3, 13)}
+#: Beyond these a map is larger than a screen by far.
+_LONGEST, _WIDEST = 4096, 8192
 
 
 def position_table(length: int, d_model: int, layout: str = "sinusoidal") -> NDArray[np.float32]:
@@ -51,42 +56,75 @@ def draw_positions(
     length: int = 20,
     d_model: int = 512,
     *,
-    curve_length: int = 100,
-    curve_d_model: int = 20,
-    dimensions: Sequence[int] = (4, 5, 6, 7),
+    layouts: Sequence[str] = tuple(LAYOUTS),
 ) -> Figure:
-    """The map in both layouts, and below it columns as curves over more positions.
+    """The map in each layout, and below it columns of the first as curves over more positions.
+
+    A cell of a map is a whole number of pixels in a PNG of the usual resolution: columns that
+    alternate, drawn at any other width, would show stripes that are not in the table.
 
     Args:
-        length, d_model: size of the map.
-        curve_length: positions of the curves.
-        curve_d_model: width of the model whose columns they are; a small one shows more waves.
-        dimensions: which columns, from 0.
+        length, d_model: size of the maps.
+        layouts: of :data:`LAYOUTS`, a map each.
 
     Raises:
-        ValueError: impossible sizes, or a column that is not there.
+        ValueError: impossible sizes, or an unknown layout.
     """
-    maps = {layout: position_table(length, d_model, layout) for layout in LAYOUTS}
-    columns = position_table(curve_length, curve_d_model)
-    for dimension in dimensions:
-        if not 0 <= dimension < curve_d_model:
-            raise ValueError(f"dimension: got {dimension}, expected 0 to {curve_d_model - 1}")
-    figure = new_figure(9.5, 8.0)
-    *upper, curves = figure.subplots(3, 1)
-    for axes, (layout, table) in zip(upper, maps.items(), strict=True):
+    if not layouts:
+        raise ValueError(f"layouts: got none, expected some of {', '.join(LAYOUTS)}")
+    for name, value, most in (("length", length, _LONGEST), ("d_model", d_model, _WIDEST)):
+        if value > most:
+            raise ValueError(
+                f"{name}: got {value}, expected at most {most}: each is a pixel of the picture at least"
+            )
+    maps = {layout: position_table(length, d_model, layout) for layout in layouts}
+    across, down = max(1, round(1024 / d_model)), max(1, round(200 / length))
+    wide, tall = across * d_model, down * length
+    # All in pixels, from the left and from below.
+    left, right, above, below, curves_tall = 75, 145, 30, 52, 195
+    full_tall = len(maps) * (above + tall + below) + above + curves_tall + below
+    # Narrow maps leave the titles and curves their room.
+    full_wide = left + max(wide, 760) + right
+    figure = new_figure(full_wide / 100, full_tall / 100, layout=None)
+
+    def panel(x: int, y: int, width: int, height: int, label: str = "") -> Any:
+        place = (x / full_wide, y / full_tall, width / full_wide, height / full_tall)
+        return figure.add_axes(place, label=label)
+
+    y = full_tall
+    for layout, table in maps.items():
+        y -= above + tall
+        axes = panel(left, y, wide, tall)
+        # "none" leaves the cells to what shows an SVG or a PDF, instead of pixels made here.
         image = axes.imshow(
-            table, vmin=-1.0, vmax=1.0, cmap="RdBu_r", aspect="auto", interpolation="nearest"
+            table, vmin=-1.0, vmax=1.0, cmap=SIGNED_COLORS, aspect="auto", interpolation="none"
         )
-        axes.set_title(f"{layout}: {LAYOUTS[layout]}", fontsize=10)
-        axes.set_xlabel(f"dimension (of {d_model})")
+        axes.set_title(f"{layout}: {LAYOUTS[layout]}", fontsize=10, loc="left")
+        axes.set_xlabel(f"dimension (of {d_model:,})")
         axes.set_ylabel("position")
-    figure.colorbar(image, ax=list(upper), shrink=0.7, pad=0.01, label="value")
-    for dimension in dimensions:
+        for axis, count in ((axes.xaxis, d_model), (axes.yaxis, length)):
+            axis.get_major_locator().set_params(integer=True)
+            if count <= 8:
+                axis.set_ticks(range(count))
+        beside = panel(left + wide + 20, y, 18, tall, "<colorbar>")
+        bar = figure.colorbar(image, cax=beside, label="value")
+        bar.set_ticks([-1.0, -0.5, 0.0, 0.5, 1.0])
+        y -= below
+    y -= above + curves_tall
+    curves = panel(left, y, max(wide, 760), curves_tall)
+    first = layouts[0]
+    # A narrow model has more waves in so few positions.
+    columns = position_table(100, 20, first)
+    for dimension in _TWO_WAVES[first]:
         curves.plot(columns[:, dimension], label=f"dimension {dimension}")
-    curves.set_title(f"columns of the table of the paper, d_model {curve_d_model}", fontsize=10)
+    curves.set_title(
+        f"columns of {first} with d_model 20: two waves, as sine and as cosine",
+        fontsize=10,
+        loc="left",
+    )
     curves.set_xlabel("position")
     curves.set_ylabel("value")
     curves.set_ylim(-1.1, 1.6)
     curves.grid(alpha=0.3)
-    curves.legend(loc="upper center", ncols=len(dimensions), fontsize=9)
+    curves.legend(loc="upper center", ncols=4, fontsize=9)
     return figure

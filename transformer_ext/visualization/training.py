@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 __all__ = ["draw_training", "training_curves"]
 
 _LOSS = "negative log-likelihood a token, nats"
+#: title of a panel -> what its numbers are, where the title does not say it
+_AXES = {_LOSS: "nats", "validation": "score"}
 #: field of a validation -> its name, and what makes a percentage of it
 _SCORES = {
     "bleu": ("BLEU", 1.0),
@@ -75,6 +77,7 @@ def draw_training(events: Iterable[Mapping[str, Any]], title: str = "Training") 
             axes.plot(*zip(*points, strict=True), "o-" if few else "-", markersize=3, label=name)
         axes.set_title(label, fontsize=10)
         axes.set_xlabel("optimizer step")
+        axes.set_ylabel(_AXES.get(label, label))
         axes.grid(alpha=0.3)
         if len(curves) > 1 or label == "validation":
             axes.legend()
