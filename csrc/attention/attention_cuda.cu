@@ -550,7 +550,7 @@ const char* by_type(FloatType type, int64_t head_dim, F&& run) {
 
 const char* attention_forward_cuda(const AttentionArgs& a, FloatType type,
                                    const CudaDropout& dropout, void* stream) {
-  if (attention_forward_has_tensor_cores(a, type)) {
+  if (attention_has_tensor_cores(a, type)) {
     return attention_forward_tensor_cuda(a, type, dropout, stream);
   }
   return by_type(type, a.head_dim, [&](auto element, auto chunks) {
@@ -561,6 +561,9 @@ const char* attention_forward_cuda(const AttentionArgs& a, FloatType type,
 
 const char* attention_backward_cuda(const AttentionBackwardArgs& a, FloatType type,
                                     const CudaDropout& dropout, float* delta, void* stream) {
+  if (attention_backward_has_tensor_cores(a, type)) {
+    return attention_backward_tensor_cuda(a, type, dropout, stream);
+  }
   return by_type(type, a.head_dim, [&](auto element, auto chunks) {
     return backward<typename decltype(element)::type, decltype(chunks)::value>(
         a, dropout, delta, static_cast<cudaStream_t>(stream));

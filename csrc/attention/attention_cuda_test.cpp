@@ -222,7 +222,7 @@ std::vector<Shape> tensor_core_shapes() {
       Shape{{48, 65, 2}, {49, 63, 0}, 2, 1, 32},
       Shape{{16, 9}, {128, 130}, 1, 1, 64, false, 0.3},
       Shape{{128, 1, 130}, {128, 1, 130}, 1, 1, 64, true},
-      Shape{{70}, {200}, 1, 1, 32, true, 0.5},
+      Shape{{70}, {200}, 2, 1, 32, true, 0.5},
       Shape{{20, 33}, {40, 7}, 1, 1, 128, false, 0.2},
       Shape{{33, 33, 33}, {33, 18, 0}, 4, 2, 32, true, 0.1, true, 0, false},
   };
@@ -238,6 +238,104 @@ void compare_kinds() {
 
 TEST(AttentionCuda, TensorCoresAgreeWithTheCpu) { compare_kinds<bfloat16>(); }
 TEST(AttentionCuda, TensorCoresAgreeWithTheCpuInFloat16) { compare_kinds<half>(); }
+
+// Attention of one head as written in textbooks, forward and backward; `round` after each operation
+// that would be a tensor's.
+template <class F>
+std::vector<double> composition(const Problem& p, F&& round) {
+  const int64_t rows = p.shape.query_lengths[0], columns = p.shape.key_lengths[0];
+  const int64_t width = p.shape.head_dim;
+  using Matrix = std::vector<double>;
+  // c[i, j] = sum of a[i * a_row + k * a_column] * b[k * b_row + j * b_column] over k.
+  const auto product = [&](const auto& a, int64_t a_row, int64_t a_column, const auto& b,
+                           int64_t b_row, int64_t b_column, int64_t n, int64_t k, int64_t m) {
+    Matrix c(size_t(n * m));
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t j = 0; j < m; ++j) {
+        double sum = 0;
+        for (int64_t l = 0; l < k; ++l) {
+          sum += double(a[i * a_row + l * a_column]) * b[l * b_row + j * b_column];
+        }
+        c[i * m + j] = round(sum);
+      }
+    }
+    return c;
+  };
+  const double scale = 1.0 / std::sqrt(double(width));
+  Matrix scores = product(p.query, width, 1, p.key, 1, width, rows, width, columns);
+  for (int64_t i = 0; i < rows; ++i) {
+    double sum = 0, top = -INFINITY;
+    const auto last = p.shape.causal ? std::min(columns, i + 1) : columns;
+    for (int64_t j = 0; j < last; ++j) {
+      scores[i * columns + j] = round(scores[i * columns + j] * scale);
+      top = std::max(top, scores[i * columns + j]);
+    }
+    for (int64_t j = 0; j < last; ++j) sum += std::exp(scores[i * columns + j] - top);
+    for (int64_t j = 0; j < columns; ++j) {
+      double& x = scores[i * columns + j];
+      x = j < last ? round(std::exp(x - top) / sum) : 0.0;
+    }
+  }
+  const Matrix& weights = scores;
+  Matrix grads = product(p.grad_out, width, 1, p.value, 1, width, rows, width, columns);
+  for (int64_t i = 0; i < rows; ++i) {
+    double sum = 0;
+    for (int64_t j = 0; j < columns; ++j) sum += weights[i * columns + j] * grads[i * columns + j];
+    for (int64_t j = 0; j < columns; ++j) {
+      double& x = grads[i * columns + j];
+      x = round(round(weights[i * columns + j] * (x - sum)) * scale);
+    }
+  }
+  Matrix all;
+  for (const Matrix& x : {
+           product(weights, columns, 1, p.value, width, 1, rows, columns, width),
+           product(grads, columns, 1, p.key, width, 1, rows, columns, width),
+           product(grads, 1, columns, p.query, width, 1, columns, rows, width),
+           product(weights, 1, columns, p.grad_out, width, 1, columns, rows, width),
+       }) {
+    all.insert(all.end(), x.begin(), x.end());
+  }
+  return all;
+}
+
+template <class T>
+void expect_precise(const Shape& shape) {
+  SCOPED_TRACE(testing::Message() << shape);
+  Problem p(shape);
+  for (std::vector<float>* x : {&p.query, &p.key, &p.value, &p.grad_out}) {
+    *x = widen(convert<T>(*x));
+  }
+  const std::vector<float> ours =
+      widen(p.solve<T>([&](const AttentionBackwardArgs& a, float* delta) {
+        EXPECT_LAUNCHED(attention_forward_cuda(a, float_type<T>(), {}, nullptr));
+        EXPECT_LAUNCHED(attention_backward_cuda(a, float_type<T>(), {}, delta, nullptr));
+      }));
+  const std::vector<double> exact = composition(p, [](double x) { return x; });
+  const std::vector<double> peer =
+      composition(p, [](double x) { return double(value(rounded<T>(float(x)))); });
+  // `ours` has slack rows behind each tensor.
+  const size_t width = size_t(shape.head_dim);
+  const size_t rows[4] = {size_t(shape.query_lengths[0]), size_t(shape.query_lengths[0]),
+                          size_t(shape.key_lengths[0]), size_t(shape.key_lengths[0])};
+  size_t at = 0, ours_at = 0;
+  for (size_t tensor = 0; tensor < 4; ++tensor) {
+    double error = 0, peer_error = 0;
+    for (size_t i = 0; i < rows[tensor] * width; ++i) {
+      error += std::pow(ours[ours_at + i] - exact[at + i], 2);
+      peer_error += std::pow(peer[at + i] - exact[at + i], 2);
+    }
+    EXPECT_LE(std::sqrt(error), 2 * std::sqrt(peer_error)) << "tensor " << tensor;
+    at += rows[tensor] * width;
+    ours_at += (rows[tensor] + Problem::kSlack) * width;
+  }
+}
+
+TEST(AttentionCuda, TensorCoresAreAsPreciseAsTheComposition) {
+  for (const bool causal : {false, true}) {
+    expect_precise<bfloat16>(Shape{{65}, {65}, 1, 1, 64, causal});
+    expect_precise<half>(Shape{{40}, {140}, 1, 1, 32, causal});
+  }
+}
 
 TEST(AttentionCuda, AgreesWithTheCpuInFloat32) { compare_all<float>(); }
 TEST(AttentionCuda, AgreesWithTheCpuInBfloat16) { compare_all<bfloat16>(); }

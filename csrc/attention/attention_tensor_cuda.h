@@ -8,9 +8,12 @@
 namespace transformer_ext {
 
 // TRANSFORMER_EXT_CUDA_ATTENTION=simple in the environment leaves all to the other kernels.
-bool attention_forward_has_tensor_cores(const AttentionArgs& arguments, FloatType type);
+bool attention_has_tensor_cores(const AttentionArgs& arguments, FloatType type);
+bool attention_backward_has_tensor_cores(const AttentionBackwardArgs& arguments, FloatType type);
 
 const char* attention_forward_tensor_cuda(const AttentionArgs& arguments, FloatType type,
                                           const CudaDropout& dropout, void* stream);
+const char* attention_backward_tensor_cuda(const AttentionBackwardArgs& arguments, FloatType type,
+                                           const CudaDropout& dropout, void* stream);
 
 }  // namespace transformer_ext
