@@ -69,21 +69,30 @@ def _modules(names: list[str]) -> list[ModuleType]:
     return found
 
 
+def _names(module: ModuleType) -> list[str]:
+    """Those that are public: in ``__all__``, or what a module without one defines."""
+    if hasattr(module, "__all__"):
+        return list(module.__all__)
+    return [
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_") and getattr(value, "__module__", None) == module.__name__
+    ]
+
+
 def public_objects(module: ModuleType) -> list[str]:
-    """Names in ``__all__`` of functions and classes that the module itself defines.
+    """Public functions and classes that the module itself defines.
 
     A package also has those that come from a module in it that is private or does not name them.
     """
     names = []
-    for name in getattr(module, "__all__", []):
+    for name in _names(module):
         value = getattr(module, name)
         place = getattr(value, "__module__", None) or ""
         defined = place == module.__name__
         if place.startswith(f"{module.__name__}."):
             inner = place.rpartition(".")[2]
-            defined = inner.startswith("_") or name not in getattr(
-                sys.modules[place], "__all__", ()
-            )
+            defined = inner.startswith("_") or name not in _names(sys.modules[place])
         if name != "main" and defined and (inspect.isclass(value) or inspect.isfunction(value)):
             names.append(name)
     return names

@@ -153,7 +153,7 @@ class ModelConfig:
 
     @property
     def longest(self) -> int | None:
-        """Most tokens of a sequence: rows of the learned positions; None: any number."""
+        """The most tokens of a sequence (rows of the learned positions), or None for any number."""
         return self.max_positions if self.positions == "learned" else None
 
     @property
