@@ -84,11 +84,17 @@ def _turn_on_gpu(name: str, function: Callable[[], object]) -> Callable[[], floa
     calls = max(1, min(_GRAPHED, round(_GRAPH_SECONDS / max(turn(function, 3), 1e-7))))
     graph = torch.cuda.CUDAGraph()
     try:
+        # What waits for the device, as some of torch's own ops do, must be found before: a recording
+        # that breaks off leaves torch's random numbers unusable.
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            function()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
             for _ in range(calls):
                 function()
     except RuntimeError as error:
-        # Some of torch's own ops wait for the device.
         say(f"{name}: not recorded as a CUDA graph: {str(error).splitlines()[0]}")
         torch.cuda.synchronize()
         return lambda: turn(function, calls)
