@@ -85,7 +85,7 @@ def count(name: str, vocabulary: int, precision: str, tokens: int, length: int) 
         mock.patch.object(optimizer, "step", lambda rate: model.zero_grad()),
     ):
         batch = layout.views(layout.block("meta"))
-        numbers = Numbers.within(torch.zeros(6, dtype=torch.int64, device="meta"))
+        numbers = Numbers.zeros(1, "meta")
         # As a recorded step, which knows from the first one which weights are converted.
         step._compute([batch], numbers)
         step._converted = converted_weights()

@@ -344,7 +344,7 @@ def test_a_step_calls_only_cuda_ops_and_never_waits(
         batch = SimpleNamespace(ids=batch.tgt_ids, lengths=batch.tgt_lengths, labels=labels)
     layout = Layout.of([batch, batch], losses.longest)
     blocks = [layout.views(layout.block("meta")) for _ in range(2)]
-    numbers = StepNumbers.within(torch.zeros(10, dtype=torch.int64, device="meta"))
+    numbers = StepNumbers.zeros(2, "meta")
     with set_backend("compiled"), Watched("meta") as watched:
         step._compute(blocks, numbers)
     for name, gradient in found.items():
@@ -467,7 +467,7 @@ def _gpu_trainer(data: Numbers, precision: str, told: list[str], **plan: Any) ->
 
 @needs_gpu
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_graphs_give_the_same_bits(precision: str) -> None:
+def test_gpu_graphs_give_the_same_bits(precision: str) -> None:
     results = []
     for graphs in (False, True):
         told: list[str] = []
@@ -489,7 +489,7 @@ def test_graphs_give_the_same_bits(precision: str) -> None:
 
 
 @needs_gpu
-def test_a_step_that_waits_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_step_that_waits_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     trainer = _gpu_trainer(Numbers(), "float32", told)
     forward = trainer.losses.model.forward_packed

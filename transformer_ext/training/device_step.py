@@ -34,28 +34,24 @@ _MOST_GRAPHS = 64
 
 @dataclass(frozen=True)
 class Numbers:
-    """The numbers of one step, in one block of memory.
+    """The numbers of one step.
 
     Attributes:
-        block: int64 ``[2 + 4 * micro-batches]``, what the others are views of.
-        learning_rate: float64, without dimensions.
-        normalizer: float64, what the loss is divided by.
-        tokens: float64 ``[micro-batches]``, labels of each.
-        rng: int64 ``[micro-batches, 3]``, seed, step and microstep: the state of dropout.
+        real: float32 ``[2 + micro-batches]``: the learning rate, what the loss is divided by, and
+            the number of labels of each micro-batch.
+        rng: int64 ``[micro-batches, 3]``: seed, step and microstep, the state of dropout.
     """
 
-    block: Tensor
-    learning_rate: Tensor
-    normalizer: Tensor
-    tokens: Tensor
+    real: Tensor
     rng: Tensor
 
     @staticmethod
-    def within(block: Tensor) -> Numbers:
-        """The numbers that lie in a block."""
-        count = (len(block) - 2) // 4
-        real = block[: 2 + count].view(torch.float64)
-        return Numbers(block, real[0], real[1], real[2:], block[2 + count :].view(count, 3))
+    def zeros(count: int, device: torch.device | str, *, pinned: bool = False) -> Numbers:
+        """For so many micro-batches."""
+        return Numbers(
+            torch.zeros(2 + count, device=device, pin_memory=pinned),
+            torch.zeros(count, 3, dtype=torch.int64, device=device, pin_memory=pinned),
+        )
 
     @staticmethod
     def of(
@@ -67,13 +63,31 @@ class Numbers:
         pinned: bool = False,
     ) -> Numbers:
         """These numbers, on the host."""
-        block = torch.empty(2 + 4 * len(tokens), dtype=torch.int64, pin_memory=pinned)
-        numbers = Numbers.within(block)
-        block[: 2 + len(tokens)].view(torch.float64).copy_(
-            torch.tensor([learning_rate, normalizer, *tokens], dtype=torch.float64)
-        )
-        numbers.rng.copy_(torch.tensor(rng, dtype=torch.int64))
+        numbers = Numbers.zeros(len(tokens), "cpu", pinned=pinned)
+        numbers.real.copy_(torch.tensor([learning_rate, normalizer, *tokens]))
+        numbers.rng.copy_(torch.tensor(rng))
         return numbers
+
+    def copied_to(self, other: Numbers) -> Numbers:
+        """Writes them there, without waiting; returns the other."""
+        other.real.copy_(self.real, non_blocking=True)
+        other.rng.copy_(self.rng, non_blocking=True)
+        return other
+
+    @property
+    def learning_rate(self) -> Tensor:
+        """Without dimensions."""
+        return self.real[0]
+
+    @property
+    def normalizer(self) -> Tensor:
+        """What the loss is divided by, without dimensions."""
+        return self.real[1]
+
+    @property
+    def tokens(self) -> Tensor:
+        """Labels of each micro-batch."""
+        return self.real[2:]
 
 
 @dataclass
@@ -101,10 +115,8 @@ class _Recorded:
     @staticmethod
     def make(layout: Layout, count: int, device: torch.device) -> _Recorded:
         blocks = [layout.block(device) for _ in range(count)]
-        numbers = torch.zeros(2 + 4 * count, dtype=torch.int64, device=device)
-        return _Recorded(
-            layout, blocks, [layout.views(block) for block in blocks], Numbers.within(numbers)
-        )
+        views = [layout.views(block) for block in blocks]
+        return _Recorded(layout, blocks, views, Numbers.zeros(count, device))
 
 
 class CudaGraphs:
@@ -222,13 +234,12 @@ class DeviceStep:
         entry = self._entry(batches)
         if entry is None:
             loaded = [self.losses.load(batch, self.device) for batch in batches]
-            block = numbers.block.to(self.device, non_blocking=True)
-            self._compute(loaded, Numbers.within(block))
+            self._compute(loaded, numbers.copied_to(Numbers.zeros(len(loaded), self.device)))
             return
         for batch, block in zip(batches, entry.blocks, strict=True):
             host = entry.layout.block("cpu", pinned=pinned)
             block.copy_(entry.layout.fill(batch, host), non_blocking=True)
-        entry.numbers.block.copy_(numbers.block, non_blocking=True)
+        numbers.copied_to(entry.numbers)
         if entry.graph is None and not self._prepare(entry):
             return
         entry.graph.replay()
@@ -295,9 +306,9 @@ class DeviceStep:
 
     def _compute(self, batches: Sequence[DeviceBatch], numbers: Numbers) -> None:
         """The step itself: only work for the device."""
-        normalizer = numbers.normalizer.float()
         # In float16 the scale belongs inside the loss: its gradients are made there.
-        divisor = normalizer if self.optimizer.scale is None else normalizer / self.optimizer.scale
+        scale = self.optimizer.scale
+        divisor = numbers.normalizer if scale is None else numbers.normalizer / scale
         convert_weights(self._converted)
         sums = torch.zeros_like(self.sums)
         for index, batch in enumerate(batches):
@@ -309,7 +320,7 @@ class DeviceStep:
                 # An infinite loss can have finite gradients; made NaN, they tell all ranks of it.
                 finite = loss.detach().isfinite()
                 loss.backward(torch.where(finite, 1.0, math.nan))
-            parts = [loss.detach() * divisor, nll.float(), numbers.tokens[index].float()]
+            parts = [loss.detach() * divisor, nll.float(), numbers.tokens[index]]
             sums += torch.stack(parts)
         self.optimizer.step(numbers.learning_rate)
         # A step that the optimizer skipped has no loss to average.
