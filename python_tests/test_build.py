@@ -271,6 +271,17 @@ def test_gpu_check_a_stage_that_fails_or_hangs_hides_no_other(gpu_check, tmp_pat
     assert stages[-1].status == "no time left"
 
 
+def test_gpu_check_every_kernel_is_run(gpu_check):
+    every = benchmark("every_kernel")
+    names = set()
+    for case in every.cases(torch.bfloat16, large=False):
+        every.run(case)
+        names.add(case[0].split()[0])
+    assert names >= {"residual_norm", "linear_cross_entropy", "cross-attention", "softmax"}
+    with pytest.raises(ArithmeticError, match="inverse: a result is not finite"):
+        every.run(("inverse", torch.reciprocal, (torch.zeros(1, requires_grad=True),), {}))
+
+
 def test_gpu_check_figures_against_what_is_wanted(gpu_check):
     def attention(case, **seconds):
         return {"benchmark": "attention", "case": case, "seconds": seconds}

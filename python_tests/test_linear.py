@@ -571,3 +571,17 @@ def test_column_sums_on_a_gpu(dtype):
         again = torch.zeros_like(out)
         column_sum(again, x.cuda(), True)
         assert torch.equal(again, out)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weight_gradients_on_a_gpu_are_not_rounded(dtype):
+    grad, x = (torch.randn(200, columns).to(dtype).cuda() for columns in (33, 40))
+    exact = grad.double().t() @ x.double()
+    peer = (grad.float().cpu().t() @ x.float().cpu()).cuda()
+    out = torch.full_like(peer, torch.nan)
+    product_weight(grad, x, out=out)
+    assert_as_precise(out, exact, peer, factor=16.0, roundings=16.0)
+    assert torch.equal(product_weight(grad, x), out)
+    product_weight(grad, x, out=out, accumulate=True)
+    assert_as_precise(out, 2 * exact, 2 * peer, factor=16.0, roundings=16.0)
