@@ -33,6 +33,7 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -278,7 +279,12 @@ def main() -> int:
             continue
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as temporary:
-            run_page(page, Path(temporary))
+            try:
+                run_page(page, Path(temporary))
+            except Exception:  # the others are run all the same
+                traceback.print_exc()
+                wrong.append(f"{path}: stopped by the error above")
+                continue
             if options.write:
                 _write(page, options.measure)
                 for picture in page.pictures:
