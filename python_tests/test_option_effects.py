@@ -18,11 +18,13 @@ from transformer_ext.average import average_weights
 from transformer_ext.config import TrainConfig, parse_arguments
 from transformer_ext.data.text import TextBatch
 from transformer_ext.files import load_model_dir
+from transformer_ext.ops import set_backend
 from transformer_ext.training import text_run
 from transformer_ext.training.batches import BatchStream, Position
 from transformer_ext.training.classification import macro_f1
+from transformer_ext.training.distributed import World
 from transformer_ext.training.machine import Machine
-from transformer_ext.training.report import Console, read_log
+from transformer_ext.training.report import Console, JsonLog, read_log
 from transformer_ext.training.run import Run
 from transformer_ext.training.tasks import task_of
 from transformer_ext.training.trainer import LossModule, Trainer, Validation, evaluate_loss
@@ -122,6 +124,18 @@ def test_subword_dropout_cuts_each_epoch_into_other_pieces(folder: Path, sides: 
         whole = read["plain"][side]
         assert whole[0] == whole[1]
         assert (first != second) == acts and (first != whole[0]) == acts
+
+
+def test_why_the_steps_on_a_gpu_are_no_graphs(folder: Path) -> None:
+    plain, recorded = prepared(*pairs(folder), "--no-cuda-graphs"), prepared(*pairs(folder))
+    assert "--no-cuda-graphs" in plain._why_no_graphs() and recorded._why_no_graphs() is None
+    for run in (plain, recorded):
+        assert run.make_trainer(JsonLog(None), None).plan.cuda_graphs == (run is recorded)
+    with set_backend("reference"):
+        assert "plain PyTorch" in recorded._why_no_graphs()
+    two = World(0, 2, recorded.machine.device)
+    recorded.machine = dataclasses.replace(recorded.machine, world=two)
+    assert "between processes" in recorded._why_no_graphs()
 
 
 @pytest.mark.parametrize("task", ["translate", "copy", "language-model", "classify"])

@@ -202,7 +202,7 @@ template <class T>
 void compare_all() {
   for (const Shape& shape : {
            Shape{{1}, {1}, 1, 1, 1},
-           Shape{{5, 0, 33}, {5, 0, 33}, 2, 2, 64, true},
+           Shape{{5, 0, 33, 0, 0}, {5, 0, 33, 0, 0}, 2, 2, 64, true},
            Shape{{7, 20, 3}, {40, 1, 0}, 4, 2, 17},
            Shape{{35}, {66}, 2, 1, 33, false, 0.3},
            Shape{{40, 9}, {40, 9}, 2, 2, 8, true, 0.5},
@@ -218,7 +218,8 @@ void compare_all() {
 // Lengths on both sides of what a warp, a tile and two tiles hold.
 std::vector<Shape> tensor_core_shapes() {
   return {
-      Shape{{1, 16, 15, 0, 17, 31, 33}, {1, 16, 15, 0, 17, 31, 33}, 2, 2, 64, true, 0.1},
+      Shape{
+          {1, 16, 15, 0, 17, 31, 33, 0, 0}, {1, 16, 15, 0, 17, 31, 33, 0, 0}, 2, 2, 64, true, 0.1},
       Shape{{48, 65, 2}, {49, 63, 0}, 2, 1, 32},
       Shape{{16, 9}, {128, 130}, 1, 1, 64, false, 0.3},
       Shape{{128, 1, 130}, {128, 1, 130}, 1, 1, 64, true},
