@@ -24,6 +24,8 @@ project = "transformer_ext"
 version = release
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_math_renderer = "mathml"
+# A block that does not name its language is what a terminal shows.
+highlight_language = "text"
 html_theme = "alabaster"
 html_theme_options = {
     "page_width": "1240px",
