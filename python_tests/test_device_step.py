@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from transformer_ext.training.device_step import Numbers as StepNumbers
 from transformer_ext.training.environment import choose_precision
 from transformer_ext.training.moving_average import MovingAverage
 from transformer_ext.training.optimizer import Optimizer, parameters_by_name
+from transformer_ext.training.report import Console, JsonLog, read_log
 from transformer_ext.training.schedules import Schedule
 from transformer_ext.training.trainer import LossModule, Plan, Trainer, evaluate_loss
 
@@ -204,7 +206,7 @@ def test_nothing_of_a_recorded_step_is_frozen(
         assert torch.equal(a, b)
 
 
-def test_a_step_that_cannot_be_recorded_runs_op_by_op() -> None:
+def test_a_step_that_cannot_be_recorded_runs_op_by_op(tmp_path: Path) -> None:
     class Refusing(OpByOp):
         released = 0
 
@@ -218,18 +220,31 @@ def test_a_step_that_cannot_be_recorded_runs_op_by_op() -> None:
             self.released += 1
             forget()
 
-    data, told, graphs = Numbers(examples=25), [], Refusing()
+    data, said, graphs = Numbers(examples=25), io.StringIO(), Refusing()
+    log = {name: tmp_path / f"{name}.jsonl" for name in ("refused", "recorded")}
     trainer, plain = (
-        trainer_for(small_model(), data.stream(), Plan(max_steps=9)) for _ in range(2)
+        trainer_for(
+            small_model(),
+            data.stream(),
+            Plan(max_steps=9, log_every=9),
+            console=Console(said),
+            log=JsonLog(log[name]),
+        )
+        for name in log
     )
-    fixed(trainer, graphs)._device_step._tell = told.append
+    fixed(trainer, graphs)
     fixed(plain)
-    for _ in range(9):
-        trainer.train_step()
-        plain.train_step()
-    assert told == [
-        "the step cannot be a CUDA graph (operation not permitted when stream is capturing)"
-    ]
+    trainer.fit()
+    reason = "the step cannot be a CUDA graph (operation not permitted when stream is capturing)"
+    assert said.getvalue().count(f"warning: {reason}; it runs op by op\n") == 1
+    plain.fit()
+    assert said.getvalue().count("op by op") == 1
+    refused, recorded = (
+        {row["event"]: row for row in read_log(path) if row["event"] != "checkpoint"}
+        for path in log.values()
+    )
+    assert refused["no_cuda_graphs"]["reason"] == reason and "cuda_graphs" not in refused["train"]
+    assert recorded["train"]["cuda_graphs"] >= 1 and "no_cuda_graphs" not in recorded
     assert graphs.released == 1 and not trainer._device_step.graphs
     for a, b in zip(weights(trainer.model), weights(plain.model), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)

@@ -387,7 +387,7 @@ class Trainer:
             optimizer,
             self.world.device,
             graphs=CudaGraphs(self.world.device) if recorded else None,
-            tell=lambda text: self.console.print(f"warning: {text}; it runs op by op"),
+            tell=self._say_no_graphs,
         )
         self._sums = self._device_step.sums
         self._unchecked: list[tuple[int, Step, Tensor]] = []
@@ -431,6 +431,10 @@ class Trainer:
         self._interval_all_tokens += target_tokens
         if self.world.device.type == "cpu" or len(self._unchecked) >= self.plan.log_every:
             self._check_skipped()
+
+    def _say_no_graphs(self, reason: str) -> None:
+        self.console.print(f"warning: {reason}; it runs op by op")
+        self.log.write("no_cuda_graphs", step=self.progress.step, reason=reason)
 
     def _check_skipped(self) -> None:
         """Counts the steps that the optimizer skipped, saves their batches, and gives up if many.
@@ -663,6 +667,7 @@ class Trainer:
             learning_rate=self.schedule(self.progress.step),
             gradient_norm=float(self.optimizer.gradient_norm),
             skipped_steps=int(self.optimizer.skipped),
+            **({"cuda_graphs": self._device_step.graphs} if self._device_step.graphs else {}),
         )
         self._start_interval()
 
