@@ -575,10 +575,12 @@ def test_cuda_head_dims_and_dropout(head_dim, dtype):
 
 @needs_gpu
 @pytest.mark.parametrize("dtype", CUDA_DTYPES)
-def test_cuda_packed_equals_cpu(dtype):
+@pytest.mark.parametrize("head_dim, kind", [(16, ""), (64, ""), (64, "simple")])
+def test_cuda_packed_equals_cpu(head_dim, kind, dtype, monkeypatch):
+    monkeypatch.setenv("TRANSFORMER_EXT_CUDA_ATTENTION", kind)
     packed = Packed.from_lengths([5, 1, 33, 70], 112)
-    qkv = torch.randn(112, 3 * 4 * 16).to(dtype)
-    grad = torch.randn(112, 4 * 16).to(dtype)
+    qkv = torch.randn(112, 3 * 4 * head_dim).to(dtype)
+    grad = torch.randn(112, 4 * head_dim).to(dtype)
     options = {"causal": True, "dropout_p": 0.2, "site": 3}
     results = []
     for device in ("cpu", "cuda"):

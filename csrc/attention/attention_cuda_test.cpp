@@ -331,6 +331,14 @@ void expect_precise(const Shape& shape) {
   }
 }
 
+// Compute capability 8.6 and 8.9 have less of it than the longest of the short sequences take.
+TEST(AttentionCuda, TensorCoresNeedLittleSharedMemory) {
+  cuda_emulation::set_most_shared(99 * 1024);
+  compare_with_cpu<half>(Shape{{30, 70}, {5, 100}, 1, 1, 128});
+  compare_with_cpu<half>(Shape{{3}, {128}, 2, 1, 64});
+  cuda_emulation::set_most_shared(227 * 1024);
+}
+
 TEST(AttentionCuda, TensorCoresAreAsPreciseAsTheComposition) {
   for (const bool causal : {false, true}) {
     expect_precise<bfloat16>(Shape{{65}, {65}, 1, 1, 64, causal});

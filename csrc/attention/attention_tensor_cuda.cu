@@ -169,10 +169,13 @@ __device__ inline void row_statistics(const AttentionBackwardArgs& a, const Sequ
 
 #endif
 
+// A launch takes the sequences of more than `above` and at most `most` tokens.
 struct ForwardPlan {
   int tiles;      // blocks for a head of a sequence
   int rows;       // of queries, of a block
   int tile_rows;  // of keys and of values, that there is memory for in a tile
+  int above;
+  int most;
 };
 
 // A block has up to plan.rows queries of a head and takes them by 16 for each of its warps. Two
@@ -194,7 +197,8 @@ __global__ void __launch_bounds__(kForwardWarps* kWarp, kDim <= 64 ? 4 : 2)
   const Place place = place_of(plan.tiles, a.heads);
   const Sequence s = bounded_sequence_of(a, place.b);
   const int block_first = place.tile * plan.rows;
-  if (block_first >= s.queries) return;
+  const int longer = s.queries > s.keys ? s.queries : s.keys;
+  if (block_first >= s.queries || longer <= plan.above || longer > plan.most) return;
   const int block_last = least(block_first + plan.rows, s.queries);
   const bool packed = a.cu_seqlens_q != nullptr;
   const int64_t h = place.head;
@@ -571,6 +575,10 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp, kDim <= 64 ? 2 : 1)
 #endif
 }
 
+// Keys at once: 99 KiB of shared memory is what some GPUs have.
+template <int kDim>
+constexpr int kGradTile = kDim <= 64 ? kTile : kTile / 2;
+
 // For sequences of more keys than one block holds: a warp has 16 queries, and the block passes over
 // the keys as in the forward pass.
 template <class T, int kDim>
@@ -580,6 +588,7 @@ __global__ void __launch_bounds__(kForwardWarps* kWarp)
   constexpr int kStride = kRowStride<kDim>;
   constexpr int kRows = kForwardWarps * kSide;
   constexpr int kSteps = 2;
+  constexpr int kKeys = kGradTile<kDim>;
   TRANSFORMER_EXT_DYNAMIC_SHARED(memory);
   const int warp = threadIdx.x / kWarp;
   const int lane = threadIdx.x % kWarp;
@@ -606,12 +615,12 @@ __global__ void __launch_bounds__(kForwardWarps* kWarp)
   const bool active = mine < s.queries;
   const int keys = a.causal ? least(s.keys, first + kRows) : s.keys;
   const auto copy_tile = [&](int tile) {
-    if (tile * kTile >= keys) return;
-    const int count = least(keys - tile * kTile, kTile);
-    T* const to = tiles + tile % 2 * 2 * kTile * kStride;
-    copy_rows<kDim>(to, all_keys + tile * kTile * a.key.token_stride, a.key.token_stride, count,
+    if (tile * kKeys >= keys) return;
+    const int count = least(keys - tile * kKeys, kKeys);
+    T* const to = tiles + tile % 2 * 2 * kKeys * kStride;
+    copy_rows<kDim>(to, all_keys + tile * kKeys * a.key.token_stride, a.key.token_stride, count,
                     threadIdx.x, kForwardWarps * kWarp);
-    copy_rows<kDim>(to + kTile * kStride, all_values + tile * kTile * a.value.token_stride,
+    copy_rows<kDim>(to + kKeys * kStride, all_values + tile * kKeys * a.value.token_stride,
                     a.value.token_stride, count, threadIdx.x, kForwardWarps * kWarp);
   };
 
@@ -644,16 +653,16 @@ __global__ void __launch_bounds__(kForwardWarps* kWarp)
   const int64_t dropout_row = token_of(a, s, place.b, mine + lane / 4) * a.heads + h;
 
   float out[kDim / 8][4] = {};
-  for (int tile = 0; tile * kTile < keys; ++tile) {
+  for (int tile = 0; tile * kKeys < keys; ++tile) {
     wait_for_copies<1>();
     __syncthreads();
     const int last = a.causal ? least(keys, mine + kSide) : keys;
-    for (int chunk = 0; chunk < kTile; chunk += kSteps * kSide) {
-      const int begin = tile * kTile + chunk;
+    for (int chunk = 0; chunk < kKeys; chunk += kSteps * kSide) {
+      const int begin = tile * kKeys + chunk;
       if (!active || begin >= last) break;
       const int steps = in_sides(least(last - begin, kSteps * kSide));
-      const T* const chunk_keys = tiles + (tile % 2 * 2 * kTile + chunk) * kStride;
-      const T* const chunk_values = chunk_keys + kTile * kStride;
+      const T* const chunk_keys = tiles + (tile % 2 * 2 * kKeys + chunk) * kStride;
+      const T* const chunk_values = chunk_keys + kKeys * kStride;
       float scores[2 * kSteps][4] = {};
       float grad_weights[2 * kSteps][4] = {};
 #pragma unroll
@@ -704,7 +713,7 @@ __global__ void __launch_bounds__(kForwardWarps* kWarp)
         }
       }
     }
-    if ((tile + 2) * kTile < keys) {
+    if ((tile + 2) * kKeys < keys) {
       __syncthreads();  // all are done with this tile
       copy_tile(tile + 2);
     }
@@ -724,6 +733,10 @@ bool aligned(const AttentionTensor& x) {
          x.token_stride % 8 == 0 && x.head_stride % 8 == 0;
 }
 
+inline int tiles_of(int64_t length, int rows) {
+  return static_cast<int>((length + rows - 1) / rows);
+}
+
 // Launches `blocks` blocks, if any.
 template <class... Parameters, class... Arguments>
 const char* launch_blocks(void (*kernel)(Parameters...), int64_t blocks, int warps, size_t bytes,
@@ -740,24 +753,42 @@ const char* launch_blocks(void (*kernel)(Parameters...), int64_t blocks, int war
   return launch_error();
 }
 
+// Sequences of more than `above` and at most `most` tokens.
 template <class T, int kDim>
-const char* forward(const AttentionArgs& a, const CudaDropout& dropout, cudaStream_t stream) {
-  zero_slack<T>(a.out, a.cu_seqlens_q, a.batch, a.query_length, a.heads, a.head_dim, stream);
-  const int sides = in_sides(static_cast<int>(a.max_query_length));
+const char* forward(const AttentionArgs& a, const CudaDropout& dropout, cudaStream_t stream,
+                    int above, int most) {
+  const int queries = least(static_cast<int>(a.max_query_length), most);
+  const int keys = least(static_cast<int>(a.max_key_length), most);
+  const int sides = in_sides(queries);
   const int warps = sides <= 1 ? 1 : sides <= 2 ? 2 : kForwardWarps;
   ForwardPlan plan{};
+  plan.above = above;
+  plan.most = most;
   // Few and long sequences: more blocks, though each reads the keys again. 1024 keep 132 processors
   // busy; what a row's result is does not depend on it.
-  plan.rows = warps * kSide;
-  if (a.batch * a.heads * ((a.max_query_length + kForwardRows - 1) / kForwardRows) >= 1024) {
-    plan.rows = kForwardRows;
-  }
-  plan.tiles = static_cast<int>((a.max_query_length + plan.rows - 1) / plan.rows);
-  plan.tile_rows = least(kTile, in_sides(static_cast<int>(a.max_key_length)) * kSide);
-  const int tiles = a.max_key_length > kTile ? 2 : 1;
+  plan.rows =
+      a.batch * a.heads * tiles_of(queries, kForwardRows) >= 1024 ? kForwardRows : warps * kSide;
+  plan.tiles = tiles_of(queries, plan.rows);
+  plan.tile_rows = least(kTile, in_sides(keys) * kSide);
+  const int tiles = keys > kTile ? 2 : 1;
   const size_t rows = static_cast<size_t>(warps * kSide + 2 * tiles * plan.tile_rows);
   return launch_blocks(forward_kernel<T, kDim>, plan.tiles * a.heads * a.batch, warps,
                        rows * kRowStride<kDim> * sizeof(T), stream, a, dropout, plan);
+}
+
+// Short sequences among longer ones have a launch of their own: two of a block's four warps would
+// have nothing to do, and the memory of long ones would lie idle.
+template <class T, int kDim>
+const char* forward(const AttentionArgs& a, const CudaDropout& dropout, cudaStream_t stream) {
+  zero_slack<T>(a.out, a.cu_seqlens_q, a.batch, a.query_length, a.heads, a.head_dim, stream);
+  constexpr int kShort = 2 * kSide;
+  int above = -1;
+  if (a.cu_seqlens_q != nullptr && (a.max_query_length > kShort || a.max_key_length > kShort)) {
+    const char* const error = forward<T, kDim>(a, dropout, stream, above, kShort);
+    if (error != nullptr) return error;
+    above = kShort;
+  }
+  return forward<T, kDim>(a, dropout, stream, above, INT32_MAX);
 }
 
 // Sequences of up to 32, 64 and 128 keys, each in a launch with memory for as many and no more;
@@ -800,17 +831,15 @@ const char* backward(const AttentionBackwardArgs& a, const CudaDropout& dropout,
   }
   if (above >= longest) return nullptr;
   const int rows = kForwardWarps * kSide;
-  const auto tiles_of = [&](int64_t length) {
-    return static_cast<int>((length + rows - 1) / rows);
-  };
-  const int query_tiles = tiles_of(a.max_query_length);
-  const size_t bytes = 3 * sizeof(float) * static_cast<size_t>(rows) +
-                       static_cast<size_t>(2 * rows + 4 * kTile) * kRowStride<kDim> * sizeof(T);
+  const int query_tiles = tiles_of(a.max_query_length, rows);
+  const size_t bytes =
+      3 * sizeof(float) * static_cast<size_t>(rows) +
+      static_cast<size_t>(2 * rows + 4 * kGradTile<kDim>) * kRowStride<kDim> * sizeof(T);
   const char* const failed =
       launch_blocks(grad_query_kernel<T, kDim>, query_tiles * a.heads * a.batch, kForwardWarps,
                     bytes, stream, a, dropout, BackwardPlan{query_tiles, above, INT32_MAX, false});
   if (failed != nullptr) return failed;
-  const int key_tiles = tiles_of(longest);
+  const int key_tiles = tiles_of(longest, rows);
   return launch_blocks(grad_key_value_kernel<T, kDim>, key_tiles * a.kv_heads * a.batch,
                        kForwardWarps, bytes_of(rows, false), stream, a, dropout,
                        BackwardPlan{key_tiles, above, INT32_MAX, false});

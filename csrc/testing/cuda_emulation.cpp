@@ -81,7 +81,6 @@ void make_context(Context& context, void* stack, size_t bytes, void (*main)()) {
 
 constexpr size_t kStackBytes = 256 * 1024;
 constexpr size_t kUsualShared = 48 * 1024;
-constexpr size_t kMostShared = 227 * 1024;
 constexpr unsigned kWarp = 32;
 
 // While it lives, ThreadSanitizer takes nothing for a kernel's access: shared memory is made by the
@@ -136,6 +135,7 @@ struct State {
   std::string reported;
   unsigned schedule = 0;
   size_t allowed = kUsualShared;
+  size_t most_shared = 227 * 1024;
   // For ThreadSanitizer: the threads of a block meet at the one of their block, so that blocks have
   // no order among themselves; all come after the start of the launch and before its end.
   std::vector<char> barriers;
@@ -326,6 +326,8 @@ void run_block(std::mt19937& random) {
 
 void set_schedule(unsigned schedule) { state().schedule = schedule; }
 void allow_shared(size_t bytes) { state().allowed = bytes; }
+void set_most_shared(size_t bytes) { state().most_shared = bytes; }
+size_t most_shared() { return state().most_shared; }
 Index thread_index() { return state().current->index; }
 Index block_index() { return state().block; }
 Index block_size() { return state().threads; }
@@ -343,7 +345,7 @@ void launch(const std::function<void()>& thread, Index blocks, Index threads, si
     s.error = "invalid configuration argument";
     return;
   }
-  if (shared_bytes > std::min(s.allowed, kMostShared)) {
+  if (shared_bytes > std::min(s.allowed, s.most_shared)) {
     s.error = "more dynamic shared memory than is allowed";
     return;
   }

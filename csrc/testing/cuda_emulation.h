@@ -38,6 +38,9 @@ void launch(const std::function<void()>& thread, Index blocks, Index threads, si
 
 // How much dynamic shared memory the next launches of the kernel may ask for (48 KiB if not set).
 void allow_shared(size_t bytes);
+// How much they may be allowed: that of an H200 if not set.
+void set_most_shared(size_t bytes);
+size_t most_shared();
 
 // nullptr where all went well since the last call.
 const char* last_error();
