@@ -1,4 +1,4 @@
-"""What the training loop costs around the step: data, log, dropout seed, normaliser, agreements.
+"""What the training loop costs around the step: data, log, numbers of the step, agreements.
 
 The same model is trained by ``Trainer.fit``, as the train command does, and by the bare step: forward
 and backward pass and the optimizer, on batches that lie on the device. They take turns of some steps;

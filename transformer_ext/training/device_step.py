@@ -234,7 +234,9 @@ class DeviceStep:
         entry = self._entry(batches)
         if entry is None:
             loaded = [self.losses.load(batch, self.device) for batch in batches]
-            self._compute(loaded, numbers.copied_to(Numbers.zeros(len(loaded), self.device)))
+            if self.device.type != "cpu":
+                numbers = numbers.copied_to(Numbers.zeros(len(loaded), self.device))
+            self._compute(loaded, numbers)
             return
         for batch, block in zip(batches, entry.blocks, strict=True):
             host = entry.layout.block("cpu", pinned=pinned)
