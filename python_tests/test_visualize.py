@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from transformer_ext.data.tokenizer import SentencePieceTokenizer, train_tokeniz
 from transformer_ext.files import save_model_dir
 from transformer_ext.model import Transformer, TransformerConfig
 from transformer_ext.training.optimizer import parameters_by_name
+from transformer_ext.training.translation import TranslationRun
+from transformer_ext.visualization import figure
 
 PNG = b"\x89PNG"
 
@@ -86,6 +90,20 @@ def test_beam(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert not (tmp_path / "none.png").exists()
 
 
+def test_a_training_ends_without_a_picture_that_is_too_large(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figure, "_MOST_INCHES", 2.0)
+    model, saved = visualize.load_model(model_dir)
+    said: list[str] = []
+    run: Any = SimpleNamespace(
+        model=model, prepared=saved, console=SimpleNamespace(print=said.append)
+    )
+    TranslationRun._draw_attention(run, "cat sees dog", "Katze", tmp_path / "attention.png")
+    assert re.match(r"attention.png is not drawn: picture: would be \d+ x \d+ inches", said[0])
+    assert not list(tmp_path.iterdir())
+
+
 def test_flow(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "flow", model_dir, "--output", tmp_path / "flow.png")
     assert status == 0 and (tmp_path / "flow.png").read_bytes().startswith(PNG)
@@ -143,6 +161,7 @@ def test_pictures_without_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[
         ("flow", "model: expected either MODEL_DIR or --preset"),
         ("flow {model} --vocab-size 5", "--vocab-size: a model has its own"),
         ("positions --d-model 3", "d_model: got 3, expected an even number"),
+        ("schedules --warmup-steps 9 --max-steps 9", "--warmup-steps: got 9, expected fewer than"),
         ("schedules --max-steps 0", "max_steps: got 0, expected 1 or more"),
         ("label-smoothing --vocab-size 1", "vocab_size: got 1, expected 2 to 256000"),
         ("training {tmp}", "expected the folder of a training, or its log.jsonl"),

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from transformer_ext._command import command
 from transformer_ext.config import ArgumentParser, add_arguments, given, nearest
 from transformer_ext.inference.options import SearchOptions
+from transformer_ext.inference.shared import fed_tokens
 from transformer_ext.model.config import (
     PRESETS,
     LanguageModelConfig,
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from transformer_ext.model import Model
 
 __all__ = ["PICTURES", "load_model", "main"]
+
+#: Tokens of a text: at 8 points of a letter they are 300 inches, the most that a picture has.
+_LONGEST = 2000
 
 
 def load_model(
@@ -125,6 +129,7 @@ def _draw_attention(options: argparse.Namespace, parser: ArgumentParser) -> str:
     texts = [text]
     if pair:
         target_ids = _target_ids(model, saved, ids, options.target)
+        _check_length("target", len(target_ids) + 1, saved.config, parser)
         texts.append(saved.target_tokenizer.decode(target_ids))
         maps = attention.translation_attention(
             model, ids, target_ids, saved.source_tokenizer, saved.target_tokenizer
@@ -137,7 +142,8 @@ def _draw_attention(options: argparse.Namespace, parser: ArgumentParser) -> str:
             for tokenizer in (saved.source_tokenizer, saved.target_tokenizer)
             for id in (tokenizer.pad_id, tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id)
         }
-        title = f"Attention of {Path(options.model).resolve().name}"
+        place = Path(options.model).resolve()
+        title = f"Attention of {place.parent.name}/{place.name}"
         data = page.page_data(maps, title=title, texts=texts, special=special)
         page.save_attention_page(data, options.output)
     else:
@@ -169,7 +175,23 @@ def _wanted_text(
     ids: list[int] = saved.source_tokenizer.encode(text)
     if not ids:
         parser.error(f"--{wanted}: got {text!r}, of which the tokenizer of the model keeps nothing")
+    if isinstance(saved.config, LanguageModelConfig):
+        count = len(fed_tokens(saved.config, ids))
+    else:
+        count = len(ids) + (1 if pair else 2)
+    _check_length(wanted, count, saved.config, parser)
     return text, ids
+
+
+def _check_length(name: str, count: int, config: Any, parser: ArgumentParser) -> None:
+    """Before anything is computed: what a model cannot read, or nobody could look at."""
+    most, reason = _LONGEST, "a picture has no room for more"
+    if config.longest is not None and config.longest < most:
+        most, reason = config.longest, "the model has no more learned positions"
+    if count > most:
+        parser.error(
+            f"--{name}: has {count:,} tokens with those around it, expected at most {most:,}: {reason}"
+        )
 
 
 def _check_choice(options: argparse.Namespace, saved: Any, parser: ArgumentParser) -> None:
@@ -298,6 +320,11 @@ def _draw_schedules(options: argparse.Namespace, parser: ArgumentParser) -> str:
         noam_schedules,
     )
 
+    if options.warmup_steps >= options.max_steps > 0:
+        parser.error(
+            f"--warmup-steps: got {options.warmup_steps}, expected fewer than --max-steps "
+            f"({options.max_steps}): until then all schedules are the same"
+        )
     others = every_schedule(
         options.learning_rate, options.warmup_steps, options.max_steps, options.final_fraction
     )

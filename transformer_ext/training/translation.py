@@ -423,15 +423,19 @@ class TranslationRun(Run):
 
         source_tokenizer = self.prepared.source_tokenizer
         target_tokenizer = self.prepared.target_tokenizer
-        maps = translation_attention(
-            self.model,
-            source_tokenizer.encode(source),
-            target_tokenizer.encode(output),
-            source_tokenizer,
-            target_tokenizer,
-        )
-        if "cross" in maps:
-            save_figure(draw_attention(maps["cross"]), picture)
+        try:
+            maps = translation_attention(
+                self.model,
+                source_tokenizer.encode(source),
+                target_tokenizer.encode(output),
+                source_tokenizer,
+                target_tokenizer,
+            )
+            if "cross" in maps:
+                save_figure(draw_attention(maps["cross"]), picture)
+        except ValueError as error:
+            # A sentence may be longer than a picture is wide; the training is done all the same.
+            self.console.print(f"{picture.name} is not drawn: {error}")
 
     def farewell(self, model: Path) -> Sequence[str]:
         """How to translate with it."""

@@ -54,10 +54,13 @@ def training_curves(
             found += [(validation, name, key, factor) for key, (name, factor) in _SCORES.items()]
         else:
             continue
+        step = event.get("step")
+        if not isinstance(step, int):
+            continue
         for panel, name, key, factor in found:
             value = event.get(key)
             if isinstance(value, (int, float)) and math.isfinite(value):
-                panel.setdefault(name, []).append((event["step"], factor * value))
+                panel.setdefault(name, []).append((step, factor * value))
     return {title: curves for title, curves in panels.items() if curves}
 
 
