@@ -499,8 +499,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 file=sys.stderr,
             )
             return 2
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    if any(stage.name == "end to end" for stage in chosen):
+        shutil.rmtree(scratch, ignore_errors=True)
+    elif any(stage.name == "translate" for stage in chosen) and not (scratch / "run").exists():
+        parser.error("translate needs the model of a run of 'end to end'")
+    scratch.mkdir(parents=True, exist_ok=True)
     options.output.mkdir(parents=True, exist_ok=True)
     log, saved = options.output / "log.txt", options.output / "results.jsonl"
     log.write_bytes(b"")
@@ -536,7 +539,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = report(chosen, facts, scratch, dry=options.dry)
     (options.output / "table.txt").write_text(text)
     print(f"\n{text}\n{time.monotonic() - began:.0f} s; files in {options.output}", flush=True)
-    shutil.rmtree(scratch, ignore_errors=True)
     return int(any(stage.status in ("failed", "timeout") for stage in chosen))
 
 
