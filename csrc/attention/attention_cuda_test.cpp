@@ -331,6 +331,16 @@ void expect_precise(const Shape& shape) {
   }
 }
 
+// With so many sequences a block takes more queries than its warps hold, one part after another.
+TEST(AttentionCuda, TensorCoresTakeManySequences) {
+  Shape shape{std::vector<int32_t>(1024), std::vector<int32_t>(1024), 1, 1, 32, true, 0.1};
+  shape.query_lengths[3] = 150;
+  shape.key_lengths[3] = 140;
+  shape.query_lengths[700] = 70;
+  shape.key_lengths[700] = 90;
+  compare_with_cpu<bfloat16>(shape);
+}
+
 // Compute capability 8.6 and 8.9 have less of it than the longest of the short sequences take.
 TEST(AttentionCuda, TensorCoresNeedLittleSharedMemory) {
   cuda_emulation::set_most_shared(99 * 1024);
