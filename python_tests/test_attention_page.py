@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from chromium import Page, browser, needs_chromium
 
+from transformer_ext.visualization import page as page_module
 from transformer_ext.visualization.attention import AttentionMap
 from transformer_ext.visualization.page import attention_page, page_data, save_attention_page
 
@@ -210,3 +211,34 @@ def test_light_and_dark(page: Page) -> None:
     page.call("Emulation.setEmulatedMedia", features=[])
     assert found[0] == ["rgb(255, 255, 255)", "rgb(31, 35, 40)"]
     assert found[1] == ["rgb(13, 17, 23)", "rgb(240, 246, 252)"]
+
+
+@needs_chromium
+def test_one_stack_and_more_lines_than_can_be_drawn(chromium: Page, tmp_path: Path) -> None:
+    pieces = [f"p{i}" for i in range(20)]
+    weights = np.full((1, 16, 20, 20), 0.05, np.float32)
+    weights[0, 3, 7] = np.eye(20)[9]
+    data = page_data({"decoder": AttentionMap("within", pieces, pieces, weights)}, title="T")
+    save_attention_page(data, tmp_path / "page.html")
+    chromium.open(tmp_path / "page.html")
+    chromium.eval("ready")
+    assert chromium.eval(LINES) == 5000
+    assert texts(chromium, "#map option") == ["decoder to itself"]
+    left_out = "document.getElementById('left-out').textContent"
+    assert chromium.eval(left_out).startswith("The strongest 5000 of 6381 lines are drawn")
+    assert (
+        chromium.eval("document.querySelector('#lines line').getAttribute('stroke-opacity')")
+        == "0.800"
+    )
+    chromium.click("#heads button:nth-child(4)", shift=True)
+    chromium.point(token("rows", 7))
+    assert chromium.eval(LINES) == 1 and said(chromium) == "p7 attends to p9 100 %"
+    assert chromium.eval(left_out) == "" and chromium.problems() == []
+
+
+def test_a_page_that_would_be_too_large_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_module, "_MOST_WEIGHTS", 100)
+    with pytest.raises(
+        ValueError, match="page: would hold 195 weights, expected at most 100; .* .it has 5.,"
+    ):
+        page_data(maps(), title="T")
