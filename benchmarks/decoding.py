@@ -54,6 +54,7 @@ from decoding_peers import (
     CTRANSLATE2_TYPES,
     HUGE_PAGES,
     KEEP_MEMORY,
+    ON_A_DEVICE,
     ONE_ARENA,
     Setting,
     Task,
@@ -201,7 +202,7 @@ def make_task(subject: Subject, batch: int, beam: int, options: argparse.Namespa
         blocks = [sources[i : i + each] for i in range(0, len(sources), each)]
         size = 1 if batch == 1 else each
     calls = [[block[i : i + size] for i in range(0, len(block), size)] for block in blocks]
-    return Task(subject.folder, batch, beam, subject.length, options.threads, calls)
+    return Task(subject.folder, batch, beam, subject.length, options.threads, calls, options.device)
 
 
 # ---- Speed ------------------------------------------------------------------------------------
@@ -650,6 +651,11 @@ def main() -> None:
     parser.add_argument("--start-ups", type=int, default=5, help="runs of each; 0: none")
     parser.add_argument("--no-speed", action="store_true", help="start-up alone")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        help="cpu, or one of PyTorch's, such as cuda, for those that run there; no bounds then",
+    )
     parser.add_argument("--max-seconds", type=float, help="of a case: no round begins after it")
     parser.add_argument("--search-ctranslate2", action="store_true", help="find its best settings")
     parser.add_argument(
@@ -685,7 +691,12 @@ def main() -> None:
         options.batch, options.beam, options.rounds, options.start_ups = [4], [2], 1, 1
 
     subject = prepare(options)
-    keys = options.only or [key for key, competitor in COMPETITORS.items() if competitor.usual]
+    usual = [key for key, competitor in COMPETITORS.items() if competitor.usual]
+    on_cpu = options.device == "cpu"
+    keys = options.only or (usual if on_cpu else list(ON_A_DEVICE))
+    for key in keys if not on_cpu else ():
+        if key not in ON_A_DEVICE:
+            parser.error(f"--only: got {key}, expected of {', '.join(ON_A_DEVICE)} on a device")
     for key in list(keys):
         competitor = COMPETITORS[key]
         reason = f"{competitor.missing} is not installed" if competitor.missing else None
@@ -694,8 +705,8 @@ def main() -> None:
         if reason:
             say(f"{competitor.title}: left out: {reason}")
             keys = [each for each in keys if each != key]
-    ceiling = ceilings.program(options.folder)
-    if ceiling is None:
+    ceiling = ceilings.program(options.folder) if on_cpu else None
+    if on_cpu and ceiling is None:
         say("no C++ compiler found: no bounds")
     if options.prepare:
         return
@@ -707,7 +718,7 @@ def main() -> None:
     def note(case: Any, results: dict[str, Any]) -> None:
         runs.append(
             {
-                "setting": setting_title(subject.title, options.threads, VERSIONS),
+                "setting": setting_title(subject.title, options.threads, VERSIONS, options.device),
                 "case": case,
                 "results": results,
             }
@@ -722,7 +733,7 @@ def main() -> None:
                 [batch, beam],
                 measure_case(subject, task, keys, options.rounds, ceiling, options.max_seconds),
             )
-    if options.start_ups:
+    if options.start_ups and on_cpu:
         note("start-up", measure_start_up(subject, keys, options))
     show(runs, options.markdown)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from processes import Command, memory_of_process
 
-from transformer_ext.inference.options import COMPUTE_TYPES
+from transformer_ext.inference.options import COMPUTE_TYPES, TORCH_COMPUTE_TYPES
 
 #: Sentences of token ids, their end included, that are given to a program in one call.
 Call = Sequence[Sequence[int]]
@@ -33,6 +33,7 @@ class Task:
         length: of every output, in tokens; None: as the model ends it.
         threads: of all competitors alike.
         blocks: what is translated in one turn: the calls of the turn.
+        device: ``cpu``, or one that PyTorch names so.
     """
 
     folder: Path
@@ -41,6 +42,7 @@ class Task:
     length: int | None
     threads: int
     blocks: Sequence[Sequence[Call]]
+    device: str = "cpu"
 
     @property
     def kind(self) -> str:
@@ -125,7 +127,6 @@ class Ours:
 
     def __init__(self, task: Task, type: str) -> None:
         from transformer_ext import Translator
-        from transformer_ext.inference.engine import resolve_compute_type
         from transformer_ext.inference.options import SearchOptions
 
         if task.length is None:
@@ -136,9 +137,13 @@ class Ours:
             )
         self._batch = task.batch
         self._translator = Translator(
-            task.folder / "ours", task.threads, compute_type=type, options=options
+            task.folder / "ours",
+            task.threads if task.device == "cpu" else None,
+            compute_type=type,
+            options=options,
+            device=task.device,
         )
-        self.type = resolve_compute_type(type)
+        self.type = self._translator.compute_type
 
     def inputs(self, call: Call) -> Any:
         return call
@@ -171,7 +176,10 @@ class CTranslate2:
         if task.length is not None:
             self._options["min_decoding_length"] = task.length
             self._options["max_decoding_length"] = task.length
-        self._translator = ctranslate2.Translator(folder, compute_type=type, **threads)
+        device, _, index = task.device.partition(":")
+        self._translator = ctranslate2.Translator(
+            folder, device, device_index=int(index or 0), compute_type=type, **threads
+        )
         found = self._translator.compute_type
         self.type = "int8" if found.startswith("int8") else found
         with open(task.folder / "tokens.txt", encoding="utf-8") as file:
@@ -200,7 +208,9 @@ class HuggingFace:
 
         torch.set_num_threads(task.threads)
         folder = task.folder / "marian"
-        self._model = MarianMTModel.from_pretrained(folder, dtype=getattr(torch, type)).eval()
+        model = MarianMTModel.from_pretrained(folder, dtype=getattr(torch, type))
+        self._model = model.eval().to(task.device)
+        self._device = task.device
         self.type = type
         self._ours = marian_ids(folder, load_model_dir(task.folder / "ours").target_tokenizer)
         self._theirs = {ours: id for id, ours in self._ours.items()}
@@ -219,10 +229,12 @@ class HuggingFace:
 
         longest = max(map(len, call))
         ids = torch.tensor([[*source, *[self._pad] * (longest - len(source))] for source in call])
+        ids = ids.to(self._device)
         with torch.inference_mode():
+            # On the host, as that of the others: the device may still be at work when it returns.
             return self._model.generate(
                 input_ids=ids, attention_mask=(ids != self._pad).long(), **self._options
-            )
+            ).cpu()
 
     def ids(self, results: Any) -> list[list[int]]:
         # The first is the start of the sentence.
@@ -259,7 +271,7 @@ class Competitor:
 
     def setting(self, task: Task) -> Setting | None:
         """Of CTranslate2, where it does not run with its defaults."""
-        if not self.best:
+        if not self.best or task.device != "cpu":
             return None
         setting = ctranslate2_setting(self.type, task)
         return setting if self.environment else dataclasses.replace(setting, environment=())
@@ -337,7 +349,18 @@ COMPETITORS: dict[str, Competitor] = {
         "int8",
     ),
     **{f"huggingface-{type}": _huggingface(type) for type in ("float32", "bfloat16")},
+    "ours-float16": dataclasses.replace(_ours("float16"), usual=False),
+    "ctranslate2-float16": dataclasses.replace(_ctranslate2("float16"), usual=False),
+    "huggingface-float16": dataclasses.replace(_huggingface("float16"), usual=False),
 }
+
+#: Those that run on another device than the CPU.
+ON_A_DEVICE = tuple(
+    f"{program}-{type}"
+    for program in ("ours", "ctranslate2", "huggingface")
+    for type in TORCH_COMPUTE_TYPES
+    if type != "auto"
+)
 
 
 @dataclass(frozen=True)

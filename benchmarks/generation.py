@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import ceilings
-from generation_peers import COMPETITORS, Task, generator
+from generation_peers import COMPETITORS, ON_A_DEVICE, Task, generator
 from processes import (
     ROOT,
     Worker,
@@ -103,7 +103,7 @@ def make_task(
     batch, prompt, beam = case
     shape = (batch, prompt)
     prompts = np.random.default_rng(2).integers(0, config.vocab_size - 1, size=shape).tolist()
-    return Task(folder, prompts, beam, options.new, options.threads)
+    return Task(folder, prompts, beam, options.new, options.threads, options.device)
 
 
 def measure_case(
@@ -238,6 +238,11 @@ def main() -> None:
     parser.add_argument("--start-ups", type=int, default=5, help="runs of each; 0: none")
     parser.add_argument("--no-speed", action="store_true", help="start-up alone")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        help="cpu, or one of PyTorch's, such as cuda, for those that run there; no bounds then",
+    )
     parser.add_argument("--quick", action="store_true", help="a tiny model, one case, few runs")
     parser.add_argument(
         "--folder", type=Path, default=ROOT / "build" / "generation", help="where the model is"
@@ -254,13 +259,23 @@ def main() -> None:
         options.batch, options.prompt, options.beam, options.new = [2], [8], [2], 6
         options.rounds, options.start_ups = 1, 1
     folder = prepare(options)
-    ceiling = ceilings.program(options.folder)
-    if ceiling is None:
+    on_cpu = options.device == "cpu"
+    ceiling = ceilings.program(options.folder) if on_cpu else None
+    if on_cpu and ceiling is None:
         say("no C++ compiler found: no bounds")
     if options.prepare:
         return
     keys = []
-    for key in options.only or [key for key, each in COMPETITORS.items() if each.usual]:
+    usual = [key for key, each in COMPETITORS.items() if each.usual]
+    if not on_cpu:
+        usual = [
+            *(key for key in usual if key in ON_A_DEVICE),
+            "ours-float16",
+            "transformers-float16",
+        ]
+    for key in options.only or usual:
+        if not on_cpu and key not in ON_A_DEVICE:
+            parser.error(f"--only: got {key}, expected of {', '.join(ON_A_DEVICE)} on a device")
         if COMPETITORS[key].missing:
             say(f"{COMPETITORS[key].title}: left out: {COMPETITORS[key].module} is not installed")
             continue
@@ -275,7 +290,7 @@ def main() -> None:
     runs = []
 
     def note(case: Any, results: dict[str, Any]) -> None:
-        setting = setting_title(title, options.threads, VERSIONS)
+        setting = setting_title(title, options.threads, VERSIONS, options.device)
         runs.append({"setting": setting, "case": case, "results": results})
         append_json(options.save, runs[-1])
 
@@ -287,7 +302,7 @@ def main() -> None:
                     say(f"batch {batch}, prompt {prompt}, beam {beam}")
                     task = make_task(folder, config, case, options)
                     note(list(case), measure_case(config, task, keys, options.rounds, ceiling))
-    if options.start_ups:
+    if options.start_ups and on_cpu:
         few = argparse.Namespace(**{**vars(options), "new": FEW})
         task = make_task(folder, config, (1, 1, 1), few)
         commands = {key: COMPETITORS[key].command(task) for key in keys if COMPETITORS[key].starts}

@@ -5,6 +5,7 @@ Nothing is imported here that a competitor would not import itself: its memory i
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import time
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from processes import Command, memory_of_process
+
+from transformer_ext.inference.options import TORCH_COMPUTE_TYPES
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Task:
         beam: hypotheses.
         new: tokens of each output.
         threads: of all competitors alike.
+        device: ``cpu``, or one that PyTorch names so.
     """
 
     folder: Path
@@ -33,10 +37,11 @@ class Task:
     beam: int
     new: int
     threads: int
+    device: str = "cpu"
 
 
 class Ours:
-    """``LanguageModelEngine``."""
+    """``LanguageModelEngine``, and on another device ``TorchLanguageModel``."""
 
     def __init__(self, task: Task, type: str) -> None:
         from transformer_ext.files import load_model_dir
@@ -45,9 +50,16 @@ class Ours:
         from transformer_ext.model.config import LanguageModelConfig
 
         saved = load_model_dir(task.folder, LanguageModelConfig)
-        self._engine = LanguageModelEngine(
-            saved.config, saved.weights, threads=task.threads, compute_type=type
-        )
+        if task.device == "cpu":
+            self._engine: Any = LanguageModelEngine(
+                saved.config, saved.weights, threads=task.threads, compute_type=type
+            )
+        else:
+            from transformer_ext.inference.torch_engine import TorchLanguageModel
+
+            self._engine = TorchLanguageModel.of_weights(
+                saved.config, saved.weights, task.device, type
+            )
         del saved
         self._task = task
         self._options = SearchOptions.preset(
@@ -68,9 +80,8 @@ class Transformers:
         from transformers import CompileConfig, GPT2LMHeadModel
 
         torch.set_num_threads(task.threads)
-        self._model = GPT2LMHeadModel.from_pretrained(
-            task.folder, dtype=getattr(torch, type)
-        ).eval()
+        model = GPT2LMHeadModel.from_pretrained(task.folder, dtype=getattr(torch, type))
+        self._model = model.eval().to(task.device)
         self._task = task
         # A compiled step is made for the length of its cache.
         self._few = task.new if cache == "compiled" else 4
@@ -87,7 +98,7 @@ class Transformers:
         import torch
 
         task = self._task
-        ids = torch.tensor(task.prompts)
+        ids = torch.tensor(task.prompts, device=task.device)
         new = self._few if few else task.new
         with torch.inference_mode():
             found = self._model.generate(
@@ -196,7 +207,14 @@ COMPETITORS: dict[str, Competitor] = {
         for cache in ("static", "compiled")
         for type in ("float32", "bfloat16")
     },
+    "ours-float16": dataclasses.replace(_ours("float16"), usual=False),
+    "transformers-float16": dataclasses.replace(_transformers("float16"), usual=False),
 }
+
+#: Those that run on another device than the CPU.
+ON_A_DEVICE = tuple(
+    key for key, competitor in COMPETITORS.items() if competitor.type in TORCH_COMPUTE_TYPES
+)
 
 
 @dataclass(frozen=True)

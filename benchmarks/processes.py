@@ -47,8 +47,13 @@ def machine() -> str:
     return name
 
 
-def setting_title(title: str, threads: int, packages: Sequence[str]) -> str:
+def setting_title(title: str, threads: int, packages: Sequence[str], device: str = "cpu") -> str:
     """What figures belong to: the title, threads, machine, and versions of packages that are there."""
+    if device != "cpu":
+        import torch
+
+        on_gpu = torch.device(device).type == "cuda"
+        title += f", on {torch.cuda.get_device_name(device) if on_gpu else device}"
     versions = []
     for name in packages:
         try:

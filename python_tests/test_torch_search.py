@@ -97,7 +97,9 @@ class Tables:
 @given(asked=searches())
 def test_the_rules_are_those_of_the_plain_search(device, asked):
     options, prefixes, numbers = asked
-    scores, attention = table(numbers[0] % 1000, coarse=numbers[1] % 2 == 0)
+    # The logarithms of the coverage penalty are of two libraries: equal scores need not stay so.
+    coarse = numbers[1] % 2 == 0 and options.coverage_penalty == 0.0
+    scores, attention = table(numbers[0] % 1000, coarse)
     attention = attention if options.needs_attention else None
     lengths = [len(source) for source in SOURCES]
     limits = [options.length_limit(length) for length in lengths]
