@@ -282,6 +282,7 @@ def test_scores_of_given_targets_are_those_of_the_model():
 
 
 def test_a_batch_is_as_large_as_memory_allows(monkeypatch):
+    """8 sentences of 4 hypotheses of 10 tokens, keys and values of one head of 8 numbers."""
     model = make_model(positions="rope", num_kv_heads=1)
     config = model.config
     # Two layers and one gathered, keys and values of one head of 8; five rows over 37 tokens.
@@ -382,17 +383,23 @@ def test_a_translator_on_a_device(device, tmp_path):
         Translator(folder, device="gpu")
 
 
-def test_slots_of_a_prompt_are_those_of_its_first_row():
-    slots = Slots([3, 1], 2, 5, torch.device("cpu"), reordered=True)
-    assert slots.prompt_slots().tolist() == [0, 1]
+def test_a_hypothesis_reads_what_its_past_has_said():
+    slots = Slots([3, 1], 2, 5, torch.device("cpu"))
+    # Position 0 and 1 of the first sentence, its first row.
+    assert slots.prompt_slots().tolist() == [0, 2]
+    slots.begin_step(slots.positions_for(3))
     assert slots.position.tolist() == [2, 2, 0, 0]
-    slots.begin_step(slots.columns_for(3))
-    assert slots.written.tolist() == [2, 7, 10, 15]
-    # Row 1 reads the prompt from row 0 and what it wrote itself from its own.
-    assert slots.read.view(4, 5)[1].tolist()[:3] == [0, 1, 7]
+    assert slots.written.tolist() == [4, 5, 10, 11]
+
+    def seen(row):
+        return slots.mask.view(4, -1)[row].nonzero()[:, 0].tolist()
+
+    assert [seen(row) for row in range(4)] == [[0, 2, 4], [0, 2, 5], [0], [1]]
     slots.end_step(torch.tensor([1, 1, 2, 2]))
-    slots.begin_step(slots.columns_for(4))
-    assert slots.read.view(4, 5)[0].tolist()[:4] == [0, 1, 7, 3]
+    slots.begin_step(slots.positions_for(4))
+    assert [seen(row) for row in range(4)] == [[0, 2, 5, 6], [0, 2, 5, 7], [0, 2], [0, 3]]
+    slots.together = False
+    slots.begin_step(slots.positions_for(4))
+    assert slots.read.view(4, 5)[0].tolist()[:4] == [0, 2, 5, 6]
+    assert slots.read.view(4, 5)[3].tolist()[:2] == [10, 13]
     assert slots.mask.sum((1, 2, 3)).tolist() == [4, 4, 2, 2]
-    once = Slots([3, 1], 2, 5, torch.device("cpu"), reordered=False)
-    assert once.prompt_slots().tolist() == [0, 1, 5, 6]

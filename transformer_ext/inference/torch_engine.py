@@ -66,7 +66,8 @@ def bytes_per_hypothesis(
 ) -> int:
     """What a hypothesis takes while it is searched for.
 
-    Keys and values of its tokens; the gathered copy of one layer's; five rows over the vocabulary.
+    Keys and values of its tokens, and once more those of one layer, which may have to be gathered;
+    five rows over the vocabulary.
 
     Args:
         config: of a model with a decoder.
@@ -214,7 +215,7 @@ class _TorchModels(Generic[ModelT]):
         """
 
         def step(tokens: Tensor, longest: int) -> tuple[Tensor, Tensor | None]:
-            slots.begin_step(slots.columns_for(prompt - 1 + longest))
+            slots.begin_step(slots.positions_for(prompt - 1 + longest))
             scores, attentions = [], []
             for model, cache in zip(self.models, caches, strict=True):
                 scores.append(model.generator.logits(model.decode_step(tokens, cache)))
@@ -228,14 +229,15 @@ class _TorchModels(Generic[ModelT]):
             return mean, torch.stack(attentions).mean(0) if attentions else None
 
         def keep(sentences: Tensor) -> None:
-            rows = slots.keep(sentences)
             for cache in caches:
-                cache.keep(sentences, rows)
+                cache.keep(sentences)
+            slots.keep(sentences)
 
         def grow(steps: int) -> None:
-            slots.grow(min(most, prompt - 1 + steps))
+            capacity = min(most, prompt - 1 + steps)
             for cache in caches:
-                cache.grow()
+                cache.grow(capacity)
+            slots.grow(capacity)
 
         return Decoding(step, slots.end_step, keep, grow)
 
@@ -256,7 +258,6 @@ class _TorchModels(Generic[ModelT]):
             width,
             min(most, prompt - 1 + room_at_first([task.limit for task in tasks])),
             self.device,
-            reordered=not options.sampling and width > 1,
         )
         return TorchSearch(
             self._decoding(slots, make_caches(slots), prompt, most),

@@ -174,8 +174,9 @@ class SelfAttention(_Attention):
         width = self.nhead * self.head_dim
         past = cache.extend(self.name, projected[..., width:]).unflatten(-1, (-1, self.head_dim))
         key, value = past.split([self.num_kv_heads, self.num_kv_heads], dim=-2)
-        query = projected[:, None, :width].unflatten(-1, (-1, self.head_dim))
-        return self._dense(query, key, value, DenseAttention(cache.slots.mask), None)[:, 0]
+        query = projected[:, :width].view(len(past), -1, self.nhead, self.head_dim)
+        attend = DenseAttention(cache.slots.mask)
+        return self._dense(query, key, value, attend, None).flatten(0, 1)
 
     def _rotate(self, projected: Tensor, attend: Attend) -> Tensor:
         if isinstance(attend, PackedAttention):

@@ -7,55 +7,56 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from transformer_ext.model.trace import Trace
 
-#: Columns of the cache that attention reads are a multiple of this: few shapes, aligned rows.
-_COLUMNS = 32
+#: Positions of the cache that attention reads are a multiple of this: few shapes, aligned rows.
+_POSITIONS = 32
+
+#: Hypotheses of a sentence that attend to the slots of all of them, each under its mask: nothing is
+#: copied, and keys are read once for all of them, but scores grow with their square.
+_MOST_TOGETHER = 16
 
 
 class Slots:
     """Where the tokens of hypotheses lie; of no model, and shared by the caches of an ensemble.
 
-    Sentence s has the rows ``s * width`` to ``(s + 1) * width - 1``, one a hypothesis; each row has
-    ``capacity`` slots. The token at position j of a hypothesis lies in slot j of the row that said
-    it. A beam search that gives a row another past rewrites that list and copies no keys.
+    A sentence has ``width`` hypotheses, its rows, and for each position ``width`` slots, one for
+    each row that says a token there: slot ``(sentence * capacity + position) * width + row``. A
+    beam search that gives a row another's past rewrites the list of who said its tokens, and moves
+    no keys.
 
     Args:
         prompt_lengths: for each sentence, tokens before the first that a search finds.
         width: hypotheses of a sentence.
         capacity: most tokens of a hypothesis that are held at first.
         device: where.
-        reordered: whether rows change their past (False: greedy search and sampling).
 
     Attributes:
         position: int64 ``[rows]``, of the token that the step feeds.
-        mask: ``[rows, 1, 1, columns]``, which columns hold the past of this step.
+        written: int64 ``[rows]``, the slots of these tokens.
+        read: int64, the slots that the step reads, where they are to be gathered; else None, and all
+            hypotheses of a sentence read all of its slots.
+        mask: what a hypothesis may attend to of them: ``[sentences, 1, width, positions * width]``,
+            gathered ``[rows, 1, 1, positions]``.
     """
 
     def __init__(
-        self,
-        prompt_lengths: Sequence[int],
-        width: int,
-        capacity: int,
-        device: torch.device,
-        *,
-        reordered: bool,
+        self, prompt_lengths: Sequence[int], width: int, capacity: int, device: torch.device
     ) -> None:
         self.sentences = len(prompt_lengths)
         self.width = width
         self.capacity = capacity
         self.device = device
-        self._reordered = reordered
+        self.together = width <= _MOST_TOGETHER
         self._prompt_lengths = list(prompt_lengths)
-        last = torch.tensor(prompt_lengths, device=device) - 1
-        self.position = last.repeat_interleave(width)
-        self._next = self.position.clone()
-        self._owner: Tensor | None = None
-        if reordered:
-            # Prompts lie in the first row of their sentence.
-            self._owner = torch.zeros(self.rows, capacity, dtype=torch.int64, device=device)
+        lengths = torch.tensor(prompt_lengths, device=device).repeat_interleave(width)
+        self._next = lengths - 1
         self._lay_out()
+        # The row that said the token at each position; -1: none. Prompts lie in the first rows.
+        held = self._positions < self._next[:, None]
+        self._owner = torch.where(held, 0, -1)
 
     @property
     def rows(self) -> int:
@@ -65,65 +66,58 @@ class Slots:
     def _lay_out(self) -> None:
         """What follows from the numbers of rows and slots."""
         rows = torch.arange(self.rows, device=self.device)
-        self._columns = torch.arange(self.capacity, device=self.device)
-        self._row_start = rows * self.capacity
-        self._beam = (rows % self.width)[:, None]
-        first = (rows - rows % self.width) * self.capacity
-        self._first_slot = first[:, None] + self._columns
+        self._positions = torch.arange(self.capacity, device=self.device)
+        self._beams = torch.arange(self.width, device=self.device)
+        self._beam = rows % self.width
+        self._first = (rows - self._beam) * self.capacity
 
     def prompt_slots(self) -> Tensor:
-        """Slots of the tokens of all prompts but the last ones, one prompt behind the other.
-
-        Where rows keep their past, all of those for the first row of each sentence, then for the
-        second, and so on.
-        """
-        copies = 1 if self._reordered else self.width
+        """Slots of the tokens of all prompts but the last ones, one prompt behind the other."""
         slots = [
-            (sentence * self.width + copy) * self.capacity + j
-            for copy in range(copies)
+            (sentence * self.capacity + position) * self.width
             for sentence, length in enumerate(self._prompt_lengths)
-            for j in range(length - 1)
+            for position in range(length - 1)
         ]
         return torch.tensor(slots, dtype=torch.int64, device=self.device)
 
-    def columns_for(self, longest: int) -> int:
-        """Columns that a step reads whose longest hypothesis has so many tokens."""
-        return min(self.capacity, -(-longest // _COLUMNS) * _COLUMNS)
+    def positions_for(self, longest: int) -> int:
+        """Positions that a step reads whose longest hypothesis has so many tokens."""
+        return min(self.capacity, -(-longest // _POSITIONS) * _POSITIONS)
 
-    def begin_step(self, columns: int) -> None:
-        """To be called before a step; ``columns`` from :meth:`columns_for`."""
-        self.columns = columns
+    def begin_step(self, positions: int) -> None:
+        """To be called before a step; ``positions`` from :meth:`positions_for`."""
+        self.positions = positions
         # A sentence that is done may wait for the others of its batch longer than it has slots.
         self.position = self._next.clamp(max=self.capacity - 1)
-        self.written = self._row_start + self.position
-        self.mask = (self._columns[:columns] <= self.position[:, None])[:, None, None, :]
+        self.written = self._first + self.position * self.width + self._beam
+        self._owner.scatter_(1, self.position[:, None], self._beam[:, None])
+        owner = self._owner[:, :positions]
         self.read: Tensor | None = None
-        if self._owner is not None:
-            self._owner.scatter_(1, self.position[:, None], self._beam)
-            past = self._owner[:, :columns] * self.capacity
-            self.read = (past + self._first_slot[:, :columns]).flatten()
+        if self.together:
+            mask = owner[:, :, None] == self._beams
+            self.mask = mask.view(self.sentences, 1, self.width, positions * self.width)
+        else:
+            self.mask = (owner >= 0)[:, None, None, :]
+            slots = self._positions[:positions] * self.width + owner.clamp(min=0)
+            self.read = (slots + self._first[:, None]).flatten()
 
     def end_step(self, rows: Tensor | None) -> None:
         """After a step: row i goes on from what row ``rows[i]`` was; None: from what it was."""
-        if self._owner is not None and rows is not None:
+        if rows is not None and self.width > 1:
             self._owner.copy_(self._owner.index_select(0, rows))
         self._next += 1
 
-    def keep(self, sentences: Tensor) -> Tensor:
-        """Let go of all but some sentences; returns the rows that stay."""
-        rows = (sentences[:, None] * self.width + self._beam[: self.width, 0]).flatten()
+    def keep(self, sentences: Tensor) -> None:
+        """Let go of all but some sentences."""
+        rows = (sentences[:, None] * self.width + self._beams).flatten()
         self.sentences = sentences.shape[0]
         self._next = self._next.index_select(0, rows)
-        if self._owner is not None:
-            self._owner = self._owner.index_select(0, rows)
+        self._owner = self._owner.index_select(0, rows)
         self._lay_out()
-        return rows
 
     def grow(self, capacity: int) -> None:
-        """More slots a row."""
-        if self._owner is not None:
-            more = capacity - self.capacity
-            self._owner = torch.nn.functional.pad(self._owner, (0, more))
+        """Room for more tokens of a hypothesis."""
+        self._owner = functional.pad(self._owner, (0, capacity - self.capacity), value=-1)
         self.capacity = capacity
         self._lay_out()
 
@@ -166,23 +160,22 @@ class DecoderCache:
         """Take the keys and values of all prompts but their last tokens, packed ``[tokens, n]``."""
         if self._prompt_slots is None:
             self._prompt_slots = self.slots.prompt_slots()
-        copies = self._prompt_slots.shape[0] // key_value.shape[0]
-        self._held(name, key_value).index_copy_(
-            0, self._prompt_slots, key_value if copies == 1 else key_value.repeat(copies, 1)
-        )
+        self._held(name, key_value).index_copy_(0, self._prompt_slots, key_value)
 
     def extend(self, name: str, key_value: Tensor) -> Tensor:
         """Take the keys and values of the newest tokens ``[rows, n]``.
 
         Returns:
-            those of each hypothesis, ``[rows, columns, n]``, under the mask of the slots.
+            what the hypotheses attend to, under the mask of the slots: ``[sentences, keys, n]``, for
+            all hypotheses of a sentence, or where they are gathered ``[rows, keys, n]``.
         """
         slots = self.slots
         held = self._held(name, key_value)
         held.index_copy_(0, slots.written, key_value)
-        if slots.read is None:
-            return held.view(slots.rows, slots.capacity, -1)[:, : slots.columns]
-        return held.index_select(0, slots.read).view(slots.rows, slots.columns, -1)
+        if slots.read is not None:
+            return held.index_select(0, slots.read).view(slots.rows, slots.positions, -1)
+        of_sentence = held.view(slots.sentences, -1, held.shape[1])
+        return of_sentence[:, : slots.positions * slots.width]
 
     def _held(self, name: str, like: Tensor) -> Tensor:
         if name not in self._tokens:
@@ -200,11 +193,10 @@ class DecoderCache:
         self._memories[name] = key_value
         return key_value
 
-    def keep(self, sentences: Tensor, rows: Tensor) -> None:
-        """After :meth:`Slots.keep`, with its result."""
-        capacity = self.slots.capacity
+    def keep(self, sentences: Tensor) -> None:
+        """Let go of all but some sentences, before the slots do."""
         for name, held in self._tokens.items():
-            kept = held.view(-1, capacity, held.shape[1]).index_select(0, rows)
+            kept = held.view(self.slots.sentences, -1, held.shape[1]).index_select(0, sentences)
             self._tokens[name] = kept.flatten(0, 1)
         for name, held in self._memories.items():
             self._memories[name] = held.index_select(0, sentences)
@@ -213,11 +205,10 @@ class DecoderCache:
         if self.memory_mask is not None:
             self.memory_mask = self.memory_mask.index_select(0, sentences)
 
-    def grow(self) -> None:
-        """After :meth:`Slots.grow`."""
-        rows, capacity = self.slots.rows, self.slots.capacity
+    def grow(self, capacity: int) -> None:
+        """Room for more tokens of a hypothesis, before the slots have it."""
+        slots = self.slots
+        more = (capacity - slots.capacity) * slots.width
         for name, held in self._tokens.items():
-            old = held.view(rows, -1, held.shape[1])
-            more = held.new_zeros(rows, capacity, held.shape[1])
-            more[:, : old.shape[1]] = old
-            self._tokens[name] = more.flatten(0, 1)
+            of_sentence = held.view(slots.sentences, -1, held.shape[1])
+            self._tokens[name] = functional.pad(of_sentence, (0, 0, 0, more)).flatten(0, 1)
