@@ -6,6 +6,8 @@ test_engine.py and test_generation.py compare it, with models, beside the compil
 from __future__ import annotations
 
 import copy
+import functools
+import io
 import math
 
 import numpy as np
@@ -16,13 +18,15 @@ hypothesis = pytest.importorskip("hypothesis")
 
 from decoding_helpers import SENTENCES, save_random_model  # noqa: E402
 from hypothesis import given, settings  # noqa: E402
-from kernel_testing import needs_gpu  # noqa: E402
+from kernel_testing import needs_compiled, needs_gpu  # noqa: E402
 from test_decoding_options import SOURCES, VOCABULARY, searches  # noqa: E402
+from test_device_step import Watched, _registered_for_cuda  # noqa: E402
 from test_engine import assert_same, make_model, random_sources  # noqa: E402
 from test_generation import PROMPTS  # noqa: E402
 from test_generation import make_model as make_language_model  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
+from transformer_ext import translate  # noqa: E402
+from transformer_ext.files import load_model_dir  # noqa: E402
 from transformer_ext.inference import torch_search  # noqa: E402
 from transformer_ext.inference.compiled import UnsupportedModelError  # noqa: E402
 from transformer_ext.inference.continuation import continuations  # noqa: E402
@@ -41,6 +45,10 @@ from transformer_ext.inference.torch_search import (  # noqa: E402
 )
 from transformer_ext.inference.translator import Translator  # noqa: E402
 from transformer_ext.model.cache import DecoderCache, Slots  # noqa: E402
+from transformer_ext.model.transformer import Transformer  # noqa: E402
+from transformer_ext.ops import _backend, set_backend  # noqa: E402
+from transformer_ext.training.report import Console  # noqa: E402
+from transformer_ext.training.scoring import Decoder, Scorer  # noqa: E402
 
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
 START, END = 2, 3
@@ -164,23 +172,7 @@ def test_the_best_come_first_and_equal_ones_by_column(device, columns):
         torch.testing.assert_close(values.cpu(), scores.gather(1, order), equal_nan=True)
 
 
-class Placed(TorchDispatchMode):
-    """Counts the operations, and collects those that see two devices."""
-
-    def __init__(self):
-        super().__init__()
-        self.operations = 0
-        self.mixed = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        tensors = [t for t in (*args, result) if isinstance(t, torch.Tensor)]
-        self.operations += 1
-        if any(tensor.device.type != "meta" for tensor in tensors):
-            self.mixed.append(str(func))
-        return result
-
-
+@needs_compiled
 @pytest.mark.parametrize(
     "options",
     [
@@ -196,25 +188,30 @@ class Placed(TorchDispatchMode):
         ),
     ],
 )
-def test_no_step_asks_the_device_for_anything(options, monkeypatch):
-    """On a device that computes nothing: what would be read from it is an error."""
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
-    model = make_model()
-    sources = random_sources(model)
+def test_a_step_calls_only_cuda_ops_and_never_waits(options, monkeypatch):
+    """Tensors without data stand for those of a GPU: what needs their values fails."""
+    registered = _registered_for_cuda()
+    monkeypatch.setitem(_backend._DTYPES, "meta", _backend._DTYPES["cuda"])
+    monkeypatch.setattr(_backend, "has_kernel", lambda op, device: op in registered)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
     steps = []
     step = TorchSearch.step
 
     def watched(self):
-        with Placed() as placed:
+        with set_backend("compiled"), Watched("meta") as found:
             step(self)
-        steps.append(placed)
+        steps.append(found.ops)
 
     monkeypatch.setattr(TorchSearch, "step", watched)
+    model = make_model().set_precision("float16")
+    sources = random_sources(model)
     engine = TorchEngine(model.to("meta"))
     with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
         engine.search(sources, options, prefixes=[[4, 5]] * len(sources))
     assert len(steps) == torch_search.CHECK_EVERY
-    assert all(placed.operations > 0 and not placed.mixed for placed in steps)
+    ours = {op.partition("::")[2] for op in set.union(*steps) if op.startswith("transformer_ext")}
+    assert {"attention_forward", "residual_norm_forward"} <= ours <= registered
 
 
 @pytest.mark.parametrize(
@@ -359,7 +356,7 @@ def test_wrong_arguments_are_named():
 
 
 @pytest.mark.parametrize("device", ["cpu:0", pytest.param("cuda", marks=needs_gpu)])
-def test_a_translator_on_a_device(device, tmp_path):
+def test_a_translator_on_a_device(device, tmp_path, capsys):
     folder = save_random_model(tmp_path / "model")
     options = SearchOptions(max_length=12)
     with (
@@ -376,11 +373,52 @@ def test_a_translator_on_a_device(device, tmp_path):
             np.concatenate(each.score(SENTENCES, SENTENCES)) for each in (compiled, translator)
         ]
         np.testing.assert_allclose(*scores, atol=1e-3)
-    for wrong in ({"threads": 2}, {"compute_type": "int8"}):
-        with pytest.raises(ValueError, match=rf"got '?(2|int8)'?, expected .* on {device}"):
-            Translator(folder, device=device, **wrong)
+    text = tmp_path / "text"
+    text.write_text("".join(f"{sentence}\n" for sentence in SENTENCES))
+    command = [str(folder), str(text), "--max-length", "12", "--device"]
+    assert translate.main([*command, device]) == 0
+    assert capsys.readouterr().out.splitlines() == [found.text for found in both[0]]
+    assert translate.main([*command, device, "--threads", "2"]) == 2
+    assert f"threads: got 2, expected none on {device}" in capsys.readouterr().err
+    assert translate.main([*command, "cpu", "--compute-type", "float16"]) == 2
+    assert "compute_type: got 'float16', expected one of auto" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=f"got 'int8', expected one of .* on {device}"):
+        Translator(folder, device=device, compute_type="int8")
     with pytest.raises(ValueError, match="device: got 'gpu', expected 'cpu' or a device that"):
         Translator(folder, device="gpu")
+
+
+def test_validation_translates_with_the_model_where_it_is(tmp_path, monkeypatch):
+    folder = save_random_model(tmp_path / "model")
+    saved = load_model_dir(folder)
+    model = Transformer(saved.config).load_weights(saved.weights)
+    said = io.StringIO()
+    tokenizers = saved.source_tokenizer, saved.target_tokenizer
+    decoder = Decoder(model, *tokenizers, Console(said), threads=1)
+    scorer = Scorer([(s, s[::-1]) for s in SENTENCES], decoder, Console(said), samples=0)
+    assert not decoder.in_memory and not said.getvalue()
+    expected = decoder(folder, SENTENCES, 3)
+    assert decoder(None, SENTENCES, 3) == expected and len(set(expected)) > 1
+    assert scorer(None) == scorer(folder)
+    # On another device a folder is read to there.
+    asked = []
+    monkeypatch.setattr(Decoder, "_device", torch.device("cpu:0"))
+    monkeypatch.setattr(TorchEngine, "of_weights", functools.partial(recorded, asked))
+    assert decoder(folder, SENTENCES, 3) == expected
+    assert asked == [("cpu:0", "float32")]
+
+    class Own(type(model.decoder.layers[0].self_attention)):
+        def forward(self, *args):
+            return super().forward(*args)
+
+    # What a search with a cache does not know, the plain one decodes.
+    model.decoder.layers[0].self_attention.__class__ = Own
+    assert decoder(None, SENTENCES, 3) == expected
+
+
+def recorded(asked, models, *place):
+    asked.append(place)
+    return TorchEngine([Transformer(c).load_weights(weights) for c, weights in models])
 
 
 def test_a_hypothesis_reads_what_its_past_has_said():

@@ -327,6 +327,25 @@ def test_log_has_a_line_each_interval_and_reads_back(tmp_path: Path) -> None:
     lines = output.getvalue().splitlines()
     assert sum(line.startswith("step ") for line in lines) == 3
     assert sum(line.startswith("validation at step ") for line in lines) == 2
+    assert all(
+        0.0 < event["validation_share"] < 1.0
+        for event in events
+        if "loss" in event and event["event"] == "validation"
+    )
+    assert sum("% of the time so far]" in line for line in lines) == 2
+
+
+def test_a_score_of_the_model_in_memory_is_given_no_folder() -> None:
+    data = Numbers()
+    trainer = trainer_for(
+        small_model(),
+        data.stream(),
+        Plan(max_steps=1),
+        validation_batches=[lambda: data.collate(np.arange(4))],
+        score=lambda folder: {"bleu": 7.0 if folder is None else 0.0},
+        score_in_memory=lambda: True,
+    )
+    assert trainer.validate().scores == {"bleu": 7.0}
 
 
 def test_a_resumed_log_counts_each_step_once(tmp_path: Path) -> None:
