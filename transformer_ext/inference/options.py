@@ -40,7 +40,7 @@ MOST_AT_ONCE = {"threads": 1_024, "batch_size": 1_000_000, "batch_tokens": 1_000
 
 #: Most sentences that are decoded together where nothing else is said: on the CPU, and on another
 #: device, which is not filled by as few.
-BATCH_SIZES = (64, 256)
+BATCH_SIZES = (64, 512)
 
 #: The least attention to a source token that the coverage penalty sees.
 LEAST_COVERAGE = 1e-10
@@ -469,7 +469,7 @@ def add_batch_arguments(
     more: str = "",
     *,
     tokens: str | None = None,
-    batch_tokens: tuple[int, int] = (4096, 16384),
+    batch_tokens: tuple[int, int] = (4096, 32768),
 ) -> None:
     """``batch_size`` and ``batch_tokens`` of a command.
 

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 #: Most sentences, and most source tokens (of a language model, most tokens of prompts and of what may
 #: follow), that are decoded together where a call does not say otherwise.
 BATCH_SIZE = BATCH_SIZES[1]
-BATCH_TOKENS = 16384
+BATCH_TOKENS = 32768
 LANGUAGE_MODEL_BATCH_TOKENS = 65536
 
 #: What a batch may take of the device's memory, in bytes, and of what is free there on a GPU.
