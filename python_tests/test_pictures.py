@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -437,6 +438,9 @@ def test_what_has_no_tree_is_named() -> None:
         beam_tree(transformer(), [5, 3], Letters(), SearchOptions(beam_size=33))
     with pytest.raises(ValueError, match="source: expected at least one token"):
         beam_tree(transformer(), [], Letters())
+    encoder: Any = TextEncoder(vocab_size=37, num_layers=1, **SIZES)
+    with pytest.raises(TypeError, match="model: expected a Transformer .*, got TextEncoder, which"):
+        beam_tree(encoder, [5, 3], Letters())
     leaves = [BeamNode(-1, 5, "x", 1, -1.0, -1.0, "dropped") for _ in range(201)]
     with pytest.raises(
         ValueError, match=r"the tree has 201 leaves, .* at most 200; choose a smaller"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from transformer_ext.inference.options import SearchOptions, SearchResult
-from transformer_ext.model.config import LanguageModelConfig
+from transformer_ext.model.config import LanguageModelConfig, TransformerConfig
 from transformer_ext.visualization.figure import SMALL_TEXT, new_figure, piece_labels, text_width
 from transformer_ext.visualization.pieces import piece_contents, spelt_out
 
@@ -91,6 +91,7 @@ def beam_tree(
         options: how to search; the defaults if None.
 
     Raises:
+        TypeError: a model that writes nothing.
         ValueError: an empty source, options that sample, a beam wider than :data:`WIDEST_BEAM`, or
             what the search refuses.
     """
@@ -99,6 +100,11 @@ def beam_tree(
 
     options = options or SearchOptions()
     check_beam(options)
+    if not isinstance(model.config, TransformerConfig | LanguageModelConfig):
+        raise TypeError(
+            f"model: expected a Transformer or a LanguageModel, got {type(model).__name__}, which "
+            "writes nothing"
+        )
     if not source_ids:
         raise ValueError("source: expected at least one token, got none")
     nodes: list[BeamNode] = []
