@@ -58,8 +58,8 @@ class TextModel:
         folder: model directory, or one of Hugging Face's.
         threads: on the CPU; None: as many as there are physical cores that this process may use.
         compute_type: on the CPU, where the compiled engine computes, one of
-            :data:`transformer_ext.inference.options.COMPUTE_TYPES`; elsewhere ``float32`` or
-            ``bfloat16``.
+            :data:`transformer_ext.inference.options.COMPUTE_TYPES`; elsewhere of
+            :data:`transformer_ext.inference.options.TORCH_COMPUTE_TYPES`.
         device: ``cpu``, or a device of PyTorch's.
 
     Attributes:
