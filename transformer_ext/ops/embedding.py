@@ -34,7 +34,7 @@ def sinusoidal_positions(
         length: number of positions, from 0.
         d_model: columns; with an odd number there is one sine more than cosines.
         halves: False, the paper's order: sine in the even columns, cosine in the odd ones. True:
-            all sines, then all cosines, as in Marian, with the same frequencies.
+            all sines, then all cosines, as in Sockeye, with the same frequencies.
         device: where the table is to be.
 
     Returns:

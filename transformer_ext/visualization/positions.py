@@ -18,7 +18,7 @@ __all__ = ["LAYOUTS", "draw_positions", "position_table"]
 #: layout -> what stands in it
 LAYOUTS = {
     "sinusoidal": "sine and cosine in turn (the paper)",
-    "sinusoidal_halves": "all sines, then all cosines (the layout of Tensor2Tensor and Marian)",
+    "sinusoidal_halves": "all sines, then all cosines (as in Sockeye)",
 }
 
 #: The dimensions of the third and the fourth frequency, sine and cosine of each, with d_model 20.
