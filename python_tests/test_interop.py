@@ -123,6 +123,7 @@ def test_there_and_back(name):
     assert model.config.tie == "target" and model.config.pad_id == 5 and not model.training
     again = to_nn_transformer(model, batch_first=theirs.batch_first)
     assert not again.training and again.batch_first == theirs.batch_first
+    assert not again.encoder.enable_nested_tensor
     expected = theirs.state_dict()
     assert {k: v.shape for k, v in again.state_dict().items()} == {
         k: v.shape for k, v in expected.items()
@@ -387,10 +388,16 @@ def test_masks_are_joined():
         ({"key_padding_mask": torch.zeros(1, 2, 2)}, ValueError, r"expected \[batch, keys\]"),
         ({"is_causal": True}, ValueError, "attn_mask: got none, expected the causal one"),
         ({"attn_mask": torch.zeros(2, 2), "is_causal": True}, ValueError, "is not the causal one"),
+        ({"attn_mask": torch.zeros(2, 3), "is_causal": True}, ValueError, "is not the causal one"),
         (
             {"attn_mask": torch.zeros(2, 2), "key_padding_mask": torch.zeros(1, 3)},
             ValueError,
             r"key_padding_mask: \[1, 3\] does not fit to attn_mask \[2, 2\]",
+        ),
+        (
+            {"attn_mask": torch.zeros(2, 2, 2), "key_padding_mask": torch.zeros(1, 2)},
+            ValueError,
+            r"key_padding_mask: \[1, 2\] does not fit to attn_mask \[2, 2, 2\]",
         ),
     ],
 )

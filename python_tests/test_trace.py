@@ -44,8 +44,10 @@ def check_attentions(trace: Trace, model: torch.nn.Module) -> None:
 @pytest.mark.parametrize("positions", ["sinusoidal", "rope"])
 def test_of_an_encoder_decoder(norm_first, positions):
     model = transformer(norm_first=norm_first, positions=positions).train()
+    model.decoder.layers[1].eval()
+    modes = [module.training for module in model.modules()]
     trace = model.trace(SOURCE, TARGET)
-    assert model.training
+    assert [module.training for module in model.modules()] == modes and len({*modes}) == 2
     model.eval()
     assert list(trace.attentions) == [
         *(f"encoder.layers.{i}.self_attention" for i in range(2)),
@@ -63,6 +65,7 @@ def test_of_an_encoder_decoder(norm_first, positions):
     causal = trace.attentions["decoder.layers.0.self_attention"]
     future = ops.causal_mask(5).logical_not()
     assert (causal.scores[..., future] == -math.inf).all()
+    assert (causal.scores[0, :, :, 3:] == -math.inf).all()  # padding of the target
     assert not any(x.requires_grad for x in trace.states.values())
 
 

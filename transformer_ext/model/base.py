@@ -109,13 +109,15 @@ class Model(nn.Module):
     @contextmanager
     def _studied(self) -> Iterator[Trace]:
         """In evaluation mode and without gradients, for :meth:`trace`."""
-        training = self.training
+        # Parts of a model may be in evaluation mode by themselves.
+        modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
             with torch.no_grad():
                 yield Trace()
         finally:
-            self.train(training)
+            for module, training in modes:
+                module.training = training
 
     def _trace_stack(
         self,
