@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from transformer_ext.inference.options import SearchOptions, SearchResult
 from transformer_ext.inference.search import beam_search
 from transformer_ext.model import LanguageModel, TextEncoder, Transformer
 from transformer_ext.ops import label_smoothing_loss
+from transformer_ext.ops.activation import activation_reference
 from transformer_ext.packed import Packed
 from transformer_ext.training.schedules import Schedule
 from transformer_ext.training.sizing import Recipe
+from transformer_ext.visualization import flow
 from transformer_ext.visualization.attention import (
     AttentionMap,
     draw_attention,
@@ -90,6 +93,8 @@ def test_a_picture_is_the_same_file_each_time(tmp_path: Path) -> None:
             save_figure(figure, tmp_path / f"{name}.{ending}")
             files.append((tmp_path / f"{name}.{ending}").read_bytes())
         assert files[0] == files[1]
+        if ending == "png":  # 100 pixels an inch
+            assert struct.unpack(">2I", files[0][16:24]) == (200, 200)
     assert files[0].startswith(b"%PDF")
 
 
@@ -241,7 +246,9 @@ def test_one_panel_for_each_layer_and_head() -> None:
     drawn = [axes for axes in draw_attention(found).axes if axes.images]
     assert len(drawn) == 6
     assert drawn[4].get_title() == "layer 2, head 2"
-    assert np.array_equal(drawn[4].images[0].get_array(), weights[1, 1])
+    for axes, each in zip(drawn, weights.reshape(6, 2, 4), strict=True):
+        (image,) = axes.images
+        assert np.array_equal(image.get_array(), each) and image.get_clim() == (0.0, 1.0)
     assert [label.get_text() for label in drawn[0].get_yticklabels()] == ["a", "b"]
     assert [label.get_text() for label in drawn[3].get_xticklabels()] == ["_c", "d", "e", "f"]
     chosen = [axes for axes in draw_attention(found, [2], [3, 1]).axes if axes.images]
@@ -275,7 +282,9 @@ def test_position_table_is_the_formula() -> None:
     maps = [axes.images[0].get_array() for axes in figure.axes if axes.images]
     assert np.array_equal(maps[0], table) and np.array_equal(maps[1], halves)
     lines = figure.axes[-1].get_lines()
-    assert np.array_equal(lines[1].get_ydata(), position_table(100, 20)[:, 5])
+    for dimension, line in zip((4, 5, 6, 7), lines, strict=True):
+        assert line.get_label() == f"dimension {dimension}"
+        assert np.array_equal(line.get_ydata(), position_table(100, 20)[:, dimension])
     # A column is as wide as its neighbours: whole pixels, from a whole pixel on.
     for axes in figure.axes[:-1]:
         left, _, width, _ = axes.get_position().bounds * (
@@ -293,6 +302,7 @@ def test_position_table_is_the_formula() -> None:
     assert all(
         np.array_equal(a.get_ydata(), b.get_ydata()) for a, b in zip(lines, halves, strict=True)
     )
+    assert [line.get_label() for line in halves] == [f"dimension {i}" for i in (2, 12, 3, 13)]
     with pytest.raises(ValueError, match="d_model: got 7, expected an even number"):
         draw_positions(d_model=7)
 
@@ -306,8 +316,11 @@ def test_schedule_curves() -> None:
     assert set(others) == {"inverse_sqrt", "cosine", "linear", "constant"}
     assert all(max(schedule_curve(each)[1]) == 1e-3 for each in others.values())
     figure = draw_schedules({"a": noam, "b": others})
-    drawn = figure.axes[1].get_lines()[1]
-    assert np.array_equal(drawn.get_ydata(), schedule_curve(others["cosine"])[1])
+    for axes, schedules in zip(figure.axes, (noam, others), strict=True):
+        drawn = {line.get_label(): np.stack(line.get_data()) for line in axes.get_lines()}
+        assert list(drawn) == list(schedules)
+        for name, schedule in schedules.items():
+            assert np.array_equal(drawn[name], np.stack(schedule_curve(schedule)))
     assert len(schedule_curve(Schedule("constant", 1.0, 0, 3))[0]) == 3
 
 
@@ -327,7 +340,9 @@ def test_training_curves() -> None:
     assert panels["norm of the gradient"] == {"before clipping": [(5, 1.0), (10, 2.0)]}
     figure = draw_training(events, "T")
     assert [axes.get_title() for axes in figure.axes] == list(panels)
-    assert list(figure.axes[2].get_lines()[0].get_ydata()) == [0.1, 0.2]
+    for axes, curves in zip(figure.axes, panels.values(), strict=True):
+        drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
+        assert drawn == {name: [[*point] for point in points] for name, points in curves.items()}
     assert training_curves(events[:1]) == {} and len(draw_training(events[:1]).axes) == 1
 
 
@@ -354,6 +369,9 @@ def test_confidence_has_a_cost() -> None:
     figure = draw_label_smoothing(0.4)
     shown = [text.get_text() for text in figure.axes[0].texts]
     assert shown[:5] == ["0.08", "0.08", "0.68", "0.08", "0.08"]
+    for value, line in zip((0.0, 0.1, 0.3), figure.axes[1].get_lines(), strict=True):
+        assert line.get_label() == f"label smoothing {value:g}"
+        assert np.array_equal(line.get_ydata(), confidence_curve(line.get_xdata(), 5, value))
     with pytest.raises(ValueError, match="label_smoothing: got 1.5"):
         draw_label_smoothing(1.5)
     with pytest.raises(ValueError, match="target: got 7, expected 0 to 4"):
@@ -421,14 +439,50 @@ def test_the_tree_holds_every_step_of_the_search(changes, ended) -> None:
     for step in range(1, last + 1):
         alive = [node for node in nodes if node.step == step and node.token != 3]
         assert len(alive) <= options.beam_size
-    drawn = draw_beam(tree, "title").axes[0].texts
+    axes = draw_beam(tree, "title").axes[0]
+    drawn = axes.texts
     assert len({text.get_position() for text in drawn}) == len(drawn)  # none upon another
     texts = [text.get_text() for text in drawn]
     assert texts[0] == "title" and len(texts) == 8 + 2 * len(nodes)
     # The legend has every colour that there is.
     legend = {text.get_color() for text in drawn[1:6]}
+    legend_best = drawn[1].get_color()
     assert len(legend) == 5 and {text.get_color() for text in drawn[8:]} <= legend
     assert any(f"score {best.score:.3f}  no. 1" in text for text in texts)
+    # A node stands at the end of its edge, which begins at its parent; beside the parent is the
+    # best of its children, further down the next best.
+    places = [text.get_position() for text in drawn[8::2]]
+    rows: dict[int, list[tuple[float, bool, float]]] = {}
+    for index, (node, edge) in enumerate(zip(nodes, axes.lines[5:], strict=True)):
+        begin, *_, end = edge.get_xydata().tolist()
+        start = places[node.parent] if node.parent >= 0 else drawn[7].get_position()
+        assert (*begin,) == start and (*end,) == places[index] and begin[0] < end[0]
+        assert (edge.get_color() == legend_best) == node.best
+        assert texts[8 + 2 * index] == node.piece
+        assert texts[9 + 2 * index].split()[0] == f"{node.total:.2f}"
+        rows.setdefault(node.parent, []).append((end[1], node.best, node.total))
+    for parent, children in rows.items():
+        downwards = sorted(children, reverse=True)
+        assert downwards == sorted(children, key=lambda child: child[1:], reverse=True)
+        assert downwards[0][0] == (places[parent] if parent >= 0 else drawn[7].get_position())[1]
+
+
+def test_a_tree_where_no_token_may_follow() -> None:
+    model = transformer()
+    none = SearchOptions(suppressed_tokens=tuple(range(37)))
+    tree = beam_tree(model, [5, 3], Letters(), none)
+    assert tree.nodes == [] and tree.result.stop == "no_token"
+    assert len(draw_beam(tree).axes[0].texts) == 8
+    others = tuple(id for id in range(37) if id not in (5, 6))
+    options = SearchOptions(suppressed_tokens=others, no_repeat_ngram_size=1, beam_size=2)
+    tree = beam_tree(model, [5, 3], Letters(), options)
+    assert tree.result.stop == "no_token"
+    assert sorted((node.step, node.token) for node in tree.nodes) == [
+        (1, 5),
+        (1, 6),
+        (2, 5),
+        (2, 6),
+    ]
 
 
 def test_what_has_no_tree_is_named() -> None:
@@ -563,8 +617,86 @@ def test_flow_as_text_and_as_picture(name) -> None:
     drawn = draw_flow(model).axes[0]
     boxes = [patch for patch in drawn.patches if patch.get_facecolor()[3] == 1.0]
     assert len(boxes) == len(first)
-    shown = " ".join(text.get_text() for text in drawn.texts)
-    assert "softmax(q k" in shown and "× " in shown
+    shown = [text.get_text() for text in drawn.texts]
+    assert "softmax(q k" in " ".join(shown)
+    depths = [len(stack.layers) for stack in model.children() if hasattr(stack, "layers")]
+    assert [each for each in shown if each.startswith("×")] == [f"× {depth}" for depth in depths]
+    assert {*re.findall(r"\(x \d+\)", text)} == {f"(x {depth})" for depth in depths if depth > 1}
+    # A residual line goes from above the box whose output it adds to the middle of its own.
+    names = [step.name for step in first]
+    lines = [line for line in drawn.lines if line.get_color() == "#888888"]
+    adding = [step for step in first if step.residual]
+    for step, line in zip(adding, lines, strict=True):
+        if step.residual in names:
+            below = names.index(step.residual)
+        else:
+            stack = step.residual.removesuffix("input")
+            below = [name.startswith(f"{stack}layers") for name in names].index(True) - 1
+        start, end = line.get_ydata()[0], line.get_ydata()[-1]
+        assert boxes[below].get_y() + boxes[below].get_height() < start < boxes[below + 1].get_y()
+        own = boxes[names.index(step.name)]
+        assert end == pytest.approx(own.get_y() + own.get_height() / 2)
+
+
+@pytest.mark.parametrize("kind", flow._ACTIVATIONS)
+def test_flow_has_the_equation_of_the_activation(kind) -> None:
+    x = torch.randn(5, 8, dtype=torch.float64)
+    equation = flow._ACTIVATIONS[kind]
+    for theirs, ours in (
+        ("·", "*"), (" h³", " * h**3"), ("√(2/π)", "sqrt(2 / pi)"), ("σ", "sigmoid"), ("Φ", "ndtr"),
+    ):  # fmt: skip
+        equation = equation.replace(theirs, ours)
+    g, h = x.chunk(2, -1) if "g" in re.findall(r"\b\w\b", equation) else (x, x)
+    values = {
+        "g": g, "h": h, "max": lambda zero, x: x.clamp(zero), "pi": math.pi, "sqrt": math.sqrt,
+        "tanh": torch.tanh, "sigmoid": torch.sigmoid, "ndtr": torch.special.ndtr,
+    }  # fmt: skip
+    step = {step.kind: step for step in model_flow(transformer(activation=kind))}[kind]
+    assert step.equation == flow._ACTIVATIONS[kind]
+    torch.testing.assert_close(eval(equation, values), activation_reference(x, kind=kind))
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_flow_names_what_is_added(norm_first) -> None:
+    steps = model_flow(transformer(norm_first=norm_first, num_encoder_layers=2))
+    found = {step.name[1:]: step.residual for step in steps if step.residual}
+    assert len(found) == sum(step.kind == "residual" for step in steps)
+    for stack, parts in (
+        ("encoder", "self ff self ff"),
+        ("decoder", "self cross ff self cross ff"),
+    ):
+        layer, before = -1, f"{stack}.input"
+        for part in parts.split():
+            layer += part == "self"
+            name = "feed_forward" if part == "ff" else f"{part}_attention"
+            name = f"{stack}.layers.{layer}.{name}"
+            assert found.pop(name) == before
+            before = f"+{name}" if norm_first else f"{name}_norm"
+    assert not found
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(
+    ("tie", "note"),
+    [
+        ("none", ""),
+        ("target", "   (W is that of target_embedding)"),
+        ("all", "   (W is that of source_embedding and target_embedding)"),
+    ],
+)
+def test_flow_says_what_is_scaled_and_tied(scaled, tie, note) -> None:
+    steps = {step.name: step for step in model_flow(transformer(scale_embedding=scaled, tie=tie))}
+    for side in ("source", "target"):
+        assert steps[f"{side}_embedding"].equation == ("E[id] · √24" if scaled else "E[id]")
+    assert steps["generator"].equation == f"x Wᵀ{note}"
+
+
+def test_flow_has_the_equation_of_the_masked_lm_head() -> None:
+    head = TextEncoder(
+        vocab_size=37, num_layers=1, activation="gelu_tanh", masked_lm_head=True, **SIZES
+    )
+    (step,) = [step for step in model_flow(head) if step.name == "masked_lm_head.norm"]
+    assert step.equation.startswith("x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³))), then (x")
 
 
 def test_flow_of_something_else_is_named() -> None:

@@ -157,6 +157,9 @@ def beam_tree(
     for rank, found in enumerate(result.hypotheses, 1):
         ending = [model.config.eos_id] if found.ended else []
         index = by_tokens[tuple(found.tokens + ending)]
+        if index < 0:
+            # No token may follow the start: nothing was written.
+            continue
         node = nodes[index]
         node.rank, node.score = rank, found.score
         if not found.ended:

@@ -242,7 +242,8 @@ def _text_heads(model: Any) -> Iterator[FlowStep]:
             states,
             states,
         )
-        equation = f"{_ACTIVATIONS[config.activation].replace('h', 'x')}, then {_norm(model.masked_lm_head.norm)}"
+        activation = re.sub(r"\bh", "x", _ACTIVATIONS[config.activation])
+        equation = f"{activation}, then {_norm(model.masked_lm_head.norm)}"
         yield _step(model, "masked_lm_head.norm", equation, states, states)
         scores: Shape = ("S", config.vocab_size)
         yield _step(model, "masked_lm_head", "x Eᵀ + b   (E is embedding)", states, scores)
