@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,7 +130,8 @@ class CudaGraphs:
         self._device = device
         # Recording needs a stream of its own, and what is set up for a stream must be before.
         self._stream = torch.cuda.Stream(device)
-        self._pool: Any = None
+        self._pool = torch.cuda.graph_pool_handle()
+        self._failed: Any = None
 
     def run(self, work: Callable[[], None]) -> None:
         """Queues work op by op, on the stream on which it will be recorded."""
@@ -159,9 +160,29 @@ class CudaGraphs:
         except RuntimeError:
             # torch leaves its own stream as the current one.
             torch.cuda.set_stream(current)
+            self._clean_up(graph, current.device_index)
             raise
-        self._pool = graph.pool()
         return graph
+
+    def _clean_up(self, graph: Any, index: int) -> None:
+        """Ends for torch a recording that CUDA has broken off.
+
+        torch checks the end of the recording for errors before it does what belongs to the end: its
+        allocator would record on, and give no memory back for as long as the process lives, and its
+        generator would refuse every random op outside of a graph.
+        """
+        with suppress(RuntimeError):
+            graph.reset()
+        # The allocator of pinned memory goes on asking it which streams are its own.
+        self._failed = graph
+        # RuntimeError: the recording has ended after all, and the pool is the graph's to release.
+        with suppress(RuntimeError, AttributeError):
+            torch._C._cuda_endAllocateToPool(index, self._pool)
+            torch._C._cuda_releasePool(index, self._pool)
+        with suppress(RuntimeError, AttributeError):
+            generator = torch.cuda.default_generators[index]
+            # The same numbers, in a state that is not recorded.
+            generator.graphsafe_set_state(generator.clone_state())
 
     def release(self, forget: Callable[[], None]) -> None:
         """Gives back the memory of the graphs, which ``forget()`` drops when none of them runs."""
@@ -275,6 +296,8 @@ class DeviceStep:
                 self._graphs.run(work)
                 own = {id(parameter) for parameter in self.optimizer.parameters.values()}
                 self._converted = [pair for pair in converted_weights() if id(pair[0]) in own]
+                # Nothing runs for the first time while it is recorded.
+                self._graphs.run(lambda: convert_weights(self._converted))
                 return False
             # A copy of a weight must be made by the graph that reads it.
             forget_copies()

@@ -397,6 +397,11 @@ class Trainer:
         self._exchanged = False
         self._data_seconds = 0.0
 
+    @property
+    def graphs(self) -> int:
+        """Number of CUDA graphs that steps are replayed from."""
+        return self._device_step.graphs
+
     # One optimizer step ---------------------------------------------------------------------------
 
     def train_step(self) -> None:
@@ -667,7 +672,7 @@ class Trainer:
             learning_rate=self.schedule(self.progress.step),
             gradient_norm=float(self.optimizer.gradient_norm),
             skipped_steps=int(self.optimizer.skipped),
-            **({"cuda_graphs": self._device_step.graphs} if self._device_step.graphs else {}),
+            **({"cuda_graphs": self.graphs} if self.graphs else {}),
         )
         self._start_interval()
 
