@@ -284,6 +284,12 @@ def test_a_batch_is_as_large_as_memory_allows(monkeypatch):
     config = model.config
     # Two layers and one gathered, keys and values of one head of 8; five rows over 37 tokens.
     assert bytes_per_hypothesis(config, 10, 4) == 3 * 10 * 2 * 8 * 4 + 5 * 37 * 4
+    engine = TorchEngine(model)
+    room = [
+        engine._most_at_once(SearchOptions(sampling=True, num_hypotheses=4, top_k=top_k), 10)
+        for top_k in (5, None)
+    ]
+    assert room[0] > 1.5 * room[1]
     held = []
     grown = DecoderCache._held
 

@@ -62,24 +62,35 @@ ModelT = TypeVar("ModelT", Transformer, LanguageModel)
 
 
 def bytes_per_hypothesis(
-    config: TransformerConfig | LanguageModelConfig, tokens: int, element_size: int
+    config: TransformerConfig | LanguageModelConfig,
+    tokens: int,
+    element_size: int,
+    *,
+    sorted_vocabulary: bool = False,
 ) -> int:
     """What a hypothesis takes while it is searched for.
 
     Keys and values of its tokens, and once more those of one layer, which may have to be gathered;
-    five rows over the vocabulary.
+    five rows over the vocabulary, and where all of it is sorted, with sums of probabilities in
+    float64, those as well.
 
     Args:
         config: of a model with a decoder.
         tokens: that it may hold, those before the output included.
         element_size: bytes of an activation.
+        sorted_vocabulary: whether any token may be drawn, see :func:`_sorts_vocabulary`.
     """
     if isinstance(config, TransformerConfig):
         layers, vocabulary = config.num_decoder_layers, config.tgt_vocab_size
     else:
         layers, vocabulary = config.num_layers, config.vocab_size
     token = 2 * config.num_kv_heads * config.head_dim * element_size
-    return int((layers + 1) * tokens * token + 5 * 4 * vocabulary)
+    return int((layers + 1) * tokens * token + (72 if sorted_vocabulary else 20) * vocabulary)
+
+
+def _sorts_vocabulary(options: SearchOptions) -> bool:
+    """Whether a step sorts all scores of a hypothesis."""
+    return options.sampling and options.top_k is None
 
 
 class _TorchModels(Generic[ModelT]):
@@ -179,22 +190,29 @@ class _TorchModels(Generic[ModelT]):
                 if was:
                     model.train()
 
-    def _most_at_once(self, width: int, tokens: int, memory: int = 0) -> int:
+    def _most_at_once(self, options: SearchOptions, tokens: int, memory: int = 0) -> int:
         """How many sentences fit into memory.
 
         Args:
-            width: hypotheses of each.
+            options: of the search.
             tokens: that a hypothesis may hold.
             memory: tokens of the source.
         """
         room = float(_MOST_BYTES)
         if self.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.device)
+            # What torch keeps of an earlier batch is free for this one.
+            free += torch.cuda.memory_reserved(self.device)
+            free -= torch.cuda.memory_allocated(self.device)
             room = min(room, _SHARE_OF_FREE * free)
         size = 0
+        width = options.num_hypotheses if options.sampling else options.beam_size
+        every = _sorts_vocabulary(options)
         for model in self.models:
             element = torch.empty(0, dtype=model.activation_dtype).element_size()
-            size += width * bytes_per_hypothesis(model.config, tokens, element)
+            size += width * bytes_per_hypothesis(
+                model.config, tokens, element, sorted_vocabulary=every
+            )
             size += bytes_per_hypothesis(model.config, memory, element) if memory else 0
         return max(1, int(room // size))
 
@@ -353,11 +371,10 @@ class TorchEngine(_TorchModels[Transformer]):
         check_source_lengths(given, options.max_source_length)
         self._check_positions(given)
         results = [empty_result(options) for _ in given]
-        width = options.num_hypotheses if options.sampling else options.beam_size
 
         def most(longest: int) -> int:
             limit = options.length_limit(longest, self.positions)
-            return self._most_at_once(width, limit, longest)
+            return self._most_at_once(options, limit, longest)
 
         with self._at_work():
             for batch in batches_by_length(given, batch_size, batch_tokens, most):
@@ -546,7 +563,9 @@ class TorchLanguageModel(_TorchModels[LanguageModel]):
 
         def most(longest: int) -> int:
             tokens = longest + longest_limit
-            return max(1, min(batch_tokens // (width * tokens), self._most_at_once(width, tokens)))
+            return max(
+                1, min(batch_tokens // (width * tokens), self._most_at_once(options, tokens))
+            )
 
         results: dict[int, SearchResult] = {}
         with self._at_work():
