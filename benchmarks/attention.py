@@ -29,7 +29,7 @@ from typing import Any
 import torch
 import torch.nn.functional as functional
 from processes import say
-from timing import arguments, copier, dtypes, median_seconds, print_row, save_row
+from timing import Times, arguments, copier, dtypes, median_seconds, print_row, save_row
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from transformer_ext.ops.attention import attention, self_attention_packed
@@ -152,13 +152,18 @@ def on_backends(
     offsets = torch.tensor([0, *lengths]).cumsum(0)
     flat = [torch.randn(sum(lengths), HEADS, HEAD_DIM).to(dtype).requires_grad_() for _ in range(3)]
 
+    sides: list[torch.Tensor] = []
+
     def nested() -> torch.Tensor:
-        sides = (
-            torch.nested.nested_tensor_from_jagged(
-                x, offsets, min_seqlen=min(lengths), max_seqlen=longest
-            ).transpose(1, 2)
-            for x in flat
-        )
+        if not sides:
+            # Once: a model would have its tensors so.
+            with torch.enable_grad():
+                sides.extend(
+                    torch.nested.nested_tensor_from_jagged(
+                        x, offsets, min_seqlen=min(lengths), max_seqlen=longest
+                    ).transpose(1, 2)
+                    for x in flat
+                )
         result = functional.scaled_dot_product_attention(
             *sides, dropout_p=dropout, is_causal=causal
         )
@@ -188,14 +193,24 @@ def backend_rows(
     title += str(dtype).removeprefix("torch.")
     element = sum(lengths) * HEADS * HEAD_DIM * dtype.itemsize
     passes: dict[str, dict[str, Callable[[], object]]] = {"forward": {}, "backward": {}}
-    for name, (face, inputs, grad) in on_backends(lengths, causal, dropout, dtype).items():
+    why = ""
+    try:
+        faces_by_name = on_backends(lengths, causal, dropout, dtype)
+    except RuntimeError as error:
+        faces_by_name, why = {}, _first_line(error)
+    for name, (face, inputs, grad) in faces_by_name.items():
         try:
             with torch.no_grad():
                 face()
             result = face()
             torch.autograd.grad(result, inputs, grad, retain_graph=True)
-        except (RuntimeError, NotImplementedError) as error:
-            say(f"{title}: {name}: left out: {str(error).splitlines()[0][:100]}")
+            if grad.is_cuda:
+                # Errors of kernels come late.
+                torch.cuda.synchronize()
+        except RuntimeError as error:
+            reason = _first_line(error)
+            say(f"{title}: {name}: left out: {reason}")
+            why = reason if name == "ours" else why
             continue
 
         def forward(face: Callable[[], torch.Tensor] = face) -> None:
@@ -208,8 +223,20 @@ def backend_rows(
         )
     # Queries, keys, values and the result; then their gradients too.
     for kind, count in (("forward", 4), ("backward", 8)):
-        faces = {**passes[kind], "copy": copier(count * element, dtype)}
-        print_row(f"{kind} {title}", median_seconds(faces, seconds), count * element)
+        case, size = f"{kind} {title}", count * element
+        try:
+            times = median_seconds({**passes[kind], "copy": copier(size, dtype)}, seconds)
+        except RuntimeError as error:
+            why, times = _first_line(error), Times()
+        if "ours" in times:
+            print_row(case, times, size)
+        else:
+            print(f"{case:44s} FAILED: {why}", flush=True)
+            save_row(case=case, seconds=dict(times), bytes=size, failed=why)
+
+
+def _first_line(error: RuntimeError) -> str:
+    return (str(error).strip().splitlines() or [repr(error)])[0][:100]
 
 
 def ceiling(dtype: torch.dtype) -> float:

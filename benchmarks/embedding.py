@@ -16,7 +16,7 @@ rng = torch.tensor([1, 2, 3])
 shapes = by_device(
     options,
     ((4096, 8000, 256), (4096, 32000, 512)),
-    ((4096, 37000, 512), (25000, 37000, 512), (25000, 37000, 1024)),
+    ((4096, 37000, 512), (25000, 37000, 512), (60000, 37000, 1024)),
 )
 for tokens, words, columns in shapes:
     # Ids as in text: the k-th most frequent word about as often as 1 / k.
@@ -50,7 +50,8 @@ for tokens, words, columns in shapes:
 
             kind = str(dtype).removeprefix("torch.")
             name = f"{tokens} of {words}x{columns} {kind} p={p}"
-            size = tokens * columns * (4 + dtype.itemsize)
+            # A row that many tokens have is read once.
+            size = (len(ids.unique()) * 4 + tokens * dtype.itemsize) * columns
             with torch.no_grad():
                 times = median_seconds(
                     {"ours": ours, "torch": peer, "copy": copier(size, dtype)}, options.seconds

@@ -264,6 +264,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool) ->
     ]
 
 
+def graphs_said(facts: dict[str, Any]) -> str:
+    """Of a competitor's figures: how many CUDA graphs it replays, where that is of concern."""
+    if "graphs" not in facts:
+        return ""
+    return f", {facts['graphs']} graphs" if facts["graphs"] else ", NO GRAPHS"
+
+
 def append_json(path: Path | None, value: Any) -> None:
     """Adds a line to a file, where there is one."""
     if path:

@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,20 +26,30 @@ _GRAPHED = 20
 _GRAPH_SECONDS = 2e-3
 # Numbers in shapes with --quick.
 _QUICK_SIZE = 96
+# Bytes that a copy on a GPU reads and writes at least: an H200 has 60 MB of cache.
+_LEAST_COPY = 1 << 29
 
 _least_turns = 5
 _save: Path | None = None
 
 
-def median_seconds(
-    functions: Mapping[str, Callable[[], object]], seconds: float = 1.0
-) -> dict[str, float]:
+class Times(dict[str, float]):
+    """Seconds by name.
+
+    Attributes:
+        op_by_op: names of those that could not be recorded as a CUDA graph, on a GPU.
+    """
+
+    op_by_op: tuple[str, ...] = ()
+
+
+def median_seconds(functions: Mapping[str, Callable[[], object]], seconds: float = 1.0) -> Times:
     """The median time of a call of each function.
 
     They take turns, so that a busy moment hits all alike. A turn is one call that is not counted,
     which brings back to the caches what fits there, and calls for at least half a millisecond. On a
     GPU the calls are replayed as a CUDA graph and timed by its events, and what fits stays in its
-    cache.
+    cache, but for a copy.
 
     Args:
         functions: by name.
@@ -47,12 +58,17 @@ def median_seconds(
     on_gpu = torch.get_default_device().type == "cuda"
     make = _turn_on_gpu if on_gpu else _turn_on_cpu
     turns = {name: make(name, function) for name, function in functions.items()}
-    times: dict[str, list[float]] = {name: [] for name in turns}
+    found: dict[str, list[float]] = {name: [] for name in turns}
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(times.values()))) < _least_turns:
+    while time.perf_counter() < end or len(next(iter(found.values()))) < _least_turns:
         for name, turn in turns.items():
-            times[name].append(turn())
-    return {name: median(values) for name, values in times.items()}
+            found[name].append(turn())
+    times = Times()
+    for name, function in functions.items():
+        share = function.share if isinstance(function, _Copy) else 1.0
+        times[name] = median(found[name]) * share
+    times.op_by_op = tuple(name for name, turn in turns.items() if isinstance(turn, _OpByOp))
+    return times
 
 
 def _turn_on_cpu(name: str, function: Callable[[], object]) -> Callable[[], float]:
@@ -97,19 +113,42 @@ def _turn_on_gpu(name: str, function: Callable[[], object]) -> Callable[[], floa
     except RuntimeError as error:
         say(f"{name}: not recorded as a CUDA graph: {str(error).splitlines()[0]}")
         torch.cuda.synchronize()
-        return lambda: turn(function, calls)
+        return _OpByOp(lambda: turn(function, calls))
     replays = max(1, round(_TURN / max(turn(graph.replay, 3), 1e-7)))
     return lambda: turn(graph.replay, replays) / calls
+
+
+@dataclass(frozen=True)
+class _OpByOp:
+    """A turn of what could not be recorded."""
+
+    turn: Callable[[], float]
+
+    def __call__(self) -> float:
+        return self.turn()
+
+
+class _Copy:
+    """Copies; a call counts as ``share`` of its time."""
+
+    def __init__(self, size: int, dtype: torch.dtype) -> None:
+        on_gpu = torch.get_default_device().type == "cuda"
+        copied = max(size, _LEAST_COPY) if on_gpu else size
+        self.share = size / copied
+        self._source = torch.ones(max(copied // 2 // dtype.itemsize, 1), dtype=dtype)
+        self._target = torch.zeros_like(self._source)
+
+    def __call__(self) -> object:
+        return self._target.copy_(self._source)
 
 
 def copier(size: int, dtype: torch.dtype = torch.float32) -> Callable[[], object]:
     """A function that copies ``size / 2`` bytes: it reads and writes ``size`` bytes in all.
 
-    Its memory is used again at every call.
+    Its memory is used again at every call. On a GPU it copies more than the caches hold, and counts
+    for the part that was asked for.
     """
-    source = torch.ones(max(size // 2 // dtype.itemsize, 1), dtype=dtype)
-    target = torch.zeros_like(source)
-    return lambda: target.copy_(source)
+    return _Copy(size, dtype)
 
 
 def arguments(description: str | None, **more: Mapping[str, Any]) -> argparse.Namespace:
@@ -191,8 +230,9 @@ def print_row(name: str, times: Mapping[str, float], size: int) -> None:
         size: bytes that have to be read and written.
     """
     ours = times["ours"]
+    op_by_op = list(getattr(times, "op_by_op", ()))
     peers = "  ".join(
-        f"{peer} {seconds * 1e6:9.1f} us = {seconds / ours:6.2f}x"
+        f"{peer}{' (op by op)' if peer in op_by_op else ''} {seconds * 1e6:9.1f} us = {seconds / ours:6.2f}x"
         for peer, seconds in times.items()
         if peer not in ("ours", "copy")
     )
@@ -201,4 +241,4 @@ def print_row(name: str, times: Mapping[str, float], size: int) -> None:
         f"{times['copy'] / ours:4.0%} of copy   {peers}",
         flush=True,
     )
-    save_row(case=name, seconds=dict(times), bytes=size)
+    save_row(case=name, seconds=dict(times), bytes=size, op_by_op=op_by_op)

@@ -46,6 +46,7 @@ from processes import (
     WorkerError,
     append_json,
     free_memory,
+    graphs_said,
     machine,
     memory_of_process,
     read_json_lines,
@@ -82,7 +83,7 @@ def trainer(key: str, task: Task, threads: int, keep: bool) -> Callable[[list[in
         torch.cuda.set_device(torch.device(task.device))
     step = competitor.make(task)
 
-    def train(indices: list[int]) -> tuple[float, float | None, int]:
+    def train(indices: list[int]) -> tuple[float, float | None, int, int | None]:
         if on_gpu:
             torch.cuda.synchronize()
         start = time.perf_counter()
@@ -94,7 +95,8 @@ def trainer(key: str, task: Task, threads: int, keep: bool) -> Callable[[list[in
         memory = (
             torch.cuda.max_memory_allocated() if on_gpu else memory_of_process("VmHWM") - before
         )
-        return seconds, statistics.fmean(known) if known else None, memory
+        graphs = getattr(step, "graphs", None) if on_gpu else None
+        return seconds, statistics.fmean(known) if known else None, memory, graphs
 
     return train
 
@@ -108,6 +110,8 @@ class Runner:
         self.seconds: dict[int, list[float]] = {}
         self.losses: dict[int, float] = {}
         self.memory = 0
+        #: CUDA graphs that ours has recorded; None: of no concern.
+        self.graphs: int | None = None
         self.warm_up = 0.0
         self._units = units(task)
         start = time.perf_counter()
@@ -119,7 +123,7 @@ class Runner:
 
     def step(self, index: int, timed: bool = True) -> None:
         """Trains on a unit, and keeps time, loss and memory."""
-        seconds, loss, memory = self._worker.ask(self._units[index])
+        seconds, loss, memory, self.graphs = self._worker.ask(self._units[index])
         if timed:
             self.seconds.setdefault(index, []).append(seconds)
         if loss is not None:
@@ -135,6 +139,7 @@ class Runner:
             "loss": statistics.fmean(self.losses.values()) if self.losses else None,
             "memory": self.memory,
             "warm_up": self.warm_up,
+            **({} if self.graphs is None else {"graphs": self.graphs}),
         }
 
 
@@ -244,7 +249,7 @@ def rows_of(runs: list[dict[str, Any]], markdown: bool) -> list[str]:
         ratio = slower[key]
         rows.append(
             [
-                competitor.title,
+                competitor.title + graphs_said(facts),
                 f"{rate:,.0f}",
                 "" if eager is None or ratio is None else f"{eager / ratio:.2f}x",
                 "" if ratio is None else f"{ratio:.2f}x",

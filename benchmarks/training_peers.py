@@ -177,16 +177,27 @@ def ours(task: Task, precision: str) -> TrainStep:
         Schedule("constant", LEARNING_RATE, 0, 1 << 30),
         Plan(1 << 30, label_smoothing=LABEL_SMOOTHING),
     )
-    # Of the losses, of the negative log-likelihoods, of the tokens.
-    sums = trainer._sums
+    return _OurStep(trainer, stream)
 
-    def step(index: int) -> Tensor:
-        stream.seek(Position(0, index))
+
+class _OurStep:
+    """A step of the trainer."""
+
+    def __init__(self, trainer: Trainer, stream: BatchStream) -> None:
+        self._trainer, self._stream = trainer, stream
+
+    def __call__(self, index: int) -> Tensor:
+        # Of the losses, of the negative log-likelihoods, of the tokens.
+        sums = self._trainer._sums
+        self._stream.seek(Position(0, index))
         sums.zero_()
-        trainer.train_step()
+        self._trainer.train_step()
         return sums[0] / sums[2]
 
-    return step
+    @property
+    def graphs(self) -> int:
+        """CUDA graphs recorded."""
+        return self._trainer.graphs
 
 
 class NNTransformer(nn.Module):

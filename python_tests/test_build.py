@@ -235,11 +235,14 @@ def test_gpu_check_without_a_gpu_says_so_and_writes_nothing(gpu_check, tmp_path,
     assert not printed.out and not (tmp_path / "out").exists()
     with pytest.raises(SystemExit):
         gpu_check.main(["--only", "benchmarks"])
-    assert "no stage 'benchmarks'; there are: build, info, tests" in capsys.readouterr().err
+    assert "no stage 'benchmarks'; there are: build, load, info, tests" in capsys.readouterr().err
 
 
 def test_gpu_check_a_stage_that_fails_or_hangs_hides_no_other(gpu_check, tmp_path, monkeypatch):
-    row = '{"benchmark": "softmax", "case": "8x8", "seconds": {"ours": 2, "torch": 3, "copy": 1.8}}'
+    row = (
+        '{"benchmark": "softmax", "case": "8x8", "seconds": {"ours": 2, "torch": 3, "copy": 1.8}, '
+    )
+    row += '"bytes": 2e8}'
     stages = [
         gpu_check.Stage("fails", [["sh", "-c", "echo reason; exit 3"], ["false"]], 30),
         gpu_check.Stage("is not there", [["/no/such/program"]], 30),
@@ -269,6 +272,11 @@ def test_gpu_check_a_stage_that_fails_or_hangs_hides_no_other(gpu_check, tmp_pat
         gpu_check.main(["--dry", "--output", str(output), "--only", "late", "--budget", "3"]) == 0
     )
     assert stages[-1].status == "no time left"
+    # Without the kernels nothing else is measured.
+    stages[:] = [gpu_check.Stage(name, [["false"]], 30) for name in ("load", "kernels")]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert gpu_check.main(["--output", str(output)]) == 1
+    assert [stage.status for stage in stages] == ["failed", "not built"]
 
 
 def test_gpu_check_every_kernel_is_run(gpu_check):
@@ -283,26 +291,31 @@ def test_gpu_check_every_kernel_is_run(gpu_check):
 
 
 def test_gpu_check_figures_against_what_is_wanted(gpu_check):
-    def attention(case, **seconds):
-        return {"benchmark": "attention", "case": case, "seconds": seconds}
+    def attention(case, size=2e8, **seconds):
+        row = {"benchmark": "attention", "case": case, "seconds": seconds, "bytes": size}
+        return row | {"op_by_op": ["nested"]}
 
     rows = [
         attention("forward 64 bfloat16", ours=1e-5, copy=8e-6, nested=2e-5, flash=1.6e-5),
         attention("backward mix bfloat16", ours=1e-5, copy=5e-6, nested=2e-5),
         attention("forward 2048 bfloat16", ours=1e-5, copy=1e-6, flash=6e-6),
         attention("forward 64 bfloat16", ours=1e-5, copy=8e-6),
+        attention("forward 64 bfloat16", size=1e8, ours=1e-5, copy=8e-6, nested=2e-5),
+        attention("forward 64 bfloat16", copy=8e-6) | {"failed": "too large"},
     ]
     lines = gpu_check.attention_lines(rows, "")
-    assert [line[-1] for line in lines] == ["met", "NOT MET", "met", "NOT MET"]
-    assert "80% of copy, 1.60x flash" in lines[0][1]
+    verdicts = ["met", "NOT MET", "met", "NOT MET", "within caches", "NOT MET"]
+    assert [line[-1] for line in lines] == verdicts
+    assert lines[0][1].endswith("80% of copy, 1.60x flash")
+    assert lines[1][1].endswith("2.00x nested (op by op)") and lines[5][1] == "FAILED: too large"
 
-    def training(tokens, seconds):
-        facts = {"seconds": {"0": [seconds]}, "memory": 1 << 30}
+    def training(tokens, seconds, graphs):
+        facts = {"seconds": {"0": [seconds]}, "memory": 1 << 30, "graphs": graphs}
         setting = f"base, {tokens} target tokens a batch, a GPU"
         return {"setting": setting, "target_tokens": [900_000], "results": {"ours-bfloat16": facts}}
 
-    lines = gpu_check.training_lines([training("25,000", 1.0), training("4,096", 1.5)])
+    lines = gpu_check.training_lines([training("25,000", 1.0, 4), training("4,096", 1.5, 0)])
     assert [line[1:] for line in lines] == [
-        ["900,000 tokens/s, 1.0 GiB", "850,000", "met"],
-        ["600,000 tokens/s, 1.0 GiB", "675,000", "NOT MET"],
+        ["900,000 tokens/s, 1.0 GiB, 4 graphs", "850,000", "met"],
+        ["600,000 tokens/s, 1.0 GiB, NO GRAPHS", "675,000", "NOT MET"],
     ]
