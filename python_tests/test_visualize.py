@@ -14,8 +14,17 @@ from training_helpers import write_text
 from transformer_ext import visualize
 from transformer_ext.data.tokenizer import SentencePieceTokenizer, train_tokenizer
 from transformer_ext.files import save_model_dir
-from transformer_ext.model import Transformer, TransformerConfig
+from transformer_ext.inference.search import beam_search
+from transformer_ext.model import (
+    LanguageModel,
+    LanguageModelConfig,
+    TextEncoder,
+    TextEncoderConfig,
+    Transformer,
+    TransformerConfig,
+)
 from transformer_ext.training.optimizer import parameters_by_name
+from transformer_ext.training.schedules import Schedule
 from transformer_ext.training.translation import TranslationRun
 from transformer_ext.visualization import figure
 
@@ -42,7 +51,29 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     weights = {name: p.detach() for name, p in parameters_by_name(model).items()}
     save_model_dir(folder / "model", model.config, weights, tokenizer, tokenizer)
+    sizes: Any = {"d_model": 16, "nhead": 2, "num_layers": 2, "dim_feedforward": 16}
+    vocab = tokenizer.vocab_size
+    for one in (
+        LanguageModel(LanguageModelConfig(vocab, **sizes, positions="learned", max_positions=12)),
+        TextEncoder(TextEncoderConfig(vocab, **sizes)),
+    ):
+        weights = {name: p.detach() for name, p in parameters_by_name(one).items()}
+        name = "language" if isinstance(one, LanguageModel) else "encoder"
+        save_model_dir(folder / name, one.config, weights, tokenizer, tokenizer)
     return folder / "model"
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that the command saves; no file is written."""
+    figures: list[Any] = []
+    monkeypatch.setattr(visualize, "save_figure", lambda figure, output: figures.append(figure))
+    return figures
+
+
+def titles(figure: Any) -> list[str]:
+    """Of the panels of maps."""
+    return [axes.get_title() or axes.get_title("left") for axes in figure.axes if axes.images]
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -54,17 +85,40 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
     return status, said.out, said.err
 
 
-@pytest.mark.parametrize("kind", ["cross", "encoder", "decoder"])
-def test_attention(
-    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
-) -> None:
+def test_attention(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "picture.png"
-    target = [] if kind == "cross" else ["--target", "Katze sieht Hund", "--layer", "1"]
-    options = ["--source", "cat sees dog", "--kind", kind, "--output", output, *target]
+    options = ["--source", "cat", "--layer", 1, "--head", 1, "--output", output]
     status, out, _ = run(capsys, "attention", model_dir, *options)
     assert status == 0 and output.read_bytes().startswith(PNG)
-    assert out.startswith("cat sees dog\n") and out.endswith(f"drawn into {output}\n")
-    assert kind == "cross" or "Katze sieht Hund\n" in out
+    # The translation is that of the plain search.
+    model, saved = visualize.load_model(model_dir)
+    tokenizer = saved.source_tokenizer
+    (found,) = beam_search(model, [[*tokenizer.encode("cat"), tokenizer.eos_id]])
+    own = tokenizer.decode(found.hypotheses[0].tokens)
+    assert out == f"cat\n{own}\ndrawn into {output}\n"
+
+
+def test_options_of_attention(
+    model_dir: Path, capsys: pytest.CaptureFixture[str], drawn: list[Any]
+) -> None:
+    pair = ["attention", model_dir, "--source", "cat", "--target", "Katze"]
+    encoder = ["attention", model_dir.with_name("encoder"), "--text", "cat sees"]
+    language = ["attention", model_dir.with_name("language"), "--text", "cat"]
+    for arguments, title, panels in (
+        (pair, "What each piece that is written", "1.1 1.2 2.1 2.2"),
+        ([*pair, "--head", 2], "What each piece that is written", "1.2 2.2"),
+        ([*pair, "--layer", 2, "--layer", 1], "What each piece", "2.1 2.2 1.1 1.2"),
+        ([*pair, "--kind", "encoder"], "Self-attention of the encoder", "1.1 1.2"),
+        ([*pair, "--kind", "decoder", "--head", 1], "Self-attention of the decoder", "1.1 2.1"),
+        ([*encoder, "--layer", 1], "Self-attention of the text encoder", "1.1 1.2"),
+        (language, "Self-attention of the language model", "1.1 1.2 2.1 2.2"),
+    ):
+        status, out, _ = run(capsys, *arguments)
+        assert status == 0 and ("cat\nKatze\n" in out) == (arguments[0:2] == pair[0:2])
+        figure = drawn.pop()
+        assert figure.get_suptitle().startswith(title)
+        wanted = [each.split(".") for each in panels.split()]
+        assert titles(figure) == [f"layer {layer}, head {head}" for layer, head in wanted]
 
 
 def test_attention_as_a_page(
@@ -76,6 +130,7 @@ def test_attention_as_a_page(
     text = output.read_text(encoding="utf-8")
     assert '"texts": ["cat sees dog", "Katze"]' in text
     assert text.count('"weights": "') == 3 and '["\\u003c/s>", true]' in text
+    assert '["\\u003cs>", true]' in text and '["\u2581", false]' in text
 
 
 def test_beam(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,6 +143,17 @@ def test_beam(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     status, _, err = run(capsys, "beam", model_dir, *options)
     assert status == 2 and "error: sampling:" in err
     assert not (tmp_path / "none.png").exists()
+
+
+def test_beam_of_a_language_model(
+    model_dir: Path, capsys: pytest.CaptureFixture[str], drawn: list[Any]
+) -> None:
+    options = ["--text", "cat sees", "--beam-size", 2, "--num-hypotheses", 2, "--max-length", 3]
+    status, out, _ = run(capsys, "beam", model_dir.with_name("language"), *options)
+    lines = out.splitlines()
+    assert status == 0 and lines[0] == "cat sees" and len(lines) == 4
+    assert all(re.match(r"-\d+\.\d{4}  cat sees", line) for line in lines[1:3])
+    assert drawn[0].axes[0].texts[0].get_text() == "cat sees"
 
 
 def test_a_training_ends_without_a_picture_that_is_too_large(
@@ -111,6 +177,45 @@ def test_flow(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     options = ["--preset", "tiny", "--vocab-size", 50, "--output", tmp_path / "tiny.png"]
     status, out, _ = run(capsys, "flow", *options)
     assert status == 0 and "weight [50, 128] float32" in out
+
+
+@pytest.mark.parametrize("name", ["language", "encoder"])
+def test_flow_of_one_stack(
+    model_dir: Path, capsys: pytest.CaptureFixture[str], drawn: list[Any], name: str
+) -> None:
+    status, out, _ = run(capsys, "flow", model_dir.with_name(name))
+    head = {"language": "LanguageModel: ", "encoder": "TextEncoder: "}[name]
+    assert status == 0 and out.startswith(head)
+    assert any(text.get_text().startswith(head[:-2]) for text in drawn[0].axes[0].texts)
+
+
+def test_options_of_pictures_without_a_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], drawn: list[Any]
+) -> None:
+    def figure(*arguments: object) -> Any:
+        assert run(capsys, *arguments, "--output", tmp_path / "x.png")[0] == 0
+        return drawn.pop()
+
+    steps = ["--learning-rate", 0.5, "--warmup-steps", 20, "--max-steps", 90]
+    curves = figure("schedules", *steps, "--final-fraction", 0.25).axes[1].get_lines()
+    for curve in curves:
+        schedule = Schedule(curve.get_label(), 0.5, 20, 90, 0.25)
+        assert list(curve.get_ydata()[[0, -1]]) == [schedule(1), schedule(90)]
+    noam = figure("schedules", *steps).axes[0].get_lines()
+    assert len(curves) == 4 and [line.get_xdata()[-1] for line in noam] == [90] * 3
+    for layout in ("sinusoidal", "sinusoidal_halves"):
+        (title,) = titles(figure("positions", "--d-model", 8, "--length", 3, "--layout", layout))
+        assert title.startswith(f"{layout}:")
+    both = figure("positions", "--d-model", 8, "--length", 3)
+    assert [axes.images[0].get_array().shape for axes in both.axes if axes.images] == [(3, 8)] * 2
+    left, right = figure("label-smoothing", "--label-smoothing", 0.2, "--vocab-size", 4).axes[:2]
+    assert [text.get_text() for text in left.texts[:4]] == ["0.05", "0.05", "0.85", "0.05"]
+    assert [line.get_label().split()[-1] for line in right.get_lines()] == [
+        "0",
+        "0.1",
+        "0.2",
+        "0.3",
+    ]
 
 
 def test_pictures_without_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,6 +252,14 @@ def test_pictures_without_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[
         ("attention {model} --source x --target=", "--target: got '', expected a text"),
         ("attention {model} --source x --output {tmp}/empty/log.jsonl/x.png", "is no folder"),
         ("attention {model} --source x --output {long}", "output: .* cannot be written: File name"),
+        (
+            f"attention {{model}}/../language --text {'q' * 40}",
+            "--text: has \\d+ tokens with those around it, expected at most 12: the model has no",
+        ),
+        (
+            f"attention {{model}} --source x --target {'q' * 3000}",
+            "--target: has 3,.* at most 2,000",
+        ),
         ("beam {model} --source=", "--source: got '', expected a text"),
         ("beam {model}", "--source: is missing; .* is encoder-decoder"),
         ("beam {model} --text x", "--text: .* is encoder-decoder; expected --source"),
