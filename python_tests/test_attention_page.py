@@ -50,6 +50,13 @@ def test_the_file_holds_the_data() -> None:
     np.testing.assert_allclose(found / 255, maps()["cross"].weights, atol=0.5 / 255 + 1e-6)
 
 
+def test_a_piece_that_is_not_unicode(tmp_path: Path) -> None:
+    found = {"encoder": AttentionMap("T", ["\ud800"], ["a"], np.ones((1, 1, 1, 1), np.float32))}
+    save_attention_page(page_data(found, title="T"), tmp_path / "page.html")
+    data = embedded((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert data["maps"][0]["rows"] == [["\ud800", False]]
+
+
 def test_nothing_is_loaded_from_elsewhere() -> None:
     html = attention_page(page_data(maps(), title="T"))
     assert "default-src 'none'" in html
@@ -142,6 +149,52 @@ def test_pointing_shows_what_is_attended_to(page: Page) -> None:
 
 
 @needs_chromium
+def test_a_line_joins_its_pieces_and_shows_its_weight(page: Page) -> None:
+    middles = (
+        "(side => [...document.querySelectorAll(`.token[data-side=${side}]`)].map(e => "
+        "(b => b.top + b.height / 2)(e.getBoundingClientRect())))"
+    )
+    attributes = (
+        "[...document.querySelectorAll('#lines line')].map(e => ['x1', 'x2', 'y1', 'y2', "
+        "'stroke-opacity', 'stroke-width'].map(name => +e.getAttribute(name)))"
+    )
+    # The second of three heads: its lines are not moved aside.
+    page.click("#heads button:nth-child(2)", shift=True)
+    weights = np.rint(255 * maps()["cross"].weights[0, 1]) / 255
+    for row, least in ((None, 0.04), (2, 0.01)):
+        page.point("h1" if row is None else token("rows", row))
+        wanted = [
+            (i, j) for i, j in np.argwhere(weights >= least).tolist() if row is None or i == row
+        ]
+        tops, rows, columns = page.eval(
+            f"(m => [document.getElementById('lines').getBoundingClientRect().top, m('rows'), "
+            f"m('columns')])({middles})"
+        )
+        found = page.eval(attributes)
+        assert len(found) == len(wanted) > 1
+        for (i, j), (x1, x2, y1, y2, opacity, width) in zip(wanted, found, strict=True):
+            value = weights[i, j]
+            assert x1 < x2
+            assert (y1, y2) == pytest.approx((rows[i] - tops, columns[j] - tops), abs=0.06)
+            strength = 0.8 * value if row is None else 0.25 + 0.75 * value
+            assert opacity == pytest.approx(strength, abs=6e-4)
+            assert width == pytest.approx(2 if row is None else 1 + 2 * value, abs=6e-3)
+
+
+@needs_chromium
+def test_a_click_holds_a_piece(page: Page) -> None:
+    page.click(token("rows", 2))
+    page.point(token("columns", 0))
+    assert said(page).startswith(f"{ROWS[2]} attends to")
+    page.point("h1")
+    assert said(page).startswith(f"{ROWS[2]} attends to")
+    page.click(token("rows", 2))
+    assert said(page) == ""
+    page.point(token("columns", 0))
+    assert said(page).startswith(f"{shown(COLUMNS[0])} is attended to by")
+
+
+@needs_chromium
 def test_heads_layers_and_kinds_are_chosen(page: Page) -> None:
     weights = np.rint(255 * maps()["cross"].weights) / 255
     page.click("#heads button:nth-child(2)")
@@ -189,7 +242,11 @@ def test_the_keyboard_is_enough(page: Page) -> None:
     page.press("ArrowRight")
     page.press("End")
     assert page.eval(focused) == ["columns", 4] and said(page).startswith("</s> is attended to by")
+    page.press("Home")
+    assert page.eval(focused) == ["columns", 0]
+    page.press("End")
     page.press("ArrowUp")
+    assert page.eval(focused) == ["columns", 3]
     page.press("ArrowLeft")
     assert page.eval(focused) == ["rows", 1]
     page.press("Enter")
