@@ -14,6 +14,7 @@ from transformer_ext import ops
 from transformer_ext.model import Transformer
 from transformer_ext.model.attention import CrossAttention, DenseAttention, SelfAttention
 from transformer_ext.model.interop import (
+    copy_nn_transformer,
     from_nn_masks,
     from_nn_multihead_attention,
     from_nn_transformer,
@@ -238,8 +239,15 @@ def test_what_is_theirs_to_decide_is_named():
         from_nn_transformer(nn_transformer(), 9, 9, nhead=4)
     with pytest.raises(ValueError, match="unknown key 'tye'; did you mean 'tie'"):
         from_nn_transformer(nn_transformer(), 9, 9, tye="all")
-    with pytest.raises(TypeError, match="source: expected an nn.Transformer, got Linear"):
+    with pytest.raises(TypeError, match="source: expected an nn.Transformer, got nn.Linear"):
         from_nn_transformer(nn.Linear(2, 2), 9, 9)
+    ours = from_nn_transformer(nn_transformer(), 9, 9)
+    with pytest.raises(TypeError, match=r"source: .*an nn.Transformer, got transformer_ext.Transf"):
+        copy_nn_transformer(ours, ours)
+    for convert in (to_nn_transformer, lambda model: copy_nn_transformer(model, ours)):
+        for wrong, name in ((None, "NoneType"), (nn_transformer(), "nn.Transformer")):
+            with pytest.raises(TypeError, match=f"model: .*transformer_ext.Transf.*, got {name}$"):
+                convert(wrong)
 
 
 @pytest.mark.parametrize(
@@ -386,6 +394,8 @@ def test_masks_are_joined():
         ({"key_padding_mask": torch.tensor([[1.0]])}, ValueError, "key_padding_mask: .* additive"),
         ({"attn_mask": torch.zeros(3, 2, 2), "nhead": 2}, ValueError, r"\[batch \* 2, queries"),
         ({"key_padding_mask": torch.zeros(1, 2, 2)}, ValueError, r"expected \[batch, keys\]"),
+        ({"attn_mask": [[1]]}, TypeError, r"attn_mask: expected a tensor, .*, got list: \[\[1\]\]"),
+        ({"attn_mask": torch.zeros(3, 2, 2), "nhead": 0}, ValueError, "nhead: got 0, expected an"),
         ({"is_causal": True}, ValueError, "attn_mask: got none, expected the causal one"),
         ({"attn_mask": torch.zeros(2, 2), "is_causal": True}, ValueError, "is not the causal one"),
         ({"attn_mask": torch.zeros(2, 3), "is_causal": True}, ValueError, "is not the causal one"),
@@ -411,3 +421,8 @@ def test_keep_masks_that_are_refused():
         to_nn_masks(torch.zeros(2, 2), nhead=2)
     with pytest.raises(ValueError, match=r"keep: expected \[batch or 1, 2 or 1, .*, got \[1, 3"):
         to_nn_masks(torch.ones(1, 3, 2, 2, dtype=torch.bool), nhead=2)
+    with pytest.raises(TypeError, match="keep: expected a tensor, .* got NoneType"):
+        to_nn_masks(None, nhead=2)
+    for nhead in (0, -1, "a"):
+        with pytest.raises(ValueError, match=f"nhead: got {nhead!r}, expected an integer"):
+            to_nn_masks(torch.ones(2, 2, dtype=torch.bool), nhead=nhead)

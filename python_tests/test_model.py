@@ -392,3 +392,10 @@ def test_wrong_ids_are_named():
         model(torch.ones(2, 3, dtype=torch.int64), torch.ones(1, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="longer than the 8 learned positions"):
         model(torch.ones(1, 9, dtype=torch.int64), torch.ones(1, 3, dtype=torch.int64))
+    good, bad = torch.tensor([[2, 5]]), torch.tensor([[2, 1005]])
+    with pytest.raises(ValueError, match=r"src_ids: got 1005, expected ids from 0 to \d+"):
+        model(bad, good)
+    with pytest.raises(ValueError, match="tgt_ids: got -2, expected ids"):
+        model(good, -bad)
+    with pytest.raises(ValueError, match="tgt_ids: got 1005 in row 0, column 1, expected ids"):
+        model(good, bad, torch.ones(1, 1, 2, dtype=torch.bool))

@@ -418,6 +418,8 @@ def test_wrong_arguments_are_named() -> None:
         language(torch.full((1, 65), 5))
     with pytest.raises(ValueError, match="token_types: expected none"):
         labels(some_ids([3]), token_types=some_ids([3]))
+    with pytest.raises(ValueError, match="^ids: got 1005, expected ids from 0 to"):
+        language(torch.tensor([[4, 1005]]))
 
 
 def test_presets() -> None:

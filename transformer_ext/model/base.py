@@ -82,7 +82,20 @@ class Model(nn.Module):
         token_types: Tensor | None = None,
     ) -> Tensor:
         dtype = self._embedding_dtype(table)
-        return stack.embed(ids, table.weight, positions, max_length, rng, dtype, token_types)
+        # A GPU cannot be asked without being waited for, and gives NaN.
+        if ids.device.type != "cpu" or torch.compiler.is_compiling():
+            return stack.embed(ids, table.weight, positions, max_length, rng, dtype, token_types)
+        try:
+            return stack.embed(ids, table.weight, positions, max_length, rng, dtype, token_types)
+        except (IndexError, RuntimeError):
+            check_vocabulary(self._ids_name(stack), ids, table.weight.shape[0])
+            if stack.token_types is not None and token_types is not None:
+                check_vocabulary("token_types", token_types, stack.token_types.weight.shape[0])
+            raise
+
+    def _ids_name(self, stack: Stack) -> str:
+        """The argument that a stack reads, for messages."""
+        return "ids"
 
     def _embed_dense(
         self,
@@ -180,12 +193,25 @@ def check_read(name: str, ids: Tensor, lengths: Tensor, vocab_size: int) -> None
             f"{name}: expected at least one token in each row, got "
             + (f"none in row {row}" if row is not None else f"no row: {list(ids.shape)}")
         )
+    check_vocabulary(name, ids, vocab_size)
+
+
+def check_vocabulary(name: str, ids: Tensor, vocab_size: int) -> None:
+    """Raise a ValueError for an id that is not in the vocabulary.
+
+    Args:
+        name: of the argument.
+        ids: ``[batch, length]``; packed ones no longer tell where they stood.
+        vocab_size: of the model.
+    """
     wrong = (ids < 0) | (ids >= vocab_size)
     if bool(wrong.any()):
-        row, column = wrong.nonzero()[0].tolist()
+        place = ""
+        if ids.dim() == 2:
+            row, column = wrong.nonzero()[0].tolist()
+            place = f" in row {row}, column {column}"
         raise ValueError(
-            f"{name}: got {int(ids[row, column])} in row {row}, column {column}, expected ids from 0 "
-            f"to {vocab_size - 1}"
+            f"{name}: got {int(ids[wrong][0])}{place}, expected ids from 0 to {vocab_size - 1}"
         )
 
 

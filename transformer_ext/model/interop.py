@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from transformer_ext.model.attention import CrossAttention, SelfAttention
+from transformer_ext.model.base import check_tensor
 from transformer_ext.model.config import TransformerConfig
 from transformer_ext.model.layers import Sites
 from transformer_ext.model.transformer import Transformer
@@ -72,6 +73,7 @@ def copy_nn_transformer(model: Transformer, source: nn.Transformer) -> None:
         source: the module to copy from.
 
     Raises:
+        TypeError: ``model`` or ``source`` is of another type.
         ValueError: the two are not of one architecture, or ``source`` holds what no model can.
     """
     _require_plain_stacks(model)
@@ -101,6 +103,7 @@ def to_nn_transformer(model: Transformer, *, batch_first: bool = True) -> nn.Tra
             ``[length, batch, d_model]``.
 
     Raises:
+        TypeError: ``model`` is of another type.
         ValueError: something in ``model`` that ``nn.Transformer`` cannot hold; the message names
             it.
     """
@@ -240,10 +243,20 @@ def _architecture(source: nn.Transformer) -> dict[str, Any]:
     }
 
 
+def _type_name(value: object) -> str:
+    """Of its type; both modules are called ``Transformer``."""
+    kind = type(value)
+    if kind.__module__.startswith("torch.nn."):
+        return f"nn.{kind.__name__}"
+    if kind.__module__.startswith("transformer_ext."):
+        return f"transformer_ext.{kind.__name__}"
+    return kind.__name__
+
+
 def _their_stacks(source: nn.Transformer) -> list[tuple[str, Any]]:
     """Encoder and decoder, made of nothing but what PyTorch makes them of."""
     if not isinstance(source, nn.Transformer):
-        raise TypeError(f"source: expected an nn.Transformer, got {type(source).__name__}")
+        raise TypeError(f"source: expected an nn.Transformer, got {_type_name(source)}")
     parts: list[tuple[str, Any, Any, Any]] = [
         ("encoder", source.encoder, nn.TransformerEncoder, nn.TransformerEncoderLayer),
         ("decoder", source.decoder, nn.TransformerDecoder, nn.TransformerDecoderLayer),
@@ -292,7 +305,9 @@ def _one(name: str, values: Iterable[Any]) -> Any:
 
 
 def _require_plain_stacks(model: Transformer) -> None:
-    """Raise a ValueError for what no ``nn.Transformer`` has."""
+    """Raise a TypeError for no model, a ValueError for what no ``nn.Transformer`` has."""
+    if not isinstance(model, Transformer):
+        raise TypeError(f"model: expected a transformer_ext.Transformer, got {_type_name(model)}")
     config = model.config
     for name, expected, found in (
         ("num_kv_heads", config.nhead, config.num_kv_heads),
@@ -500,10 +515,11 @@ def from_nn_masks(
         all may attend to all.
 
     Raises:
-        TypeError: an integer mask.
-        ValueError: other shapes; values other than 0 and -inf, which are a bias and no mask;
+        TypeError: no tensor, or an integer mask.
+        ValueError: other shapes, or no number of heads; values other than 0 and -inf, which are a bias and no mask;
             ``is_causal`` with another mask than the causal one.
     """
+    _check_nhead(nhead)
     keep = None
     if attn_mask is not None:
         keep = _named("attn_mask", attn_mask)
@@ -543,10 +559,16 @@ def from_nn_masks(
 
 def _named(name: str, mask: Tensor) -> Tensor:
     """:func:`from_torch_mask`, with the argument's name in its errors."""
+    check_tensor(name, mask, "bool (True = hidden) or floating point (0 and -inf)")
     try:
         return from_torch_mask(mask)
     except (TypeError, ValueError) as error:
         raise type(error)(str(error).replace("mask:", f"{name}:", 1)) from None
+
+
+def _check_nhead(nhead: int) -> None:
+    if type(nhead) is not int or nhead < 1:
+        raise ValueError(f"nhead: got {nhead!r}, expected an integer of at least 1")
 
 
 def to_nn_masks(
@@ -567,9 +589,11 @@ def to_nn_masks(
         ``[batch * nhead, queries, keys]``.
 
     Raises:
-        TypeError: no bool.
-        ValueError: another shape.
+        TypeError: no tensor, or not of bool.
+        ValueError: another shape, or no number of heads.
     """
+    _check_nhead(nhead)
+    check_tensor("keep", keep, "bool (True = may attend)")
     if keep.dtype != torch.bool:
         raise TypeError(f"keep: expected bool (True = may attend), got {keep.dtype}")
     if not 1 <= keep.dim() <= 4 or (keep.dim() == 4 and keep.shape[1] not in (1, nhead)):

@@ -13,7 +13,7 @@ from transformer_ext.model.base import Model, check_ids, check_read, pack_padded
 from transformer_ext.model.cache import DecoderCache
 from transformer_ext.model.config import TransformerConfig
 from transformer_ext.model.layers import Embedding, Generator, Sites
-from transformer_ext.model.stacks import Decoder, Encoder
+from transformer_ext.model.stacks import Decoder, Encoder, Stack
 from transformer_ext.model.trace import Trace
 from transformer_ext.packed import Packed
 
@@ -116,7 +116,8 @@ class Transformer(Model):
             ``[batch, tgt_length, d_model]``; 0 in padding where no masks were given.
 
         Raises:
-            ValueError: shapes that do not fit, or padding in the middle of a sentence.
+            ValueError: shapes that do not fit, padding in the middle of a sentence, or, on a CPU, ids
+                that are not in the vocabulary.
         """
         _check_pairs(src_ids, tgt_ids)
         if src_mask is not None or tgt_mask is not None:
@@ -303,6 +304,9 @@ class Transformer(Model):
         rng = self._dropout_state()
         x = self._embed_dense(self.decoder, self.target_embedding, tgt_ids, rng, attend_self.trace)
         return self.decoder(x, memory, attend_self, attend_memory, rng)
+
+    def _ids_name(self, stack: Stack) -> str:
+        return "src_ids" if stack is self.encoder else "tgt_ids"
 
     def _heads_mask(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         return _add_heads(self._real(ids)[:, None, :] if mask is None else mask)
