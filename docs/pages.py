@@ -266,8 +266,17 @@ def main() -> int:
     options = parser.parse_args()
     os.environ.setdefault("MPLBACKEND", "Agg")
     wrong = []
+    read = []
     for path in options.pages or pages():
-        page = read_page(path.resolve())
+        try:
+            read.append((path, read_page(path.resolve())))
+        except OSError as error:
+            parser.exit(2, f"error: {path}: cannot be read: {error.strerror}\n")
+        except UnicodeDecodeError:
+            parser.exit(2, f"error: {path}: is not UTF-8\n")
+        except ValueError as error:
+            parser.exit(2, f"error: {error}\n")
+    for path, page in read:
         if not page.blocks:
             continue
         if options.notebook:

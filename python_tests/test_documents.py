@@ -164,6 +164,16 @@ def test_a_page_that_prints_something_else_is_found(tmp_path):
     ]
 
 
+def test_what_is_no_page_is_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "open.md").write_text("```python\n")
+    for name, message in (("nope.md", "cannot be read: No such"), ("open.md", "is not closed")):
+        monkeypatch.setattr(sys, "argv", ["pages.py", str(tmp_path / name)])
+        with pytest.raises(SystemExit) as ended:
+            pages.main()
+        (line,) = capsys.readouterr().err.splitlines()
+        assert ended.value.code == 2 and name in line and message in line
+
+
 def test_an_error_in_a_page_names_its_line(tmp_path):
     path = tmp_path / "page.md"
     path.write_text("# Page\n\n```python\nx = 1\nx / 0\n```\n")
