@@ -487,7 +487,7 @@ def test_the_command_writes_a_line_for_each(folder, capsysbinary, tmp_path):
     ("options", "message"),
     [
         (["--num-hypotheses", 2, "--beam-size", 2], "--num-hypotheses: got 2, expected --format"),
-        (["--top-k", 3], "top_k: got 3 without sampling"),
+        (["--top-k", 3], "--top-k: got 3 without sampling"),
         (["--threads", 0], "--threads: got 0, expected an integer from 1"),
         (["--coverage-penalty", 0.3], "--coverage-penalty: got 0.3, but a language model has no"),
         (["--return-attention"], "--return-attention: got True, but a language model has no"),

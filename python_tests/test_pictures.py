@@ -497,7 +497,7 @@ def test_what_has_no_tree_is_named() -> None:
         beam_tree(encoder, [5, 3], Letters())
     leaves = [BeamNode(-1, 5, "x", 1, -1.0, -1.0, "dropped") for _ in range(201)]
     with pytest.raises(
-        ValueError, match=r"the tree has 201 leaves, .* at most 200; choose a smaller"
+        ValueError, match=r"the tree has 201 leaves, .* at most 200; choose a shorter text"
     ):
         draw_beam(BeamTree(leaves, SearchResult([], "exact", 1)))
 

@@ -86,6 +86,13 @@ def test_options_of_translator_and_call(model_dir, translator):
         translator.translate("a", beam_size=0)
     with pytest.raises(TypeError, match="text: got int at position 1"):
         translator.translate(["a", 3])
+    half = "a\udcffb"
+    with pytest.raises(ValueError, match=r"text: number 1 \(from 0\) has half a character"):
+        translator.translate(["a", half])
+    with pytest.raises(ValueError, match=r"texts: number 1 \(from 0\) has half a character"):
+        translator.encode(["a", half])
+    with pytest.raises(ValueError, match="text: has half a character"):
+        translator.source_tokenizer.encode(half)
 
 
 def test_score(translator):

@@ -141,7 +141,7 @@ def test_beam(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert len(out.splitlines()) == 3
     options = ["--source", "cat", "--sampling", "--output", tmp_path / "none.png"]
     status, _, err = run(capsys, "beam", model_dir, *options)
-    assert status == 2 and "error: sampling:" in err
+    assert status == 2 and "error: --sampling:" in err
     assert not (tmp_path / "none.png").exists()
 
 
@@ -263,8 +263,15 @@ def test_pictures_without_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[
         ("beam {model} --source=", "--source: got '', expected a text"),
         ("beam {model}", "--source: is missing; .* is encoder-decoder"),
         ("beam {model} --text x", "--text: .* is encoder-decoder; expected --source"),
-        ("beam {model} --source x --beam-size 33", "beam_size: got 33, expected at most 32"),
-        ("positions --d-model 9000", "d_model: got 9000, expected at most 8192"),
+        ("attention {model} --source a\udcffb", r"--source: got 'a\\udcffb', expected UTF-8"),
+        ("attention {model} --source x --target \udcff", "--target: got .*, expected UTF-8"),
+        ("attention {nothing} --source x", "error: '': no such model directory"),
+        ("beam {model} --source x --beam-size 33", "--beam-size: got 33, expected at most 32"),
+        (
+            "beam {model} --source x --beam-size 32 --max-length 40",
+            "leaves.*a shorter text, or a smaller --beam-size or --max-length",
+        ),
+        ("positions --d-model 9000", "--d-model: got 9000, expected at most 8192"),
         ("positions --layout halves", "--layout: invalid choice: 'halves'"),
         ("attention {model} --source x --output x.jpg", "output: expected a file in .png, .*x.jpg"),
         ("attention {model} --source x --output x.html --kind cross", "--kind: a page has all"),
@@ -273,12 +280,17 @@ def test_pictures_without_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[
         ("beam {model} --source x --beam-sise 2", "did you mean '--beam-size'"),
         ("flow", "model: expected either MODEL_DIR or --preset"),
         ("flow {model} --vocab-size 5", "--vocab-size: a model has its own"),
-        ("positions --d-model 3", "d_model: got 3, expected an even number"),
+        ("positions --length 0", "--length: got 0, expected at least 1"),
+        ("positions --d-model 3", "--d-model: got 3, expected an even number"),
         ("schedules --warmup-steps 9 --max-steps 9", "--warmup-steps: got 9, expected fewer than"),
-        ("schedules --max-steps 0", "max_steps: got 0, expected 1 or more"),
-        ("label-smoothing --vocab-size 1", "vocab_size: got 1, expected 2 to 256000"),
+        ("schedules --max-steps 0", "--max-steps: got 0, expected 1 or more"),
+        ("label-smoothing --vocab-size 1", "--vocab-size: got 1, expected 2 to 256000"),
         ("training {tmp}", "expected the folder of a training, or its log.jsonl"),
         ("training {empty}", "log.jsonl: has no step and no validation yet"),
+        (
+            "training {config}",
+            "config.json: is not the log of a training: line 1 is no JSON object",
+        ),
     ],
 )
 def test_what_is_refused(
@@ -291,9 +303,15 @@ def test_what_is_refused(
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "log.jsonl").write_text('{"event": "start"}\n')
-    places = {"model": model_dir, "tmp": tmp_path, "empty": tmp_path / "empty"}
+    places = {
+        "nothing": "",
+        "config": model_dir / "config.json",
+        "model": model_dir,
+        "tmp": tmp_path,
+        "empty": tmp_path / "empty",
+    }
     places["long"] = tmp_path / f"{'x' * 240}.png"
     monkeypatch.chdir(tmp_path)
-    status, _, err = run(capsys, *arguments.format(**places).split())
+    status, _, err = run(capsys, *(word.format(**places) for word in arguments.split()))
     assert status == 2 and re.search(message, err), err
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]

@@ -647,9 +647,35 @@ class ArgumentParser(argparse.ArgumentParser):
             self.error(f"unknown option {unknown[0]!r}{nearest(unknown[0], known)}")
         return result
 
+    def with_flags(self, message: str) -> str:
+        """A message in which ``beam_size`` is ``--beam-size`` where the command has that option.
+
+        So are messages alone that begin with a name and a colon: one that begins with a file means
+        the keys of that file. Names without an underscore may be words in the rest.
+        """
+        if not re.match("[a-z_]+: ", message):
+            return message
+
+        def flag(name: re.Match[str]) -> str:
+            found = "--" + name[0].replace("_", "-")
+            return found if found in self._option_string_actions else name[0]
+
+        name = r"""(?<![\w'"./=-])[a-z]+(?:_[a-z]+)+(?![\w'"./=-])|^[a-z]+(?=: )"""
+        return re.sub(name, flag, message)
+
     def error(self, message: str) -> NoReturn:
-        """Print the message and exit with status 2."""
+        """Print the message, its options by their names here, and exit with status 2."""
+        message = self.with_flags(message)
         self.exit(2, f"{self.prog}: error: {message}\n(--help lists the options)\n")
+
+
+def text_argument(text: str) -> str:
+    """The ``type`` of an argument that is read, not opened: a file may be named by any bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected UTF-8") from None
+    return text
 
 
 def recipes() -> dict[str, Path]:

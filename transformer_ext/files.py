@@ -899,9 +899,10 @@ def load_model_dir(
         FileError: something is missing, cut off, broken, of a newer format, of another kind, or
             does not fit the rest; the message names the file and what is wrong with it.
     """
+    # An empty name would be the working directory.
+    if not str(path) or not Path(path).is_dir():
+        raise FileError(f"{str(path) or repr('')}: no such model directory")
     path = Path(path)
-    if not path.is_dir():
-        raise FileError(f"{path}: no such model directory")
     config_path = path / CONFIG_FILE
     if not config_path.is_file() and (path / "model" / CONFIG_FILE).is_file():
         raise FileError(f"{path}: the folder of a training; its model is {path / 'model'}")

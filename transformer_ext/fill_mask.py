@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from transformer_ext._command import command
-from transformer_ext.config import ArgumentParser
+from transformer_ext.config import ArgumentParser, text_argument
 from transformer_ext.inference.text_model import add_text_arguments, results_of_lines
 
 
@@ -33,6 +33,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--targets",
         nargs="+",
+        type=text_argument,
         metavar="TOKEN",
         help="only these, each a piece of the vocabulary (default: all)",
     )

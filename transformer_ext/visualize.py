@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformer_ext._command import command
-from transformer_ext.config import ArgumentParser, add_arguments, given, nearest
+from transformer_ext.config import (
+    ArgumentParser,
+    add_arguments,
+    given,
+    nearest,
+    text_argument,
+)
 from transformer_ext.inference.options import SearchOptions
 from transformer_ext.inference.shared import fed_tokens
 from transformer_ext.model.config import (
@@ -56,7 +62,7 @@ def load_model(
     from transformer_ext.files import load_model_dir
     from transformer_ext.model import LanguageModel, TextEncoder, Transformer
 
-    saved: ModelDir[Any] = load_model_dir(Path(folder), kind)
+    saved: ModelDir[Any] = load_model_dir(os.fspath(folder), kind)
     model: Model
     if isinstance(saved.config, TransformerConfig):
         model = Transformer(saved.config)
@@ -86,15 +92,15 @@ class Picture:
     formats: tuple[str, ...] = FORMATS
 
 
+def _text_option(parser: ArgumentParser, flag: str, help: str) -> None:
+    parser.add_argument(flag, type=text_argument, metavar="TEXT", help=help)
+
+
 def _attention_options(parser: ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL_DIR", help="folder of the model")
-    parser.add_argument("--source", metavar="TEXT", help="the sentence to translate")
-    parser.add_argument(
-        "--target", metavar="TEXT", help="a translation to look at (default: the model's own)"
-    )
-    parser.add_argument(
-        "--text", metavar="TEXT", help="a text, for a language model or a text encoder"
-    )
+    _text_option(parser, "--source", "the sentence to translate")
+    _text_option(parser, "--target", "a translation to look at (default: the model's own)")
+    _text_option(parser, "--text", "a text, for a language model or a text encoder")
     parser.add_argument(
         "--kind",
         choices=["cross", "encoder", "decoder"],
@@ -233,10 +239,8 @@ def _target_ids(model: Any, saved: Any, source_ids: Sequence[int], text: str | N
 
 def _beam_options(parser: ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL_DIR", help="folder of the model")
-    parser.add_argument("--source", metavar="TEXT", help="the sentence to translate")
-    parser.add_argument(
-        "--text", metavar="TEXT", help="the beginning that a language model continues"
-    )
+    _text_option(parser, "--source", "the sentence to translate")
+    _text_option(parser, "--text", "the beginning that a language model continues")
     add_arguments(parser, SearchOptions)
 
 
@@ -259,7 +263,7 @@ def _draw_beam(options: argparse.Namespace, parser: ArgumentParser) -> str:
     text, ids = _wanted_text(options, saved, parser, ("source", "text"))
     pair = isinstance(saved.config, TransformerConfig)
     source = [*ids, saved.source_tokenizer.eos_id] if pair else ids
-    tree = beam_tree(model, source, saved.target_tokenizer, search_options)
+    tree = beam_tree(model, source, saved.target_tokenizer, search_options, drawable=True)
     save_figure(draw_beam(tree, text), options.output)
     before = [] if pair else ids
     lines = [
@@ -300,7 +304,7 @@ def _schedules_options(parser: ArgumentParser) -> None:
         help="peak of the schedules beside noam (default: %(default)s)",
     )
     parser.add_argument(
-        "--warmup-steps", type=int, default=4000, help="of these (default: %(default)s)"
+        "--warmup-steps", type=int, default=4000, help="of the same (default: %(default)s)"
     )
     parser.add_argument(
         "--max-steps", type=int, default=20000, help="steps to draw (default: %(default)s)"
@@ -341,7 +345,7 @@ def _training_options(parser: ArgumentParser) -> None:
 
 
 def _draw_training(options: argparse.Namespace, parser: ArgumentParser) -> str:
-    from transformer_ext.training.report import read_log
+    from transformer_ext.training.report import foreign_line, read_log
     from transformer_ext.visualization.training import draw_training, training_curves
 
     log = Path(options.run)
@@ -350,6 +354,10 @@ def _draw_training(options: argparse.Namespace, parser: ArgumentParser) -> str:
     if not log.is_file():
         raise ValueError(f"{options.run}: expected the folder of a training, or its log.jsonl")
     events = read_log(log)
+    if not events and (number := foreign_line(log)) is not None:
+        raise ValueError(
+            f"{log}: is not the log of a training: line {number} is no JSON object with an event"
+        )
     if not training_curves(events):
         raise ValueError(f"{log}: has no step and no validation yet")
     save_figure(draw_training(events, log.resolve().parent.name), options.output)
@@ -498,8 +506,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser(name)
     options = parser.parse_args(given_arguments[1:])
     picture = PICTURES[name]
-    check_output(options.output, picture.formats)
-    print(f"{picture.draw(options, parser)}drawn into {options.output}")
+    try:
+        check_output(options.output, picture.formats)
+        said = picture.draw(options, parser)
+    except ValueError as error:
+        # What the Python function calls an argument is an option here.
+        if parser.with_flags(str(error)) != str(error):
+            parser.error(str(error))
+        raise
+    print(f"{said}drawn into {options.output}")
     return 0
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformer_ext.data.tokenizer import Tokenizer, TokenizerError
+from transformer_ext.data.tokenizer import Tokenizer, TokenizerError, check_characters
 
 if TYPE_CHECKING:
     import tokenizers
@@ -225,22 +225,25 @@ class JsonTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without start and end."""
         first, rest = self.split_tag(text)
-        return first + self.encode_untagged([rest])[0]
+        return first + self._encode([rest], text)[0]
 
     def encode_untagged(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
         """:meth:`encode_batch` of texts in which a tag at the beginning is text like any other.
 
         The library chooses the number of threads.
         """
+        return self._encode(texts, texts)
+
+    def _encode(self, texts: Sequence[str], given: str | Sequence[str]) -> list[list[int]]:
+        """Ids of texts; ``given`` is what an error names."""
         try:
             if len(texts) == 1:
                 return [self._tokenizer.encode(texts[0], add_special_tokens=False).ids]
             # The fast one leaves out where in the text each token stands.
             found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         except TypeError:
-            # The library says so of half a surrogate pair, too: Python says it better.
-            for text in texts:
-                text.encode()
+            # What the library says of half a surrogate pair, too.
+            check_characters(given)
             raise
         return [encoding.ids for encoding in found]
 

@@ -34,6 +34,18 @@ def usable_cpus() -> int:
     return os.cpu_count() or 1
 
 
+def check_characters(texts: str | Sequence[str]) -> None:
+    """Raise a TokenizerError for a text with half a character, which the libraries have no words for."""
+    for number, text in enumerate([texts] if isinstance(texts, str) else texts):
+        if not isinstance(text, str):
+            continue
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            place = "text:" if isinstance(texts, str) else f"texts: number {number} (from 0)"
+            raise TokenizerError(f"{place} has half a character (a lone surrogate)") from None
+
+
 TokenizerT = TypeVar("TokenizerT", bound="Tokenizer")
 
 
@@ -84,7 +96,11 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Ids of a sentence, without start and end."""
+        """Ids of a sentence, without start and end.
+
+        Raises:
+            TokenizerError: the text has half a character (a lone surrogate).
+        """
 
     @abstractmethod
     def encode_untagged(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
@@ -296,16 +312,28 @@ class SentencePieceTokenizer(Tokenizer):
         """Ids of a sentence, without start and end."""
         first, rest = self.split_tag(text)
         if self._vocabulary is not None:
-            return first + self._vocabulary.encode([rest], 1)[0]
+            try:
+                return first + self._vocabulary.encode([rest], 1)[0]
+            except (RuntimeError, TypeError):
+                check_characters(text)
+                raise
         # Not as a list of one: for a list SentencePiece starts a thread, ten times as long as this.
-        ids: list[int] = self._processor.encode(rest)
+        try:
+            ids: list[int] = self._processor.encode(rest)
+        except RuntimeError:
+            check_characters(text)
+            raise
         return first + ids
 
     def encode_untagged(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
         """:meth:`encode_batch` of texts in which a tag at the beginning is text like any other."""
-        if self._vocabulary is not None:
-            return self._vocabulary.encode(texts, threads)
-        ids: list[list[int]] = self._processor.encode(list(texts), num_threads=threads)
+        try:
+            if self._vocabulary is not None:
+                return self._vocabulary.encode(texts, threads)
+            ids: list[list[int]] = self._processor.encode(list(texts), num_threads=threads)
+        except (RuntimeError, TypeError):
+            check_characters(texts)
+            raise
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -217,11 +217,16 @@ def check_pairs(name: str, texts: Iterable[Any]) -> list[str | None]:
             raise TypeError(
                 f"{name}: got {type(text).__name__} at position {number}, expected a text"
             )
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise TextError(number, "has half a character (a lone surrogate)", name) from None
+        check_characters(name, number, text)
     return found
+
+
+def check_characters(name: str, number: int, text: str) -> None:
+    """Raise a TextError for a text that cannot be encoded."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise TextError(number, "has half a character (a lone surrogate)", name) from None
 
 
 def softmax(scores: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -17,6 +17,7 @@ from transformer_ext.files import FileError, load_model_dir
 from transformer_ext.inference.engine import BATCH_SIZE, Engine
 from transformer_ext.inference.options import Hypothesis, SearchOptions, SearchResult
 from transformer_ext.inference.shared import at_once, torch_compute_type
+from transformer_ext.inference.text_model import check_characters
 from transformer_ext.model.config import TransformerConfig
 
 if TYPE_CHECKING:
@@ -571,6 +572,7 @@ def _texts(name: str, value: str | Sequence[str], first: int = 0) -> list[str]:
 
     Raises:
         TypeError: it is neither a text nor a sequence of texts.
+        TextError: a text with half a character.
     """
     texts = [value] if isinstance(value, str) else list(value)
     for number, entry in enumerate(texts, first):
@@ -579,6 +581,7 @@ def _texts(name: str, value: str | Sequence[str], first: int = 0) -> list[str]:
                 f"{name}: got {type(entry).__name__} at position {number}, "
                 "expected a text or a sequence of texts"
             )
+        check_characters(name, number, entry)
     return texts
 
 

@@ -199,6 +199,20 @@ def _parse_line(line: bytes) -> dict[str, Any] | None:
     return event if whole and isinstance(event.get("step", 0), int) else None
 
 
+def foreign_line(path: str | os.PathLike[str]) -> int | None:
+    """Number, from 1, of the first line of a file that no training has written, or None.
+
+    A line cut short by a crash is one of a training.
+    """
+    lines = Path(path).read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        begin = b'{"event": '
+        cut = number == len(lines) and line[: len(begin)] == begin[: len(line)]
+        if line.strip(b"\0 \r") and not cut and _parse_line(line) is None:
+            return number
+    return None
+
+
 def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Events of a ``log.jsonl`` in order of steps; what was trained again after a resume counts
     once, as trained last. A line cut short by a crash is left out."""

@@ -24,6 +24,7 @@ __all__ = ["WIDEST_BEAM", "BeamNode", "BeamTree", "beam_tree", "check_beam", "dr
 WIDEST_BEAM = 32
 #: Leaves of one, each a line of the picture.
 _MOST_LEAVES = 200
+_ADVICE = "choose a shorter text, or a smaller beam_size or max_length"
 
 
 @dataclass
@@ -80,6 +81,8 @@ def beam_tree(
     source_ids: Sequence[int],
     tokenizer: Tokenizer,
     options: SearchOptions | None = None,
+    *,
+    drawable: bool = False,
 ) -> BeamTree:
     """Translates a sentence, or continues a text, by the plain Python search, and keeps every step.
 
@@ -89,11 +92,12 @@ def beam_tree(
             beginning, without a start token.
         tokenizer: of what is written.
         options: how to search; the defaults if None.
+        drawable: stop at once where the tree has more leaves than :func:`draw_beam` takes.
 
     Raises:
         TypeError: a model that writes nothing.
-        ValueError: an empty source, options that sample, a beam wider than :data:`WIDEST_BEAM`, or
-            what the search refuses.
+        ValueError: an empty source, options that sample, a beam wider than :data:`WIDEST_BEAM`, what
+            the search refuses, or a tree that is not ``drawable``.
     """
     from transformer_ext.inference.continuation import continuations
     from transformer_ext.inference.search import beam_search
@@ -109,7 +113,7 @@ def beam_tree(
         raise ValueError("source: expected at least one token, got none")
     nodes: list[BeamNode] = []
     by_tokens: dict[tuple[int, ...], int] = {(): -1}
-    seen = 0
+    seen = leaves = 0
 
     def add(tokens: Sequence[int], scores: Sequence[float], total: float, step: int) -> BeamNode:
         node = BeamNode(
@@ -123,6 +127,8 @@ def beam_tree(
         )
         by_tokens[tuple(tokens)] = len(nodes)
         nodes.append(node)
+        nonlocal leaves
+        leaves += node.parent < 0 or nodes[node.parent].end == "went on"
         if node.parent >= 0:
             nodes[node.parent].end = "went on"
         return node
@@ -142,6 +148,8 @@ def beam_tree(
             node = add(tokens, found.token_scores, total, state.steps)
             node.end, node.score = "ended", found.score
         seen = len(state.finished)
+        if drawable:
+            _check_leaves(leaves)
 
     search: Any = continuations if isinstance(model.config, LanguageModelConfig) else beam_search
     (result,) = search(model, [source_ids], options, observe=observe)
@@ -172,6 +180,14 @@ def beam_tree(
         if node.step == last and node.end == "dropped":
             node.end = "cut"
     return BeamTree(nodes, result)
+
+
+def _check_leaves(count: int) -> None:
+    if count > _MOST_LEAVES:
+        raise ValueError(
+            f"picture: the tree has {count:,} leaves, a line each, expected at most {_MOST_LEAVES}; "
+            f"{_ADVICE}"
+        )
 
 
 def _rows(nodes: Sequence[BeamNode]) -> list[int]:
@@ -234,15 +250,11 @@ def draw_beam(tree: BeamTree, title: str = "") -> Figure:
     left = [sum(widths[:step]) for step in range(steps + 1)]
     rows = _rows(nodes)
     leaves = max(rows, default=0) + 1
-    if leaves > _MOST_LEAVES:
-        raise ValueError(
-            f"picture: the tree has {leaves:,} leaves, a line each, expected at most {_MOST_LEAVES}; "
-            "choose a smaller beam_size or max_length"
-        )
+    _check_leaves(leaves)
     height = 0.38
     tall = height * leaves + 1.2
     wide = max(sum(widths) + 0.1, 8.0, 0.09 * text_width(title))
-    figure = new_figure(wide, tall, layout=None, advice="choose a smaller beam_size or max_length")
+    figure = new_figure(wide, tall, layout=None, advice=_ADVICE)
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
     axes.set_xlim(0.0, wide)
     axes.set_ylim(0.0, tall)
