@@ -36,13 +36,14 @@ def usable_cpus() -> int:
 
 def check_characters(texts: str | Sequence[str]) -> None:
     """Raise a TokenizerError for a text with half a character, which the libraries have no words for."""
-    for number, text in enumerate([texts] if isinstance(texts, str) else texts):
+    alone = isinstance(texts, str) or not isinstance(texts, Iterable)
+    for number, text in enumerate([texts] if alone else texts):
         if not isinstance(text, str):
             continue
         try:
             text.encode()
         except UnicodeEncodeError:
-            place = "text:" if isinstance(texts, str) else f"texts: number {number} (from 0)"
+            place = "text:" if alone else f"texts: number {number} (from 0)"
             raise TokenizerError(f"{place} has half a character (a lone surrogate)") from None
 
 
