@@ -133,7 +133,8 @@ class _Copy:
 
     def __init__(self, size: int, dtype: torch.dtype) -> None:
         on_gpu = torch.get_default_device().type == "cuda"
-        copied = max(size, _LEAST_COPY) if on_gpu else size
+        # A few bytes stand for a launch.
+        copied = max(size, _LEAST_COPY) if on_gpu and size >= 1 << 20 else size
         self.share = size / copied
         self._source = torch.ones(max(copied // 2 // dtype.itemsize, 1), dtype=dtype)
         self._target = torch.zeros_like(self._source)
@@ -145,8 +146,8 @@ class _Copy:
 def copier(size: int, dtype: torch.dtype = torch.float32) -> Callable[[], object]:
     """A function that copies ``size / 2`` bytes: it reads and writes ``size`` bytes in all.
 
-    Its memory is used again at every call. On a GPU it copies more than the caches hold, and counts
-    for the part that was asked for.
+    Its memory is used again at every call. On a GPU a copy of a MiB or more is one of more than the
+    caches hold, and counts for the part that was asked for.
     """
     return _Copy(size, dtype)
 

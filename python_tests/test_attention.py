@@ -1,5 +1,7 @@
+import importlib
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -613,3 +615,16 @@ def test_cuda_graph_draws_anew_at_each_replay():
         graph.replay()
         with set_backend("compiled"):
             assert torch.equal(out, self_attention_packed(qkv, 2, 2, packed, **options))
+
+
+def test_heads_too_wide_for_the_gpus_shared_memory_take_pytorch(monkeypatch):
+    module = importlib.import_module("transformer_ext.ops.attention")
+    monkeypatch.setattr(module, "use_compiled", lambda *_: True)
+    for kilobytes, widest in ((64, 156), (99, 248), (227, 256)):
+        gpu = SimpleNamespace(shared_memory_per_block_optin=kilobytes << 10)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, gpu=gpu: gpu)
+        module._widest_on.cache_clear()
+        query = SimpleNamespace(is_cuda=True, device="cuda:0")
+        taken = [n for n in (64, 156, 157, 248, 249, 256, 257) if module._use_kernel(query, n)]
+        assert max(taken) == widest
+    module._widest_on.cache_clear()

@@ -23,6 +23,7 @@ What all of them share:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -622,12 +623,22 @@ class _PackedAttention(torch.autograd.Function):
         return None, None, None, None, None, None, None, None, None, *grads
 
 
-#: Widest head of the CUDA kernel, whose tiles lie in shared memory.
-_MAX_CUDA_HEAD_DIM = 256
+#: Heads for whose tiles every GPU has enough shared memory, and the widest of the CUDA kernels.
+_CUDA_HEAD_DIMS = 128, 256
+
+
+@functools.cache
+def _widest_on(device: torch.device) -> int:
+    """The widest head for whose tiles the GPU has enough shared memory."""
+    gpu: Any = torch.cuda.get_device_properties(device)
+    shared: int = gpu.shared_memory_per_block_optin
+    # The gradients of keys and values take the most: 96 rows of float32 and 5 KiB for the rest.
+    return min(_CUDA_HEAD_DIMS[1], (shared - 5136) // (96 * 4 * 4) * 4)
 
 
 def _use_kernel(query: Tensor, head_dim: int) -> bool:
-    too_wide = query.is_cuda and head_dim > _MAX_CUDA_HEAD_DIM
+    wide = query.is_cuda and head_dim > _CUDA_HEAD_DIMS[0]
+    too_wide = wide and head_dim > _widest_on(query.device)
     return not too_wide and use_compiled("attention_forward", query)
 
 
