@@ -1,8 +1,9 @@
 """Runs the Python code of the documentation.
 
 The ``python`` blocks of a page are one program, run from top to bottom. A ``text`` block right
-behind one of them is what that block prints; a comment ``# [2, 5]`` behind a name that is assigned is
-the shape of its tensor. What is printed is compared word by word: of numbers with a decimal
+behind one of them is what that block prints. A comment ``# [2, 5]`` behind an assignment is the shape
+of the tensor, of each where several names stand; it is looked at whenever the line has run, and
+a word in it (``# [n, 5]``) is any size. What is printed is compared word by word: of numbers with a decimal
 point the last digit may differ by one, as sums have another order on another machine. In a block
 ``text measured`` the numbers are times, or results of a training, which differ from machine to
 machine: those are not compared, only the words around them.
@@ -24,6 +25,7 @@ for a machine with nothing else to do.
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import io
 import json
@@ -34,6 +36,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +47,7 @@ FOLDER = Path(__file__).resolve().parent
 
 _FENCE = re.compile(r"^```(\w*) *(.*)$")
 _NUMBER = re.compile(r"[-+]?\d(?:[\d,]*\d)?(?:\.\d+)?(?:e[-+]?\d+)?")
-_SHAPE = re.compile(r"^(\w+) = .*# \[(\d+(?:, \d+)*)\]", flags=re.M)
+_SHAPE = re.compile(r"# (?:[^\[]*, )?\[(\w+(?:, \w+)*)\]")
 _PICTURE = re.compile(r"!\[[^\]]*\]\((pictures/[^)\s]+)\)")
 
 
@@ -59,7 +62,7 @@ class Block:
         output_lines: where that stands in the page, as lines from 0: first, and behind the last.
         measured: whether the numbers in it are left out of the comparison.
         printed: what it printed, once it was run.
-        shapes: of what it assigned, the name and shape where a comment says another shape.
+        shapes: of what it assigned, line, name and shape where a comment says another shape.
     """
 
     line: int
@@ -129,6 +132,33 @@ def read_page(path: Path) -> Page:
     return page
 
 
+class _ShapeChecks(ast.NodeTransformer):
+    """Behind each assignment with a shape in a comment stands a call that looks at what it assigned."""
+
+    def __init__(self, lines: list[str]) -> None:
+        self.lines = lines
+
+    def visit_Assign(self, node: ast.Assign) -> Any:
+        said = _SHAPE.search(self.lines[(node.end_lineno or node.lineno) - 1])
+        if not said:
+            return node
+        target = node.targets[0]
+        names = target.elts if isinstance(target, ast.Tuple) else [target]
+        arguments = [node.lineno, said[1], *map(ast.unparse, names)]
+        values = ", ".join(map(ast.unparse, names))
+        call = ast.parse(f"_look_at_shapes({arguments!r}, [{values}])").body[0]
+        for part in ast.walk(call):
+            ast.copy_location(part, node)
+        return [node, call]
+
+
+def _shape_fits(said: str, found: list[int]) -> bool:
+    sizes = said.split(", ")
+    return len(sizes) == len(found) and all(
+        not said.isdecimal() or int(said) == size for said, size in zip(sizes, found, strict=True)
+    )
+
+
 def run_page(page: Page, folder: Path) -> None:
     """Runs the blocks in ``folder``, all in one namespace; fills in what they print.
 
@@ -137,7 +167,18 @@ def run_page(page: Page, folder: Path) -> None:
     """
     import torch
 
-    namespace: dict[str, Any] = {"__name__": "__main__"}
+    lines = page.path.read_text(encoding="utf-8").splitlines()
+    block = Block(0, "")
+
+    def look_at_shapes(where: list[Any], values: list[Any]) -> None:
+        line, said, *names = where
+        for name, value in zip(names, values, strict=True):
+            found = list(getattr(value, "shape", ()))
+            message = f"{line}: {name} is {found}, not [{said}]"
+            if not _shape_fits(said, found) and message not in block.shapes:
+                block.shapes.append(message)
+
+    namespace: dict[str, Any] = {"__name__": "__main__", "_look_at_shapes": look_at_shapes}
     before = Path.cwd()
     # A page that measures times sets this.
     threads = torch.get_num_threads()
@@ -145,13 +186,11 @@ def run_page(page: Page, folder: Path) -> None:
     try:
         for block in page.blocks:
             printed = io.StringIO()
-            code = compile("\n" * (block.line - 1) + block.code, str(page.path), "exec")
+            tree = ast.parse("\n" * (block.line - 1) + block.code, str(page.path))
+            code = compile(_ShapeChecks(lines).visit(tree), str(page.path), "exec")
             with contextlib.redirect_stdout(printed):
                 exec(code, namespace)
             block.printed = printed.getvalue()
-            for name, shape in _SHAPE.findall(block.code):
-                if (found := list(namespace[name].shape)) != [int(n) for n in shape.split(",")]:
-                    block.shapes.append(f"{name} is {found}, not [{shape}]")
     finally:
         os.chdir(before)
         torch.set_num_threads(threads)
@@ -163,7 +202,7 @@ def differences(page: Page, folder: Path) -> list[str]:
     """What a page that was run in ``folder`` says and does not do, a line for each."""
     found = []
     for block in page.blocks:
-        found += [f"{page.path}:{block.line}: {shape}" for shape in block.shapes]
+        found += [f"{page.path}:{shape}" for shape in block.shapes]
         if block.output is None:
             if block.printed.strip():
                 found.append(f"{page.path}:{block.line}: prints what the page does not show")
@@ -172,10 +211,15 @@ def differences(page: Page, folder: Path) -> list[str]:
                 f"{page.path}:{block.output_lines[0] + 1}: the page has\n{block.output}\n"
                 f"but the code prints\n{block.printed}"
             )
-    for picture in page.pictures:
-        if not (folder / picture).is_file():
-            found.append(f"{page.path}: {picture} is shown, but not drawn")
-    return found
+    return found + _not_drawn(page, folder)
+
+
+def _not_drawn(page: Page, folder: Path) -> list[str]:
+    return [
+        f"{page.path}: {picture} is shown, but not drawn"
+        for picture in page.pictures
+        if not (folder / picture).is_file()
+    ]
 
 
 def _same(expected: str, printed: str, measured: bool) -> bool:
@@ -254,8 +298,28 @@ def _execute(path: Path) -> None:
         NotebookClient(found, timeout=600, resources=resources).execute()
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+def _run(page: Page, write: bool, measured: bool) -> list[str]:
+    """Runs a page in a temporary folder; a line for each thing that is wrong with it."""
+    with tempfile.TemporaryDirectory() as temporary:
+        try:
+            run_page(page, Path(temporary))
+        except Exception:  # the other pages are run all the same
+            traceback.print_exc()
+            return [f"{page.path}: stopped by the error above"]
+        if not write:
+            return differences(page, Path(temporary))
+        # A comment with a shape is not written: its author meant it.
+        wrong = [f"{page.path}:{shape}" for block in page.blocks for shape in block.shapes]
+        wrong += _not_drawn(page, Path(temporary))
+        if not wrong:
+            _write(page, measured)
+            for picture in page.pictures:
+                shutil.copyfile(Path(temporary, picture), page.path.parent / picture)
+        return wrong
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("pages", nargs="*", type=Path, metavar="PAGE", help="default: all")
     parser.add_argument("--write", action="store_true", help="write what is printed into the page")
     parser.add_argument("--measure", action="store_true", help="with --write: new measurements too")
@@ -263,45 +327,38 @@ def main() -> int:
     parser.add_argument(
         "--execute", action="store_true", help="with --notebook: run them in Jupyter"
     )
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    if options.measure and not options.write:
+        parser.error("--measure: expected --write too, got none")
+    if options.execute and not options.notebook:
+        parser.error("--execute: expected --notebook too, got none")
+    if options.write and options.notebook:
+        parser.error("--write: expected no --notebook, which runs no page, got both")
     os.environ.setdefault("MPLBACKEND", "Agg")
     wrong = []
-    read = []
     for path in options.pages or pages():
-        try:
-            read.append((path, read_page(path.resolve())))
-        except OSError as error:
-            parser.exit(2, f"error: {path}: cannot be read: {error.strerror}\n")
-        except UnicodeDecodeError:
-            parser.exit(2, f"error: {path}: is not UTF-8\n")
-        except ValueError as error:
-            parser.exit(2, f"error: {error}\n")
-    for path, page in read:
-        if not page.blocks:
-            continue
-        if options.notebook:
-            options.notebook.mkdir(parents=True, exist_ok=True)
-            written = options.notebook / f"{path.stem}.ipynb"
-            written.write_text(json.dumps(notebook(page), indent=1) + "\n", encoding="utf-8")
-            if options.execute:
-                _execute(written)
-            continue
         start = time.perf_counter()
-        with tempfile.TemporaryDirectory() as temporary:
-            try:
-                run_page(page, Path(temporary))
-            except Exception:  # the others are run all the same
-                traceback.print_exc()
-                wrong.append(f"{path}: stopped by the error above")
+        try:
+            page = read_page(path.resolve())
+            if not page.blocks:
                 continue
-            if options.write:
-                _write(page, options.measure)
-                for picture in page.pictures:
-                    shutil.copyfile(Path(temporary, picture), page.path.parent / picture)
-            else:
-                wrong += differences(page, Path(temporary))
+            if options.notebook:
+                options.notebook.mkdir(parents=True, exist_ok=True)
+                written = options.notebook / f"{path.stem}.ipynb"
+                written.write_text(json.dumps(notebook(page), indent=1) + "\n", encoding="utf-8")
+                if options.execute:
+                    _execute(written)
+                continue
+            wrong += _run(page, options.write, options.measure)
+        except OSError as error:
+            wrong.append(f"{error.filename or path}: {error.strerror or error}")
+            continue
+        except ValueError as error:
+            wrong.append(str(error))
+            continue
         print(f"{path}: {len(page.blocks)} blocks, {time.perf_counter() - start:.1f} s")
-    print("\n".join(wrong))
+    if wrong:
+        print("\n".join(wrong))
     return 1 if wrong else 0
 
 

@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import inspect
 import re
+import runpy
 import shlex
 import sys
 from collections.abc import Iterator
@@ -111,11 +112,41 @@ def flags_of_scripts() -> set[str]:
         ROOT / "docs/pages.py",
     ]
     text = "\n".join(script.read_text(encoding="utf-8") for script in scripts)
-    return set(re.findall(r'"(--[a-z][\w-]*)"', text))
+    return set(re.findall(r'add_argument\(\s*"(--[a-z][\w-]*)"', text))
+
+
+class _Accepted(Exception):
+    pass
+
+
+def refusal_of_script(script: str, arguments: list[str], capsys) -> str:
+    """What a script says of arguments that it refuses, else an empty text; it goes no further."""
+    parse = argparse.ArgumentParser.parse_args
+
+    def stop(self, args=None, namespace=None):
+        parse(self, args, namespace)
+        raise _Accepted
+
+    try:
+        with (
+            mock.patch.object(argparse.ArgumentParser, "parse_args", stop),
+            mock.patch.object(sys, "argv", [script, *arguments]),
+            mock.patch.object(sys, "path", [str((ROOT / script).parent), *sys.path]),
+        ):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    except _Accepted:
+        return ""
+    except SystemExit:
+        return capsys.readouterr().err.strip().splitlines()[-1]
+    raise AssertionError(f"{script}: reads no options")
+
+
+_SCRIPT = re.compile(r"(docs|benchmarks)/\w+\.py")
 
 
 def test_command_lines_of_the_pages_are_accepted(capsys):
     wrong, parsed = [], 0
+    scripts: dict[tuple[str, ...], str] = {}
     for path in DOCUMENTS:
         for words in commands(path.read_text(encoding="utf-8")):
             line = " ".join(words)
@@ -126,20 +157,27 @@ def test_command_lines_of_the_pages_are_accepted(capsys):
                 command = module.partition(".")[2].replace("_", "-")
                 arguments = words[words.index(module) + 1 :]
             else:
-                scripts = [w for w in words if re.fullmatch(r"(docs|benchmarks)/\w+\.py", w)]
-                wrong += [
-                    f"{_name(path)}: {w} is not there" for w in scripts if not (ROOT / w).is_file()
-                ]
+                script = next((w for w in words if _SCRIPT.fullmatch(w)), None)
+                after = words[words.index(script) + 1 :] if script else []
+                if script and not (ROOT / script).is_file():
+                    wrong.append(f"{_name(path)}: {script} is not there")
+                elif script and any(w.startswith("--") for w in after):
+                    scripts.setdefault((script, *after), _name(path))
                 continue
             if command not in available():
                 wrong.append(f"{_name(path)}: {line}: no such command")
             # A command that is only named stands without its arguments.
-            elif arguments[1:] and not re.search(r"\bNAME\b|\bPICTURE\b", line):
+            elif (arguments[1:] or "--" in "".join(arguments)) and not re.search(
+                r"\bNAME\b|\bPICTURE\b", line
+            ):
                 parsed += 1
                 if said := refusal(command, arguments, capsys):
                     wrong.append(f"{_name(path)}: {line}: {said}")
+    for (script, *arguments), name in scripts.items():
+        if said := refusal_of_script(script, arguments, capsys):
+            wrong.append(f"{name}: {' '.join([script, *arguments])}: {said}")
     assert not wrong, "\n".join(wrong)
-    assert parsed > 50
+    assert parsed > 50 and len(scripts) > 20
 
 
 @functools.cache
