@@ -96,6 +96,26 @@ __device__ inline void as_a(const float (&left)[4], const float (&right)[4], uin
   a[3] = pack<T>(right[2], right[3]);
 }
 
+// out += weights * tile: of kCount neighbouring C as A (the first 16 `steps` columns matter) and as
+// many rows of a tile.
+template <int kDim, class T, int kCount>
+__device__ inline void add_tile(const float (&weights)[kCount][4], const T* tile, int steps,
+                                float (&out)[kDim / 8][4]) {
+#pragma unroll
+  for (int n = 0; n < kCount / 2; ++n) {
+    if (n >= steps) continue;
+    uint32_t a[4];
+    as_a<T>(weights[2 * n], weights[2 * n + 1], a);
+#pragma unroll
+    for (int d = 0; d < kDim / kSide; ++d) {
+      uint32_t b[4];
+      load_b(tile + (n * kRowStride<kDim> + d) * kSide, kRowStride<kDim>, b);
+      multiply_add<T>(out[2 * d], a, b[0], b[1]);
+      multiply_add<T>(out[2 * d + 1], a, b[2], b[3]);
+    }
+  }
+}
+
 // Bit e of kept[j]: whether dropout keeps value e of the lane's C number j, of 8 columns each.
 // `row` is that of dropout of the lane's first row, `step` leads to its second, `block` is the
 // first column / 8; of the kGroups groups of four C only the first `groups` matter. A counter of
@@ -328,19 +348,7 @@ __global__ void __launch_bounds__(kForwardWarps* kWarp, kDim <= 64 ? 4 : 2)
 #pragma unroll
           for (int e = 0; e < 4; ++e) out[j][e] *= former[e / 2];
         }
-#pragma unroll
-        for (int n = 0; n < kSteps; ++n) {
-          if (n >= steps) continue;
-          uint32_t weights[4];
-          as_a<T>(scores[2 * n], scores[2 * n + 1], weights);
-#pragma unroll
-          for (int d = 0; d < kDim / kSide; ++d) {
-            uint32_t b[4];
-            load_b(tile_values + n * kSide * kStride + d * kSide, kStride, b);
-            multiply_add<T>(out[2 * d], weights, b[0], b[1]);
-            multiply_add<T>(out[2 * d + 1], weights, b[2], b[3]);
-          }
-        }
+        add_tile<kDim>(scores, tile_values, steps, out);
       }
       if (load && (tile + 2) * kTile < keys) {
         __syncthreads();  // all are done with this tile
@@ -699,19 +707,7 @@ __global__ void __launch_bounds__(kForwardWarps* kWarp)
           grad_weights[j][e] = none ? 0.0f : weight * (grad - delta[e / 2]);
         }
       }
-#pragma unroll
-      for (int n = 0; n < kSteps; ++n) {
-        if (n >= steps) continue;
-        uint32_t grad[4];
-        as_a<T>(grad_weights[2 * n], grad_weights[2 * n + 1], grad);
-#pragma unroll
-        for (int d = 0; d < kDim / kSide; ++d) {
-          uint32_t b[4];
-          load_b(chunk_keys + n * kSide * kStride + d * kSide, kStride, b);
-          multiply_add<T>(out[2 * d], grad, b[0], b[1]);
-          multiply_add<T>(out[2 * d + 1], grad, b[2], b[3]);
-        }
-      }
+      add_tile<kDim>(grad_weights, chunk_keys, steps, out);
     }
     if ((tile + 2) * kKeys < keys) {
       __syncthreads();  // all are done with this tile
