@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from transformer_ext.model import LanguageModel, TextEncoder, Transformer
 from transformer_ext.ops import _backend, cross_entropy, set_backend
+from transformer_ext.training import distributed
 from transformer_ext.training import optimizer as optimizer_module
 from transformer_ext.training.batches import Layout, to_device
 from transformer_ext.training.device_step import DeviceStep
@@ -351,7 +352,14 @@ def test_a_step_calls_only_cuda_ops_and_never_waits(
 
     monkeypatch.setattr(optimizer, "step", take)
     losses = LossModule(model, 0.1)
-    step = DeviceStep(losses, losses, optimizer, torch.device("meta"))
+    meta = torch.device("meta")
+    gradients = None
+    if kind == "paper":
+        # As with several GPUs, in two parts.
+        monkeypatch.setattr(distributed.dist, "broadcast", lambda tensor, source: None)
+        world = distributed.World(0, 1, meta)
+        gradients = distributed.GradientSum(losses, parameters_by_name(model), world)
+    step = DeviceStep(losses, losses, optimizer, meta, gradients=gradients)
     data = Numbers()
     batch = data.collate(np.arange(5))
     if kind in ("language model", "classifier"):
@@ -361,7 +369,12 @@ def test_a_step_calls_only_cuda_ops_and_never_waits(
     blocks = [layout.views(layout.block("meta")) for _ in range(2)]
     numbers = StepNumbers.zeros(2, "meta")
     with set_backend("compiled"), Watched("meta") as watched:
-        step._compute(blocks, numbers)
+        if gradients is None:
+            step._compute(blocks, numbers)
+        else:
+            step._contribute(blocks, numbers)
+            assert not any(p.grad is not None for p in model.parameters())
+            step._apply()
     for name, gradient in found.items():
         assert gradient is not None and gradient.dtype == torch.float32, name
     ours = {op.partition("::")[2] for op in watched.ops if op.startswith("transformer_ext")}

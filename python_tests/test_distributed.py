@@ -20,14 +20,18 @@ from typing import Any
 import pytest
 import torch
 from killing import end_of, forked
+from test_device_step import Emulated, OpByOp, weights
 from test_resume import assert_same_run, events, live
 from test_training import Numbers, small_model, trainer_for
 from training_helpers import SMALL_MODEL, write_text
 
 from transformer_ext import train
 from transformer_ext.training import distributed
+from transformer_ext.training import trainer as trainer_module
+from transformer_ext.training.batches import Layout
 from transformer_ext.training.checkpoint import Checkpoints
-from transformer_ext.training.distributed import World
+from transformer_ext.training.device_step import DeviceStep
+from transformer_ext.training.distributed import GradientSum, World
 from transformer_ext.training.trainer import LossModule, Plan, Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -149,6 +153,121 @@ def test_gradients_are_exchanged_once_a_step() -> None:
     assert in_ranks(2, rank_body) == [0, 0]
 
 
+# CUDA graphs --------------------------------------------------------------------------------------
+
+
+def record_steps(graphs: OpByOp) -> None:
+    """From now on this process trains as one with several GPUs does, with a stand-in for graphs."""
+    module: Any = trainer_module
+    module._records_steps = lambda plan, device: plan.cuda_graphs
+    module.CudaGraphs = lambda device: graphs
+
+
+class Failing(Emulated):
+    """Cannot record one of the two parts of a step: what Python does is done, what is queued is not."""
+
+    def __init__(self, part: str) -> None:
+        self.part = part
+
+    def record(self, work: Callable[[], None]) -> Any:
+        recorded = super().record(work)
+        if (work.__name__ == "_apply") == (self.part == "update"):
+            raise RuntimeError(f"the {self.part} cannot be recorded")
+        return recorded
+
+    def release(self, forget: Callable[[], None]) -> None:
+        forget()
+
+
+def test_recorded_steps_are_those_of_ddp(tmp_path: Path) -> None:
+    data = Numbers(examples=26)
+
+    def rank_body(rank: int) -> int:
+        world = World.join(torch.device("cpu"))
+        call = DeviceStep.__call__
+        layouts: list[Any] = []
+
+        def broken(
+            self: DeviceStep, batches: Any, rate: float, normalizer: float, rng: Any
+        ) -> None:
+            layouts.append(Layout.of(batches))
+            # The NaN of one rank, in the fifth step, is to be noticed by all.
+            bad = rank == 1 and rng[0][1] == 5
+            call(self, batches, rate, float("nan") if bad else normalizer, rng)
+
+        DeviceStep.__call__ = broken  # type: ignore[method-assign]
+
+        def trainer(graphs: OpByOp, steps: int, found: dict[str, Any] | None = None) -> Any:
+            record_steps(graphs)
+            # Other weights on each rank: those of the first one count.
+            model = small_model(dropout=0.2, seed=rank)
+            start = None
+            if found is not None:
+                model.load_state_dict(found["model"])
+                start = found["position"]
+            stream = data.stream(accum_steps=2, rank=rank, world_size=2, start=start)
+            made = trainer_for(model, stream, PLAN, world=world)
+            if found is not None:
+                made.optimizer.load_state_dict(found["optimizer"])
+                made.progress.step = found["step"]
+            told: list[str] = []
+            made._device_step._tell = told.append
+            for _ in range(steps):
+                made.train_step()
+            return made, told
+
+        def state(made: Trainer) -> list[torch.Tensor]:
+            return [*weights(made.model), *made.optimizer.state_dict().values()]
+
+        # DDP in the shapes of a GPU: each sum is of two numbers and a power of 2 divides exactly.
+        trainer_module._records_steps = lambda plan, device: False
+        ddp = trainer_for(
+            small_model(dropout=0.2, seed=rank),
+            data.stream(accum_steps=2, rank=rank, world_size=2),
+            PLAN,
+            world=world,
+        )
+        ddp._device_step._graphs = OpByOp()  # type: ignore[assignment]
+        for _ in range(9):
+            ddp.train_step()
+        assert int(ddp.optimizer.skipped) == 1 and len(set(layouts)) > 1
+        torch.save([hash(layout) for layout in layouts], tmp_path / f"layouts.{rank}")
+        expected = [*state(ddp), ddp._sums]
+
+        for part in ("", "batches", "update"):
+            # One rank goes on op by op, the other with its graphs.
+            graphs = Failing(part) if rank == 1 and part else Emulated()
+            made, told = trainer(graphs, 9)
+            assert isinstance(made._gradients, GradientSum)
+            fails = isinstance(graphs, Failing)
+            assert [part in text for text in told] == [True] * fails
+            assert (made.graphs == 0) == fails
+            assert (made._device_step._update_graph.graph is None) == fails
+            for a, b in zip([*state(made), made._sums], expected, strict=True):
+                assert torch.equal(a, b), part
+
+        first, _ = trainer(Emulated(), 6)
+        copy = {name: t.clone() for name, t in first.optimizer.state_dict().items()}
+        found = {"model": first.model.state_dict(), "optimizer": copy}
+        found |= {"position": first.stream.position, "step": first.progress.step}
+        resumed, _ = trainer(Emulated(), 3, found)
+        for a, b in zip(state(resumed), expected, strict=False):
+            assert torch.equal(a, b)
+
+        with pytest.raises(RuntimeError, match=r"^source_embedding.weight: got no gradient"):
+            resumed.model.generator.weight.grad = None
+            resumed._gradients.collect()
+        shapes = {"here": torch.nn.Parameter(torch.zeros(2 + rank))}
+        with pytest.raises(ValueError, match="^parameters: got other names or shapes on some"):
+            GradientSum(torch.nn.Module(), shapes, world)
+        distributed.leave()
+        return 0
+
+    assert in_ranks(2, rank_body) == [0, 0]
+    layouts = [torch.load(tmp_path / f"layouts.{rank}") for rank in (0, 1)]
+    assert any(a != b for a, b in zip(*layouts, strict=True))
+
+
 # The command --------------------------------------------------------------------------------------
 
 
@@ -234,7 +353,13 @@ def test_a_killed_rank_ends_the_training_and_is_named(
 ) -> None:
     run = tmp_path / "run"
     options = [*text, *LONG, "--output", str(run)]
-    pids = start_ranks(3, lambda rank: train.main(options))
+
+    def body(rank: int) -> int:
+        if lost == 1:
+            record_steps(Emulated())
+        return train.main(options)
+
+    pids = start_ranks(3, body)
     wait_for_step(run, 7)
     began = time.monotonic()
     os.kill(pids[lost], signal.SIGKILL)

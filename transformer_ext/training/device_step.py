@@ -9,6 +9,10 @@ the state of dropout, the scale of the loss.
 There is a graph for each layout. All of them have one pool of memory, since nothing in it outlives a
 step. A layout's first step runs op by op and sets up what must not be set up while a graph is
 recorded (cuBLAS, tables of positions, moments of the optimizer); its second step records.
+
+With several GPUs the graph of a layout ends with the gradients of this rank. Their exchange is queued
+behind it, and behind that one graph for all layouts, which clips and updates
+(:class:`~.distributed.GradientSum` says why).
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +28,7 @@ from torch import Tensor, nn
 
 from transformer_ext.ops.linear import convert_weights, converted_weights, forget_copies
 from transformer_ext.training.batches import DeviceBatch, Layout
+from transformer_ext.training.distributed import GradientSum
 from transformer_ext.training.optimizer import Optimizer
 
 __all__ = ["CudaGraphs", "DeviceStep", "Numbers"]
@@ -91,6 +96,21 @@ class Numbers:
 
 
 @dataclass
+class _Graph:
+    """Work that steps queue again and again, on the same memory.
+
+    Attributes:
+        seen: Whether it has run, op by op.
+        graph: None before it runs for the second time.
+        kept: What the graph reads and the model may replace: tables that grow.
+    """
+
+    seen: bool = False
+    graph: Any = None
+    kept: tuple[Tensor, ...] = ()
+
+
+@dataclass
 class _Recorded:
     """The memory that the batches of a layout are filled into, and its graph.
 
@@ -99,18 +119,14 @@ class _Recorded:
         blocks: One for each micro-batch.
         batches: What lies in the blocks.
         numbers: Of the step.
-        seen: Whether a step has run on it, op by op.
-        graph: None before the layout's second step.
-        kept: What the graph reads and the model may replace: tables that grow.
+        recorded: What is done with them.
     """
 
     layout: Layout
     blocks: list[Tensor]
     batches: list[DeviceBatch]
     numbers: Numbers
-    seen: bool = False
-    graph: Any = None
-    kept: tuple[Tensor, ...] = ()
+    recorded: _Graph = field(default_factory=_Graph)
 
     @staticmethod
     def make(layout: Layout, count: int, device: torch.device) -> _Recorded:
@@ -200,6 +216,7 @@ class DeviceStep:
         optimizer: Over the model's parameters.
         device: Where they are.
         graphs: Records the steps; None: each runs op by op.
+        gradients: Adds up the gradients of several processes; None: there is one, or DDP does it.
         tell: Is told why, if a step cannot be recorded; all further ones run op by op.
 
     Attributes:
@@ -215,6 +232,7 @@ class DeviceStep:
         device: torch.device,
         *,
         graphs: CudaGraphs | None = None,
+        gradients: GradientSum | None = None,
         tell: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.losses = losses
@@ -223,7 +241,12 @@ class DeviceStep:
         self.device = device
         self.sums = torch.zeros(3, device=device)
         self._graphs = graphs
+        self._gradients = gradients
         self._tell = tell
+        #: What goes from the first part of a step to the second, the same for all layouts.
+        self._rate = torch.zeros((), device=device)
+        self._step_sums = torch.zeros_like(self.sums)
+        self._update_graph = _Graph()
         self._rng: Tensor | None = getattr(losses.model, "rng", None)
         self._recorded: dict[tuple[Layout, int], _Recorded] = {}
         #: Weights that the model reads in another type, and that type.
@@ -232,7 +255,7 @@ class DeviceStep:
     @property
     def graphs(self) -> int:
         """Number of graphs recorded."""
-        return sum(entry.graph is not None for entry in self._recorded.values())
+        return sum(entry.recorded.graph is not None for entry in self._recorded.values())
 
     def __call__(
         self,
@@ -249,6 +272,22 @@ class DeviceStep:
             normalizer: What the sum of the losses is divided by.
             rng: The state of dropout for each micro-batch: seed, step, microstep.
         """
+        # Nothing between the two parts holds a graph that must be given up.
+        self._queue_batches(batches, learning_rate, normalizer, rng)
+        if self._gradients is not None:
+            # Not within what falls back to op by op: an exchange that fails is another rank's end.
+            self._gradients.exchange()
+            self._queue(self._update_graph, self._apply)
+
+    def _queue_batches(
+        self,
+        batches: Sequence[Any],
+        learning_rate: float,
+        normalizer: float,
+        rng: Sequence[tuple[int, int, int]],
+    ) -> None:
+        """Queues a step, or with several GPUs the part of it before the exchange."""
+        work = self._compute if self._gradients is None else self._contribute
         pinned = self.device.type == "cuda"
         tokens = [int(batch.target_tokens) for batch in batches]
         numbers = Numbers.of(learning_rate, normalizer, tokens, rng, pinned=pinned)
@@ -257,17 +296,13 @@ class DeviceStep:
             loaded = [self.losses.load(batch, self.device) for batch in batches]
             if self.device.type != "cpu":
                 numbers = numbers.copied_to(Numbers.zeros(len(loaded), self.device))
-            self._compute(loaded, numbers)
+            work(loaded, numbers)
             return
         for batch, block in zip(batches, entry.blocks, strict=True):
             host = entry.layout.block("cpu", pinned=pinned)
             block.copy_(entry.layout.fill(batch, host), non_blocking=True)
         numbers.copied_to(entry.numbers)
-        if entry.graph is None and not self._prepare(entry):
-            return
-        entry.graph.replay()
-        # The weights have changed, and their versions have not.
-        forget_copies()
+        self._queue(entry.recorded, lambda: work(entry.batches, entry.numbers))
 
     def _entry(self, batches: Sequence[Any]) -> _Recorded | None:
         """Where the batches are filled in; None for those that get no graph."""
@@ -283,26 +318,33 @@ class DeviceStep:
             self._recorded[key] = _Recorded.make(layout, len(batches), self.device)
         return self._recorded[key]
 
-    def _prepare(self, entry: _Recorded) -> bool:
-        """Queues a layout's first step, or records its second, returning True: to be replayed."""
+    def _queue(self, recorded: _Graph, work: Callable[[], None]) -> None:
+        """Queues work op by op, or as its graph."""
+        if self._graphs is None:
+            work()
+        elif recorded.graph is not None or self._prepare(recorded, work):
+            recorded.graph.replay()
+            # The weights have changed, and their versions have not.
+            forget_copies()
+
+    def _prepare(self, recorded: _Graph, work: Callable[[], None]) -> bool:
+        """Queues work for the first time, or records it, returning True: to be replayed."""
         assert self._graphs is not None
-
-        def work() -> None:
-            self._compute(entry.batches, entry.numbers)
-
-        first, entry.seen = not entry.seen, True
+        first, recorded.seen = not recorded.seen, True
         try:
             if first:
                 self._graphs.run(work)
                 own = {id(parameter) for parameter in self.optimizer.parameters.values()}
-                self._converted = [pair for pair in converted_weights() if id(pair[0]) in own]
-                # Nothing runs for the first time while it is recorded.
-                self._graphs.run(lambda: convert_weights(self._converted))
+                converted = [pair for pair in converted_weights() if id(pair[0]) in own]
+                if converted:
+                    self._converted = converted
+                    # Nothing runs for the first time while it is recorded.
+                    self._graphs.run(lambda: convert_weights(converted))
                 return False
             # A copy of a weight must be made by the graph that reads it.
             forget_copies()
-            entry.graph = self._graphs.record(work)
-            entry.kept = tuple(self.losses.buffers())
+            recorded.graph = self._graphs.record(work)
+            recorded.kept = tuple(self.losses.buffers())
             return True
         except torch.OutOfMemoryError as error:
             # What the graphs hold is not to be had for anything else.
@@ -322,15 +364,36 @@ class DeviceStep:
         """Lets all further steps run op by op."""
         self.optimizer.clear_gradients()
         assert self._graphs is not None
-        self._graphs.release(self._recorded.clear)
+        self._graphs.release(self._forget)
         self._graphs = None
         # The end of a recording that has failed fails, too.
         first = error.__context__ if isinstance(error.__context__, RuntimeError) else error
         reason = str(first).strip().partition("\n")[0] or repr(first)
         self._tell(f"the step cannot be a CUDA graph ({reason})")
 
+    def _forget(self) -> None:
+        self._recorded.clear()
+        self._update_graph = _Graph()
+
     def _compute(self, batches: Sequence[DeviceBatch], numbers: Numbers) -> None:
         """The step itself: only work for the device."""
+        self._update(numbers.learning_rate, self._backward(batches, numbers))
+
+    def _contribute(self, batches: Sequence[DeviceBatch], numbers: Numbers) -> None:
+        """The part of a step before the gradients of all ranks are added up."""
+        assert self._gradients is not None
+        self._step_sums.copy_(self._backward(batches, numbers))
+        self._rate.copy_(numbers.learning_rate)
+        self._gradients.collect()
+
+    def _apply(self) -> None:
+        """The part after it, which depends on no batch."""
+        assert self._gradients is not None
+        self._gradients.hand_out()
+        self._update(self._rate, self._step_sums)
+
+    def _backward(self, batches: Sequence[DeviceBatch], numbers: Numbers) -> Tensor:
+        """Makes the gradients; returns what is to be added to :attr:`sums`."""
         # In float16 the scale belongs inside the loss: its gradients are made there.
         scale = self.optimizer.scale
         divisor = numbers.normalizer if scale is None else numbers.normalizer / scale
@@ -347,7 +410,11 @@ class DeviceStep:
                 loss.backward(torch.where(finite, 1.0, math.nan))
             parts = [loss.detach() * divisor, nll.float(), numbers.tokens[index]]
             sums += torch.stack(parts)
-        self.optimizer.step(numbers.learning_rate)
+        return sums
+
+    def _update(self, learning_rate: Tensor, sums: Tensor) -> None:
+        """Applies the gradients."""
+        self.optimizer.step(learning_rate)
         # A step that the optimizer skipped has no loss to average.
         self.sums += torch.where(self.optimizer.broken > 0, 0.0, sums)
 

@@ -15,7 +15,8 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -23,9 +24,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.rendezvous import rendezvous
 
-__all__ = ["World", "describe_loss", "leave", "local_rank", "tell_others"]
+__all__ = ["GradientSum", "World", "describe_loss", "leave", "local_rank", "tell_others"]
 
 #: The other ranks wait while the first one decodes the held-out and the test text.
 _LONGEST_WAIT = timedelta(hours=2)
@@ -129,6 +131,89 @@ class World:
         """Waits until all ranks are here."""
         if self.size > 1:
             dist.barrier()
+
+
+class GradientSum:
+    """The gradients of all ranks, added up in one piece of memory that stays.
+
+    For steps that are CUDA graphs, in place of DistributedDataParallel: the exchange has the same
+    size and address for every shape of a batch, and lies between two graphs, in none of them. So
+    ranks whose batches have other shapes, or that compute op by op, still exchange the same.
+
+    - Recorded, NCCL's kernels could hang without anybody noticing: its watchdog looks only after
+      exchanges that are queued one by one. These it notices as it always does.
+    - The watchdog's thread asks CUDA for the events of past exchanges, also while this one records;
+      graphs are recorded with ``capture_error_mode="thread_local"``, to which what other threads
+      ask is no error. No exchange is under way then: ``torch.cuda.graph`` waits for the device
+      first. It waits for exchanges that this rank has queued, and every rank queues the one of a
+      step before it waits for anything of the next: no rank waits in a circle.
+    - An exchange that is not asynchronous is in order with the current stream, which replays the
+      graphs: torch queues it there, or (older ones) on a stream of its own with which the current
+      one waits for it. The host waits for neither.
+    - All at once, after the backward pass. Autograd's tensors are copied here by one kernel, 8 bytes
+      a parameter; adding into this memory instead would read and write it, 16 bytes with the
+      clearing, and be a kernel for each parameter.
+
+    Args:
+        module: Its parameters become those of the first rank.
+        parameters: Of them those that are trained, by name.
+        world: The processes.
+
+    Raises:
+        ValueError: The ranks train other parameters.
+    """
+
+    #: Where a gradient begins, in numbers: 256 bytes, as what torch's allocator gives.
+    _ALIGNMENT = 64
+
+    def __init__(
+        self, module: nn.Module, parameters: Mapping[str, nn.Parameter], world: World
+    ) -> None:
+        self._parameters = dict(parameters)
+        shapes = repr([(name, tuple(p.shape)) for name, p in parameters.items()])
+        if len({row[0] for row in world.gather([zlib.crc32(shapes.encode())])}) > 1:
+            raise ValueError(
+                "parameters: got other names or shapes on some ranks than on the first, expected "
+                "the same model on all of them"
+            )
+        for parameter in module.parameters():
+            dist.broadcast(parameter.detach(), 0)
+        begins, end = [], 0
+        for parameter in self._parameters.values():
+            begins.append(end)
+            end += -(-parameter.numel() // self._ALIGNMENT) * self._ALIGNMENT
+        self._all = torch.zeros(end, device=world.device)
+        self._parts = [
+            self._all[begin : begin + parameter.numel()].view_as(parameter)
+            for begin, parameter in zip(begins, self._parameters.values(), strict=True)
+        ]
+
+    def collect(self) -> None:
+        """Takes the gradients of this rank from the parameters.
+
+        Raises:
+            RuntimeError: A parameter has none.
+        """
+        gradients = []
+        for name, parameter in self._parameters.items():
+            if parameter.grad is None:
+                # DistributedDataParallel refuses it too, one step later.
+                raise RuntimeError(
+                    f"{name}: got no gradient, expected the loss to depend on every parameter that "
+                    "is trained, where several processes add up their gradients"
+                )
+            gradients.append(parameter.grad)
+            parameter.grad = None
+        torch._foreach_copy_(self._parts, gradients)
+
+    def exchange(self) -> None:
+        """Queues the sum over all ranks; the only part that the ranks do together."""
+        dist.all_reduce(self._all)
+
+    def hand_out(self) -> None:
+        """Gives each parameter its sum as its gradient."""
+        for parameter, part in zip(self._parameters.values(), self._parts, strict=True):
+            parameter.grad = part
 
 
 class _Board:

@@ -276,8 +276,6 @@ class Run(ABC):
         """Why steps on a GPU are not recorded and replayed; None: they are."""
         if not self.config.training.cuda_graphs:
             return "as asked for (--no-cuda-graphs)"
-        if self.machine.world.size > 1:
-            return "the exchange of gradients between processes is not recorded"
         if backend() == "reference":
             return "plain PyTorch, as asked for (TRANSFORMER_EXT_BACKEND)"
         if self.counted != Run.counted:

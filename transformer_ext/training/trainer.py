@@ -6,6 +6,7 @@ import functools
 import inspect
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,7 +24,7 @@ from transformer_ext.ops.linear import gemm_choices
 from transformer_ext.training.batches import BatchStream, DeviceBatch, Position, Step, to_device
 from transformer_ext.training.checkpoint import Checkpoints
 from transformer_ext.training.device_step import CudaGraphs, DeviceStep
-from transformer_ext.training.distributed import World
+from transformer_ext.training.distributed import GradientSum, World
 from transformer_ext.training.moving_average import MovingAverage
 from transformer_ext.training.optimizer import Optimizer
 from transformer_ext.training.report import Console, JsonLog, duration
@@ -97,6 +98,11 @@ def _compiles_shapes(device_type: str, dtype: torch.dtype) -> bool:
     if device_type != "cpu" or dtype != torch.bfloat16:
         return False
     return ops.backend() == "reference" or _torch_multiplies_bfloat16()
+
+
+def _records_steps(plan: Plan, device: torch.device) -> bool:
+    """Whether steps are recorded and replayed."""
+    return plan.cuda_graphs and device.type == "cuda"
 
 
 def _without_buffers() -> dict[str, Any]:
@@ -180,7 +186,7 @@ class Plan:
             which the training ends with an error.
         counted: What a label is, for the speed in the log: "tok", or "texts" where there is one
             label for each.
-        cuda_graphs: Whether steps on one GPU are recorded and replayed (:class:`DeviceStep`).
+        cuda_graphs: Whether steps on GPUs are recorded and replayed (:class:`DeviceStep`).
     """
 
     max_steps: int
@@ -376,17 +382,21 @@ class Trainer:
         self.stop = StopRequest()
         self.losses = LossModule(model, plan.label_smoothing)
         self._parallel: nn.Module = self.losses
-        if self.world.size > 1:
+        recorded = _records_steps(plan, self.world.device)
+        self._gradients: GradientSum | None = None
+        if self.world.size > 1 and recorded:
+            self._gradients = GradientSum(self.losses, optimizer.parameters, self.world)
+        elif self.world.size > 1:
             self._parallel = nn.parallel.DistributedDataParallel(
                 self.losses, gradient_as_bucket_view=True, **_without_buffers()
             )
-        recorded = plan.cuda_graphs and self.world.device.type == "cuda" and self.world.size == 1
         self._device_step = DeviceStep(
             self.losses,
             self._parallel,
             optimizer,
             self.world.device,
             graphs=CudaGraphs(self.world.device) if recorded else None,
+            gradients=self._gradients,
             tell=self._say_no_graphs,
         )
         self._sums = self._device_step.sums
@@ -414,11 +424,11 @@ class Trainer:
         target_tokens = step.target_tokens
         if step.partial:
             target_tokens = int(world.sum(target_tokens)[0])
-        # DDP averages the gradients of the ranks, where the loss of the whole step is their sum.
-        normalizer = target_tokens / world.size
+        # The loss of the whole step is a sum, and DDP averages the gradients of the ranks.
+        normalizer = target_tokens / (world.size if self._gradients is None else 1)
         if not self.losses.training:
             self.losses.train()
-        if not self._exchanged:
+        if self._gradients is None and not self._exchanged:
             self._exchange_once(step.batches[0], normalizer)
         self._device_step(
             step.batches,
@@ -438,7 +448,12 @@ class Trainer:
             self._check_skipped()
 
     def _say_no_graphs(self, reason: str) -> None:
-        self.console.print(f"warning: {reason}; it runs op by op")
+        warning = f"warning: {reason}; it runs op by op"
+        if self.world.first:
+            self.console.print(warning)
+        else:
+            # Of this rank alone, for which all others will wait in each step.
+            print(f"rank {self.world.rank}: {warning}", file=sys.stderr, flush=True)
         self.log.write("no_cuda_graphs", step=self.progress.step, reason=reason)
 
     def _check_skipped(self) -> None:
