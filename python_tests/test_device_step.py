@@ -101,6 +101,25 @@ def fixed(trainer: Trainer, graphs: Any = None) -> Trainer:
     return trainer
 
 
+class Texts(Numbers):
+    """Each text has one label."""
+
+    def __init__(self, examples: int = 24) -> None:
+        super().__init__(examples)
+        self.label_counts = np.ones(examples, np.int64)
+
+    def collate(self, examples: np.ndarray) -> Any:
+        pairs = super().collate(examples)
+        count = len(examples)
+        return SimpleNamespace(
+            ids=pairs.tgt_ids,
+            lengths=pairs.tgt_lengths,
+            labels=examples % 2,
+            target_tokens=count,
+            sentences=count,
+        )
+
+
 def weights(model: torch.nn.Module) -> list[torch.Tensor]:
     return [parameter.detach().clone() for parameter in model.parameters()]
 
@@ -134,14 +153,23 @@ def test_a_layout_holds_the_batch_and_nothing_that_counts() -> None:
         assert (held.labels[len(exact.labels) :] == -100).all()
         for tensor in (held.labels, held.inputs[0], held.inputs[2], held.inputs[1].positions):
             assert tensor.storage_offset() * tensor.element_size() % 256 == 0
+    # A text without a token would have no vector.
+    texts = [Texts().collate(np.arange(first, first + 5)) for first in (0, 7)]
+    layout = Layout.of(texts)
+    assert layout.sequences == layout.labels == 16
+    for batch in texts:
+        held = layout.views(layout.fill(batch, layout.block("cpu")))
+        lengths = held.inputs[1].lengths.tolist()
+        assert lengths == [*batch.lengths, *[1] * 11] and sum(lengths) <= len(held.inputs[0])
+        assert held.labels.tolist() == [*batch.labels, *[-100] * 11]
     # Learned positions end before the bound that would be taken.
     longest = max(int(b.src_lengths.max()) for b in batches)
     assert Layout.of(batches, longest + 1).longest[0] == longest + 1
 
 
-@pytest.mark.parametrize("kind", ["transformer", "learned positions"])
+@pytest.mark.parametrize("kind", ["transformer", "learned positions", "first", "mean"])
 def test_steps_in_fixed_shapes_compute_the_same(kind: str) -> None:
-    data = Numbers(examples=25)
+    data = Texts(examples=25) if kind in ("first", "mean") else Numbers(examples=25)
     results = []
     for adapt in (lambda trainer: trainer, fixed):
         model = small_model(dropout=0.3)
@@ -150,6 +178,10 @@ def test_steps_in_fixed_shapes_compute_the_same(kind: str) -> None:
             sizes = {"src_vocab_size": VOCAB, "tgt_vocab_size": VOCAB, "d_model": 16, "nhead": 2}
             depth = {"num_encoder_layers": 1, "num_decoder_layers": 1, "dim_feedforward": 32}
             model = Transformer(positions="learned", max_positions=10, **sizes, **depth)
+        elif kind != "transformer":
+            torch.manual_seed(0)
+            sizes = {"vocab_size": VOCAB, "d_model": 16, "nhead": 2, "dim_feedforward": 32}
+            model = TextEncoder(num_layers=1, labels=["a", "b"], pooling=kind, dropout=0.3, **sizes)
         trainer = adapt(trainer_for(model, data.stream(accum_steps=2), Plan(max_steps=9)))
         for _ in range(4):
             trainer.train_step()

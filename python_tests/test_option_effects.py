@@ -135,7 +135,7 @@ def test_why_the_steps_on_a_gpu_are_no_graphs(folder: Path) -> None:
         assert "plain PyTorch" in recorded._why_no_graphs()
     two = World(0, 2, recorded.machine.device)
     recorded.machine = dataclasses.replace(recorded.machine, world=two)
-    assert "between processes" in recorded._why_no_graphs()
+    assert recorded._why_no_graphs() is None
 
 
 @pytest.mark.parametrize("task", ["translate", "copy", "language-model", "classify"])

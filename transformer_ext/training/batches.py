@@ -153,19 +153,22 @@ class Layout:
     """Fixed shapes for a batch, and where its tensors lie in one block of memory.
 
     What a batch has less is filled up: rows past the last sentence, sentences of no token, rows
-    without a label. None of it has an effect.
+    without a label. None of it has an effect. Where each text has one label, a text of no token would
+    have no vector: these have one token.
 
     Attributes:
         rows: Rows of each side.
         longest: A bound on the sentences of each side.
         sequences: Number of sentences.
         labels: Number of labels.
+        of_texts: Whether there is one label for each text, not for each row of the last side.
     """
 
     rows: tuple[int, ...]
     longest: tuple[int, ...]
     sequences: int
     labels: int
+    of_texts: bool = False
 
     @staticmethod
     def of(batches: Sequence[Any], most: int | None = None) -> Layout:
@@ -177,14 +180,20 @@ class Layout:
         """
         sides = [_sides(batch) for batch in batches]
         count = max(len(lengths) for side in sides for _, lengths in side)
-        tokens = [max(len(side[i][0]) for side in sides) for i in range(len(sides[0]))]
+        of_texts = any(
+            len(b.labels) != len(side[-1][0]) for b, side in zip(batches, sides, strict=True)
+        )
+        # A text that fills up takes a row: there are to be few of them.
+        sequences = _coarse_texts(count) if of_texts else _power_of_two(count, _LEAST_SEQUENCES)
+        tokens = [
+            max(
+                len(side[i][0]) + (sequences - len(side[i][1]) if of_texts else 0) for side in sides
+            )
+            for i in range(len(sides[0]))
+        ]
         longest = [
             max(int(side[i][1].max(initial=1)) for side in sides) for i in range(len(tokens))
         ]
-        labels = max(len(batch.labels) for batch in batches)
-        if any(len(b.labels) != len(side[-1][0]) for b, side in zip(batches, sides, strict=True)):
-            # One label for each text: an empty one would have no vector.
-            return Layout(tuple(tokens), tuple(longest), count, labels)
         # The last side is what fills the budget of a batch, so it has nearly the same number of
         # tokens each time; the others vary, and take coarser steps.
         rows = [*map(_coarse_rows, tokens[:-1]), recurring_rows(tokens[-1])]
@@ -193,8 +202,8 @@ class Layout:
             bounds = [
                 max(length, min(bound, most)) for length, bound in zip(longest, bounds, strict=True)
             ]
-        sequences = _power_of_two(count, _LEAST_SEQUENCES)
-        return Layout(tuple(rows), tuple(bounds), sequences, rows[-1])
+        labels = sequences if of_texts else rows[-1]
+        return Layout(tuple(rows), tuple(bounds), sequences, labels, of_texts)
 
     def block(self, device: torch.device | str, *, pinned: bool = False) -> Tensor:
         """Memory for a batch; pinned memory is used again when what was copied from it has gone."""
@@ -230,6 +239,8 @@ class Layout:
             cu_seqlens[0] = 0
             np.cumsum(lengths, out=cu_seqlens[1 : count + 1])
             cu_seqlens[count + 1 :] = tokens
+            if self.of_texts:
+                cu_seqlens[count + 1 :] += np.arange(1, self.sequences - count + 1, dtype=np.int32)
             starts = np.repeat(cu_seqlens[:count], lengths)
             np.subtract(np.arange(tokens, dtype=np.int32), starts, out=positions[:tokens])
             positions[tokens:] = 0
@@ -255,6 +266,12 @@ def _coarse_rows(rows: int) -> int:
     """Rounded up to one of at most 16 numbers between a power of 2 and the next."""
     quantum = max(16, 1 << max(0, rows.bit_length() - 5))
     return -(-rows // quantum) * quantum
+
+
+def _coarse_texts(count: int) -> int:
+    """Rounded up to one of at most 4 numbers between a power of 2 and the next."""
+    quantum = max(_LEAST_SEQUENCES, 1 << max(0, (count - 1).bit_length() - 3))
+    return -(-count // quantum) * quantum
 
 
 def _power_of_two(number: int, least: int) -> int:

@@ -278,8 +278,6 @@ class Run(ABC):
             return "as asked for (--no-cuda-graphs)"
         if backend() == "reference":
             return "plain PyTorch, as asked for (TRANSFORMER_EXT_BACKEND)"
-        if self.counted != Run.counted:
-            return "batches with one label for each text have a shape each"
         return None
 
     # Training -------------------------------------------------------------------------------------
