@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -136,22 +132,6 @@ def assert_graph_safe(results: Callable[[], Sequence[torch.Tensor]], rng: torch.
         assert torch.equal(a, b)
 
 
-def rerun_at_isa(isa: str, test_file: str, select: str) -> None:
-    """Run the selected tests of a file anew, in a process held to an instruction set."""
-    if ISAS.index(isa) > ISAS.index(torch.ops.transformer_ext.isa()):
-        pytest.skip(f"this machine does not have {isa}")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    result = subprocess.run(
-        [*command, test_file, "-k", select],
-        cwd=Path(__file__).parent.parent,
-        env={**os.environ, "TRANSFORMER_EXT_ISA": isa},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-
-
 __all__ = [
     "BACKENDS",
     "ISAS",
@@ -163,7 +143,6 @@ __all__ = [
     "moved",
     "needs_compiled",
     "needs_gpu",
-    "rerun_at_isa",
     "set_backend",
     "threads",
 ]

@@ -2,14 +2,12 @@ import pytest
 import torch
 from kernel_testing import (
     BACKENDS,
-    ISAS,
     PLACES,
     assert_all_as_precise,
     assert_graph_safe,
     moved,
     needs_compiled,
     needs_gpu,
-    rerun_at_isa,
     set_backend,
     threads,
 )
@@ -132,12 +130,6 @@ def test_relu_keeps_its_output_alone():
         y.mul_(2)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             changed.backward(grad)
-
-
-@needs_compiled
-@pytest.mark.parametrize("isa", ISAS[:-1])
-def test_every_instruction_set(isa):
-    rerun_at_isa(isa, __file__, "precision or nan")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,9 +7,7 @@ import pytest
 import torch
 from kernel_testing import (
     BACKENDS,
-    ISAS,
     needs_compiled,
-    rerun_at_isa,
     set_backend,
     threads,
 )
@@ -426,12 +424,6 @@ def test_a_sequence_does_not_depend_on_its_batch(dtype):
         together = self_attention_packed(qkv, 2, 2, Packed.from_lengths([30, 41, 19]), True)
         alone = self_attention_packed(qkv[30:71], 2, 2, Packed.from_lengths([41]), True)
     assert torch.equal(together[30:71], alone)
-
-
-@needs_compiled
-@pytest.mark.parametrize("isa", ISAS[:-1])
-def test_every_instruction_set(isa):
-    rerun_at_isa(isa, __file__, "precision or bias or leaks or masked_rows or twins or tokens")
 
 
 @needs_compiled

@@ -2,11 +2,9 @@ import pytest
 import torch
 from kernel_testing import (
     BACKENDS,
-    ISAS,
     assert_all_as_precise,
     assert_as_precise,
     needs_compiled,
-    rerun_at_isa,
     set_backend,
     threads,
 )
@@ -398,12 +396,6 @@ def test_same_bits_for_any_thread_count(dtype):
     for result in results[1:]:
         for a, b in zip(result, results[0], strict=True):
             assert torch.equal(a, b)
-
-
-@needs_compiled
-@pytest.mark.parametrize("isa", ISAS[:-1])
-def test_every_instruction_set(isa):
-    rerun_at_isa(isa, __file__, "float64 or given or great or arg_max or whatever or sums")
 
 
 @needs_compiled

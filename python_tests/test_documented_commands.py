@@ -25,7 +25,7 @@ from transformer_ext.visualize import PICTURES
 
 #: What pip, cmake, torchrun and GoogleTest call their options.
 OTHERS = {
-    *("--index-url", "--preset", "--build", "--nproc-per-node", "--max-restarts"),
+    *("--index-url", "--preset", "--build", "--nproc-per-node", "--max-restarts", "--dist"),
     *("--gtest_filter", "--benchmark_filter", "--gtest_brief"),
 }
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from kernel_testing import BACKENDS, ISAS, needs_compiled, rerun_at_isa, set_backend, threads
+from kernel_testing import BACKENDS, needs_compiled, set_backend, threads
 
 from transformer_ext.ops.dropout import (
     dropout,
@@ -75,12 +75,6 @@ def test_kernel_and_twin_draw_the_same_bits(columns, p, dtype):
         with set_backend("compiled"):
             got = dropout(x, p, torch.tensor(rng), site)
         assert torch.equal(got, dropout_reference(x, p, torch.tensor(rng), site))
-
-
-@needs_compiled
-@pytest.mark.parametrize("isa", ISAS[:-1])
-def test_every_instruction_set(isa):
-    rerun_at_isa(isa, __file__, "same_bits")
 
 
 @needs_compiled

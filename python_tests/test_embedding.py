@@ -4,14 +4,12 @@ import pytest
 import torch
 from kernel_testing import (
     BACKENDS,
-    ISAS,
     PLACES,
     assert_all_as_precise,
     assert_graph_safe,
     moved,
     needs_compiled,
     needs_gpu,
-    rerun_at_isa,
     set_backend,
     threads,
 )
@@ -201,12 +199,6 @@ def test_same_bits_for_any_thread_count(dtype):
     for result in results[1:]:
         for a, b in zip(result, results[0], strict=True):
             assert torch.equal(a, b)
-
-
-@needs_compiled
-@pytest.mark.parametrize("isa", ISAS[:-1])
-def test_every_instruction_set(isa):
-    rerun_at_isa(isa, __file__, "precision or slack")
 
 
 def test_reference_gradient():

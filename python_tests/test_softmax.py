@@ -2,11 +2,9 @@ import pytest
 import torch
 from kernel_testing import (
     BACKENDS,
-    ISAS,
     assert_as_precise,
     needs_compiled,
     needs_gpu,
-    rerun_at_isa,
     set_backend,
     threads,
 )
@@ -177,12 +175,6 @@ def test_same_bits_for_any_thread_count(name, dtype):
             results.append(run(FACES[name][0], x, grad, keep))
     for result in results[1:]:
         assert torch.equal(result[0], results[0][0]) and torch.equal(result[1], results[0][1])
-
-
-@needs_compiled
-@pytest.mark.parametrize("isa", ISAS[:-1])
-def test_every_instruction_set(isa):
-    rerun_at_isa(isa, __file__, "float64 or masked or great or nan or typed")
 
 
 @pytest.mark.parametrize("name", FACES)
