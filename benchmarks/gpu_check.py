@@ -3,6 +3,7 @@
     python benchmarks/gpu_check.py
     python benchmarks/gpu_check.py --only build tests memcheck racecheck
     python benchmarks/gpu_check.py --only "compile base" "compile big" ncu --rounds 10
+    python benchmarks/gpu_check.py --only build "one GPU" "all GPUs" "all GPUs op by op"
     python benchmarks/gpu_check.py --dry                     # without a GPU: do the commands run?
 
 It needs torch with CUDA, nvcc, CMake, Ninja, pybind11 and the package's dependencies, and no
@@ -23,6 +24,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -119,6 +121,13 @@ def gpu_tests() -> list[str]:
     ]
 
 
+def gpus() -> int:
+    """How many this machine has."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def stages(options: argparse.Namespace, scratch: Path) -> list[Stage]:
     """All of them, the most wanted first."""
     dry = options.dry
@@ -168,6 +177,19 @@ def stages(options: argparse.Namespace, scratch: Path) -> list[Stage]:
     else:
         train += ["--max-minutes", "0.6"]
         translate += ["--beam-size", "4"]
+    trained_alone = [PYTHON, "-m", "transformer_ext.train", "--dry-run", *device]
+    if dry:
+        trained_alone += ["--preset", "tiny", "--max-tokens", "256"]
+    else:
+        trained_alone += ["--preset", "base", "--max-tokens", "4096"]
+    # A process finds the GPU of its own.
+    together = [PYTHON, "-m", "torch.distributed.run", "--standalone"]
+    together += ["--nproc-per-node", "2" if dry else "gpu", *trained_alone[1:]]
+    stages_of_several = [
+        Stage("one GPU", [trained_alone], 60),
+        Stage("all GPUs", [together], 60),
+        Stage("all GPUs op by op", [[*together, "--no-cuda-graphs"]], 60),
+    ]
     return [
         Stage("build", [build, ["cmake", "--build", "build/cuda"]], 240),
         Stage("load", [[PYTHON, "-c", LOAD]], 40),
@@ -189,6 +211,7 @@ def stages(options: argparse.Namespace, scratch: Path) -> list[Stage]:
         Stage("ncu", [[*ncu, *every, "--large"]], 90),
         Stage("training big 4k", training("big", 4_096, 24, *peers[:1]), 60, compiled_only),
         Stage("compile big", training("big", 25_000, 6, compiled), 140, compiled_only),
+        *(stages_of_several[1:2] if dry else stages_of_several if gpus() > 1 else []),
     ]
 
 
@@ -435,6 +458,10 @@ def results(done: Sequence[Stage], scratch: Path) -> list[list[str]]:
             trained += stage.rows
         elif stage.name == "end to end":
             lines += end_to_end_lines(scratch / "run" / "log.jsonl")
+        elif "GPU" in stage.name and stage.status == "ok":
+            found = re.search(r"([\d.]+) ms a step", stage.said)
+            figure = f"{found[1]} ms a step of 4,096 tokens a GPU" if found else stage.said
+            lines.append([f"train base, {stage.name}", figure, "", ""])
         elif stage.name == "translate" and stage.status == "ok":
             lines.append(["translate, beam 4", f"{stage.seconds:.1f} s, start included", "", ""])
     return lines + training_lines(trained)

@@ -6,7 +6,7 @@ import importlib
 import io
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -525,16 +525,33 @@ def _gpu_trainer(data: Numbers, precision: str, told: list[str], **plan: Any) ->
     return trainer
 
 
+@pytest.fixture
+def alone() -> Iterator[Callable[[Trainer], None]]:
+    """Makes a trainer exchange gradients, as with several processes, in a group of this one alone."""
+    dist = distributed.dist
+
+    def join(trainer: Trainer) -> None:
+        backend = "nccl" if trainer.world.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        step, parameters = trainer._device_step, trainer.optimizer.parameters
+        step._gradients = distributed.GradientSum(trainer.losses, parameters, trainer.world)
+
+    yield join
+    distributed.leave()
+
+
 @needs_gpu
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_gpu_graphs_give_the_same_bits(precision: str) -> None:
+def test_gpu_graphs_give_the_same_bits(precision: str, alone: Callable[[Trainer], None]) -> None:
     results = []
-    for stand_in in (OpByOp(), None):
+    for kind in ("op by op", "one graph", "two graphs and NCCL"):
         told: list[str] = []
         trainer = _gpu_trainer(Numbers(), precision, told)
-        if stand_in is not None:
+        if kind == "op by op":
             # In the same shapes, and so with the same order of sums.
-            fixed(trainer, stand_in)
+            fixed(trainer, OpByOp())
+        elif kind != "one graph":
+            alone(trainer)
         for _ in range(12):
             trainer.train_step()
         # What reads weights after a replay must not find copies from before it.
@@ -545,10 +562,11 @@ def test_gpu_graphs_give_the_same_bits(precision: str) -> None:
         state = trainer.optimizer.state_dict()
         results.append(([loss, trainer._sums, *weights(trainer.model)], state))
         assert trainer._device_step.graphs and not told
-    (plain, state), (replayed, other) = results
-    for a, b in zip(plain, replayed, strict=True):
-        assert torch.equal(a, b)
-    assert all(torch.equal(tensor, other[name]) for name, tensor in state.items())
+    (plain, state), *rest = results
+    for replayed, other in rest:
+        for a, b in zip(plain, replayed, strict=True):
+            assert torch.equal(a, b)
+        assert all(torch.equal(tensor, other[name]) for name, tensor in state.items())
 
 
 @needs_gpu

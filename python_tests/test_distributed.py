@@ -5,6 +5,8 @@ The ranks are forked, with the environment that torchrun gives; the last tests r
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -242,6 +244,10 @@ def test_recorded_steps_are_those_of_ddp(tmp_path: Path) -> None:
             fails = isinstance(graphs, Failing)
             assert [part in text for text in told] == [True] * fails
             assert (made.graphs == 0) == fails
+            if fails:
+                with contextlib.redirect_stderr(io.StringIO()) as error:
+                    made._say_no_graphs("why not")
+                assert error.getvalue() == "rank 1: warning: why not; it runs op by op\n"
             assert (made._device_step._update_graph.graph is None) == fails
             for a, b in zip([*state(made), made._sums], expected, strict=True):
                 assert torch.equal(a, b), part

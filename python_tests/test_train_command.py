@@ -235,7 +235,7 @@ def test_dry_run_writes_nothing(
     monkeypatch.chdir(tmp_path)
     assert train.main([*text, "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert re.search(r"dry run +20 steps: \d+ ms a step", said) and "GiB" in said
+    assert re.search(r"dry run +20 steps: \d+\.\d ms a step", said) and "GiB" in said
     assert list(tmp_path.iterdir()) == []
 
 

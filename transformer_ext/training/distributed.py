@@ -147,9 +147,8 @@ class GradientSum:
       ask is no error. No exchange is under way then: ``torch.cuda.graph`` waits for the device
       first. It waits for exchanges that this rank has queued, and every rank queues the one of a
       step before it waits for anything of the next: no rank waits in a circle.
-    - An exchange that is not asynchronous is in order with the current stream, which replays the
-      graphs: torch queues it there, or (older ones) on a stream of its own with which the current
-      one waits for it. The host waits for neither.
+    - An exchange that is not asynchronous is queued on the current stream, which replays the graphs,
+      and so between them; the host does not wait for it.
     - All at once, after the backward pass. Autograd's tensors are copied here by one kernel, 8 bytes
       a parameter; adding into this memory instead would read and write it, 16 bytes with the
       clearing, and be a kernel for each parameter.

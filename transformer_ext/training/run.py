@@ -548,7 +548,7 @@ class Run(ABC):
         validation = time.monotonic() - began
         total = self.max_steps * (step + validation / training.validate_every)
         self.console.print(
-            f"dry run    {steps} steps: {1000 * step:.0f} ms a step, validation loss "
+            f"dry run    {steps} steps: {1000 * step:.1f} ms a step, validation loss "
             f"{validation:.1f} s; all {self.max_steps:,} steps: {duration(total)} and what each "
             "validation decodes; most memory "
             f"{peak_memory_bytes(self.machine.device) / (1 << 30):.2f} GiB; no run was written"
