@@ -46,8 +46,9 @@ LAST_LINES = 12
 PYTHON = sys.executable
 #: A missing kernel is an error: else plain PyTorch would be measured as ours.
 COMPILED = {"TRANSFORMER_EXT_BACKEND": "compiled"}
-#: Without tensor cores in attention.
+#: Without tensor cores in attention, and with them even where they would fail their trial.
 SIMPLE = {"TRANSFORMER_EXT_CUDA_ATTENTION": "simple"}
+TENSOR = {"TRANSFORMER_EXT_CUDA_ATTENTION": "tensor"}
 #: Exits with 1 where the CUDA kernels do not load, and says why.
 LOAD = "from transformer_ext._native import loaded_ops as l; o = l(); print(o); exit(not o.cuda)"
 #: What fails in these leaves nothing to be run.
@@ -193,22 +194,27 @@ def stages(options: argparse.Namespace, scratch: Path) -> list[Stage]:
     return [
         Stage("build", [build, ["cmake", "--build", "build/cuda"]], 240),
         Stage("load", [[PYTHON, "-c", LOAD]], 40),
-        Stage("info", [[PYTHON, "-m", "transformer_ext.info"]], 30),
+        Stage("check", [[PYTHON, "-m", "transformer_ext.info", "--check", *device]], 40),
         Stage("tests", [tests], 120, {"OMP_NUM_THREADS": "1"}),
         Stage("products", [benchmark("linear", *kernels)], 40, compiled_only),
-        Stage("attention", attention, 60, compiled_only),
+        Stage("attention", attention, 60, compiled_only | TENSOR),
         Stage("kernels", [benchmark(name, *kernels) for name in WANTED_SHARES], 100, compiled_only),
         Stage("loss", [benchmark("cross_entropy", *kernels)], 40, compiled_only),
         Stage("training base", training("base", 25_000, 6, *peers), 90, compiled_only),
         Stage("training big", training("big", 25_000, 6, *peers), 80, compiled_only),
-        Stage("memcheck", [[*sanitizer, "--tool", "memcheck", *every, "float32"]], 90, uncached),
+        Stage(
+            "memcheck",
+            [[*sanitizer, "--tool", "memcheck", *every, "float32"]],
+            90,
+            uncached | TENSOR,
+        ),
         Stage("end to end", [train], 75),
         Stage("translate", [translate], 60),
-        Stage("racecheck", [[*sanitizer, "--tool", "racecheck", *every]], 90),
+        Stage("racecheck", [[*sanitizer, "--tool", "racecheck", *every]], 90, TENSOR),
         Stage("training base 4k", training("base", 4_096, 24, *peers[:1]), 60, compiled_only),
         Stage("attention simple", attention, 60, compiled_only | SIMPLE),
         Stage("compile base", training("base", 25_000, 6, compiled), 120, compiled_only),
-        Stage("ncu", [[*ncu, *every, "--large"]], 90),
+        Stage("ncu", [[*ncu, *every, "--large"]], 90, TENSOR),
         Stage("training big 4k", training("big", 4_096, 24, *peers[:1]), 60, compiled_only),
         Stage("compile big", training("big", 25_000, 6, compiled), 140, compiled_only),
         *(stages_of_several[1:2] if dry else stages_of_several if gpus() > 1 else []),
@@ -456,6 +462,14 @@ def results(done: Sequence[Stage], scratch: Path) -> list[list[str]]:
             lines += makers[stage.name](stage.rows)
         elif stage.name.startswith(("training", "compile")):
             trained += stage.rows
+        elif stage.name == "check" and stage.status:
+            # What fails is printed behind the count.
+            said = (
+                stage.said
+                if stage.status == "ok"
+                else f"FAILED: {stage.said.rpartition(chr(10))[2]}"
+            )
+            lines.append(["compiled ops", said, "all", met(stage.status == "ok")])
         elif stage.name == "end to end":
             lines += end_to_end_lines(scratch / "run" / "log.jsonl")
         elif "GPU" in stage.name and stage.status == "ok":

@@ -27,12 +27,12 @@ STABLE_TORCH_LIBRARY(transformer_ext, m) {
   // Packed: query [rows, heads, head_dim], output alike, statistics [2, heads, rows]. Padded: query
   // [batch, heads, length, head_dim], output [batch, length, heads, head_dim], statistics [2,
   // batch, heads, length]. mask and bias (float32) have 4 dimensions, 1 where broadcast. max_q,
-  // max_k: see Packed.
+  // max_k: see Packed. tensor_cores: whether a GPU's may be used, where they fit.
   m.def(
       "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? cu_seqlens_q, "
       "Tensor? cu_seqlens_k, Tensor? key_lengths, Tensor? mask, Tensor? bias, int max_q, "
-      "int max_k, bool causal, float scale, float dropout_p, Tensor? rng, int site) -> "
-      "(Tensor, Tensor)");
+      "int max_k, bool causal, float scale, float dropout_p, Tensor? rng, int site, "
+      "bool tensor_cores=False) -> (Tensor, Tensor)");
   // grad and out in the layout of query. grad_bias is added to.
   m.def(
       "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, "
@@ -40,7 +40,7 @@ STABLE_TORCH_LIBRARY(transformer_ext, m) {
       "mask, "
       "Tensor? bias, int max_q, int max_k, bool causal, float scale, float dropout_p, "
       "Tensor? rng, int site, Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, "
-      "Tensor(d!)? grad_bias) -> ()");
+      "Tensor(d!)? grad_bias, bool tensor_cores=False) -> ()");
 
   m.def(
       "masked_softmax(Tensor x, Tensor? mask, Tensor? key_lengths, bool causal, bool log) -> "

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from transformer_ext._native import load_ops
+from transformer_ext.ops import _check
 from transformer_ext.ops._backend import set_backend
 
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
@@ -56,11 +57,10 @@ def threads(count: int) -> Iterator[None]:
 
 def max_error(got: torch.Tensor, exact: torch.Tensor) -> float:
     """Greatest absolute difference; equal infinities differ by 0."""
-    got, exact = got.detach().double(), exact.detach().double()
     assert got.shape == exact.shape
-    difference = torch.where(got == exact, 0.0, got - exact).abs()
-    assert not difference.isnan().any(), "NaN in the result"
-    return difference.max().item() if difference.numel() else 0.0
+    error = _check.max_error(got, exact)
+    assert error == error, "NaN in the result"
+    return error
 
 
 def assert_as_precise(
@@ -80,11 +80,8 @@ def assert_as_precise(
         roundings: of the greatest result, allowed besides: the peer may be exact by chance.
     """
     assert got.dtype == peer.dtype
-    rounding = torch.finfo(got.dtype).eps / 2
-    finite = exact.detach().double().abs()
-    finite = finite[finite.isfinite()]
-    allowed = factor * max_error(peer, exact)
-    allowed += roundings * rounding * (finite.max().item() if finite.numel() else 0.0)
+    assert got.shape == peer.shape
+    allowed = _check.allowed_error(exact, peer, factor=factor, roundings=roundings)
     error = max_error(got, exact)
     assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
 

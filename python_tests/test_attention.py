@@ -543,7 +543,7 @@ def compare_on_cuda(inputs, grad, dtype, **options):
     inputs, grad = [x.to(dtype) for x in inputs], grad.to(dtype)
     peer = run(attention_reference, inputs, grad, **options)
     moved = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-    with set_backend("compiled"):
+    with set_backend("compiled"), _tensor_cores.only(True):
         got = run(attention, [x.cuda() for x in inputs], grad.cuda(), **moved)
     for g, e, p in zip(got, exact, peer, strict=True):
         assert_as_precise(g.cpu(), e, p)
@@ -569,7 +569,7 @@ def test_cuda_head_dims_and_dropout(head_dim, dtype):
 
 @needs_gpu
 @pytest.mark.parametrize("dtype", CUDA_DTYPES)
-@pytest.mark.parametrize("head_dim, kind", [(16, ""), (64, ""), (64, "simple")])
+@pytest.mark.parametrize("head_dim, kind", [(16, ""), (64, "tensor"), (64, "simple")])
 def test_cuda_packed_equals_cpu(head_dim, kind, dtype, monkeypatch):
     monkeypatch.setenv("TRANSFORMER_EXT_CUDA_ATTENTION", kind)
     packed = Packed.from_lengths([5, 1, 33, 70], 112)

@@ -2,6 +2,7 @@
 
 `python -m transformer_ext.info` prints text, `--json` the same for programs. It works when torch or
 the compiled part is missing or broken, and then says how to mend that; the exit status is 1 then.
+`--check` computes small problems by every compiled op and by plain PyTorch, and compares.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ PACKAGES = (
 )
 VARIABLES = (
     "TRANSFORMER_EXT_BACKEND",
+    "TRANSFORMER_EXT_CUDA_ATTENTION",
     "TRANSFORMER_EXT_ISA",
     "OMP_NUM_THREADS",
     "CUDA_VISIBLE_DEVICES",
@@ -125,15 +127,28 @@ def _cpu(problems: list[str]) -> dict[str, Any]:
     }
 
 
-def _cuda_devices(torch: Any, ops: _native.LoadedOps) -> list[dict[str, Any]]:
+def _fits(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether code for `architectures` ("80-real,90a-real,90-virtual") runs on a GPU."""
+    for number, minor, exact, kind in re.findall(
+        r"(\d+)(\d)([af]?)(?:-(real|virtual))?(?:,|$)", architectures
+    ):
+        code = (int(number), int(minor))
+        same = code == capability
+        real = same or (not exact and code[0] == capability[0] and code[1] <= capability[1])
+        if (kind != "virtual" and real) or (kind != "real" and not exact and code <= capability):
+            return True
+    return False
+
+
+def _cuda_devices(torch: Any, ops: _native.LoadedOps, architectures: str) -> list[dict[str, Any]]:
     devices = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         capability = (properties.major, properties.minor)
         if not ops.cuda:
             kernels = f"no, plain PyTorch instead: {ops.why_not_cuda}"
-        elif problem := _native.cuda_problem(index):
-            kernels = f"no, plain PyTorch instead: {problem}"
+        elif not _fits(architectures, capability):
+            kernels = f"no, plain PyTorch instead: built for {architectures} only"
         else:
             kernels = "yes"
         devices.append(
@@ -153,7 +168,7 @@ def _gemm() -> Any:
     return gemm_choices()
 
 
-def _torch(problems: list[str]) -> dict[str, Any]:
+def _torch(problems: list[str], architectures: str) -> dict[str, Any]:
     try:
         import torch
     except Exception as error:  # a broken torch can raise anything
@@ -171,7 +186,7 @@ def _torch(problems: list[str]) -> dict[str, Any]:
     }
     if not ops.cuda:
         result["cuda_ops_reason"] = ops.why_not_cuda
-    result["cuda_devices"] = _cuda_devices(torch, ops)
+    result["cuda_devices"] = _cuda_devices(torch, ops, architectures)
     if torch.version.cuda and not result["cuda_devices"]:
         result["cuda_devices_reason"] = "torch has CUDA, but finds no GPU (nvidia-smi says more)"
     if ops.cpu:
@@ -187,7 +202,7 @@ def collect() -> dict[str, Any]:
     problems: list[str] = []
     compiled = _compiled(problems)
     cpu = _cpu(problems)
-    torch = _torch(problems)
+    torch = _torch(problems, compiled.get("cuda_architectures", ""))
     return {
         "transformer_ext": {"version": __version__, "folder": str(Path(__file__).parent)},
         "system": _system(),
@@ -196,6 +211,50 @@ def collect() -> dict[str, Any]:
         "torch": torch,
         "problems": problems,
     }
+
+
+def _check(wanted: str, problems: list[str]) -> dict[str, Any]:
+    """The rows of the check on a device.
+
+    Raises:
+        ValueError: a device that is not to be had.
+    """
+    if not _native.load_ops():
+        return {"device": wanted, "rows": []}  # A problem says why.
+    from transformer_ext.ops import _check
+    from transformer_ext.training.environment import choose_device
+
+    try:
+        device = choose_device(wanted)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from None
+    rows = _check.check(device) if device.type in ("cpu", "cuda") else []
+    for row in rows:
+        if not row.agrees:
+            problems.append(f"{row.problem}. {row.cure}")
+    if not rows:
+        why = _native.loaded_ops().why_not_cuda if device.type == "cuda" else "only CPU and CUDA"
+        problems.append(f"--check: there are no compiled ops for {device} ({why})")
+    return {"device": str(device), "rows": [_check_row(row) for row in rows]}
+
+
+def _check_row(row: Any) -> dict[str, Any]:
+    return {
+        "op": row.op,
+        "dtype": row.dtype,
+        "cases": row.cases,
+        "agrees": row.agrees,
+        "error_of_allowed": round(row.share, 3),
+    }
+
+
+def _check_lines(check: dict[str, Any]) -> list[str]:
+    lines = [f"check on {check['device']}, the greatest error as a share of what is allowed:"]
+    for row in check["rows"]:
+        verdict = f"ok, {row['error_of_allowed']:.2f}" if row["agrees"] else "FAILED"
+        lines.append(f"  {row['op']:45s} {row['dtype']:9s} {row['cases']:3d} cases: {verdict}")
+    agree = sum(row["agrees"] for row in check["rows"])
+    return [*lines, f"  {agree} of {len(check['rows'])} agree with plain PyTorch"]
 
 
 def _lines(value: Any, indent: str = "") -> list[str]:
@@ -222,13 +281,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Print what is installed, built and in use, for a bug report.",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="compare every compiled op with plain PyTorch on this machine too, forward and "
+        "gradients; takes seconds",
+    )
+    parser.add_argument(
+        "--device",
+        help="auto, cpu, cuda, cuda:1: what --check runs on; auto takes a GPU if there is one",
+    )
     arguments = parser.parse_args(argv)
+    if arguments.device and not arguments.check:
+        parser.error(f"--device: got {arguments.device!r} without --check, which it is for")
     info = collect()
+    if arguments.check:
+        info["check"] = _check(arguments.device or "auto", info["problems"])
     if arguments.json:
         print(json.dumps(info, indent=2))
     else:
         problems = info.pop("problems")
-        print("\n".join(_lines(info)))
+        print("\n".join(_lines({name: info[name] for name in info if name != "check"})))
+        if "check" in info:
+            print("\n".join(_check_lines(info["check"])))
         for problem in problems:
             print(f"\nPROBLEM: {problem}")
         info["problems"] = problems

@@ -123,6 +123,7 @@ def _train(config: TrainConfig) -> int:
     console = Console(silent=not world.first)
     planned = None if config.output.dry_run else choose_folder(config)
     machine.print(console, "nothing (dry run)" if planned is None else f"{planned}/")
+    machine.check_kernels(console)
     run = task.prepare(config, machine, console)
     run.print_plan()
     if planned is None:

@@ -486,13 +486,17 @@ const char* launch_tiles(void (*kernel)(Parameters...), const AttentionArgs& a, 
                          int64_t heads, int own, int other, int factors, cudaStream_t stream,
                          const Arguments&... arguments) {
   const int64_t blocks = plan.tiles * heads * a.batch;
-  if (blocks > INT32_MAX) fail("more than 2^31 - 1 tiles of rows");
+  if (blocks == 0) return nullptr;
+  if (blocks > INT32_MAX) return "more than 2^31 - 1 tiles of rows";
   const size_t bytes = sizeof(float) * static_cast<size_t>(own * kRows * plan.padded +
                                                            other * kWarp * row_stride(plan.padded) +
                                                            factors * kWarps * kEach * kWarp);
-  if (blocks > 0) {
-    launch(kernel, static_cast<unsigned>(blocks), kThreads, bytes, stream, arguments..., plan);
+  if (bytes > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+    if (error != cudaSuccess) return cudaGetErrorString(error);
   }
+  launch(kernel, static_cast<unsigned>(blocks), kThreads, bytes, stream, arguments..., plan);
   return launch_error();
 }
 
@@ -545,8 +549,8 @@ const char* by_type(FloatType type, int64_t head_dim, F&& run) {
 }  // namespace
 
 const char* attention_forward_cuda(const AttentionArgs& a, FloatType type,
-                                   const CudaDropout& dropout, void* stream) {
-  if (attention_has_tensor_cores(a, type)) {
+                                   const CudaDropout& dropout, bool tensor_cores, void* stream) {
+  if (tensor_cores && attention_has_tensor_cores(a, type)) {
     return attention_forward_tensor_cuda(a, type, dropout, stream);
   }
   return by_type(type, a.head_dim, [&](auto element, auto chunks) {
@@ -556,8 +560,9 @@ const char* attention_forward_cuda(const AttentionArgs& a, FloatType type,
 }
 
 const char* attention_backward_cuda(const AttentionBackwardArgs& a, FloatType type,
-                                    const CudaDropout& dropout, float* delta, void* stream) {
-  if (attention_backward_has_tensor_cores(a, type)) {
+                                    const CudaDropout& dropout, float* delta, bool tensor_cores,
+                                    void* stream) {
+  if (tensor_cores && attention_backward_has_tensor_cores(a, type)) {
     return attention_backward_tensor_cuda(a, type, dropout, stream);
   }
   return by_type(type, a.head_dim, [&](auto element, auto chunks) {

@@ -41,7 +41,7 @@ std::tuple<Tensor, Tensor> attention_forward(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& cu_seqlens_q,
     const OptionalTensor& cu_seqlens_k, const OptionalTensor& key_lengths,
     const OptionalTensor& mask, const OptionalTensor& bias, int64_t max_q, int64_t max_k,
-    bool causal, double scale, double dropout_p, const OptionalTensor& rng, int64_t site) {
+    bool causal, double scale, double dropout_p, const OptionalTensor& rng, int64_t site, bool) {
   AttentionArgs a;
   fill(a, query, key, value,
        {cu_seqlens_q, cu_seqlens_k, key_lengths, mask, bias, max_q, max_k, causal, scale, dropout_p,
@@ -59,7 +59,7 @@ void attention_backward(const Tensor& grad, const Tensor& query, const Tensor& k
                         const OptionalTensor& bias, int64_t max_q, int64_t max_k, bool causal,
                         double scale, double dropout_p, const OptionalTensor& rng, int64_t site,
                         Tensor grad_query, Tensor grad_key, Tensor grad_value,
-                        const OptionalTensor& grad_bias) {
+                        const OptionalTensor& grad_bias, bool) {
   AttentionBackwardArgs a;
   fill(a, query, key, value,
        {cu_seqlens_q, cu_seqlens_k, key_lengths, mask, bias, max_q, max_k, causal, scale, dropout_p,

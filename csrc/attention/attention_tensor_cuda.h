@@ -7,7 +7,7 @@
 
 namespace transformer_ext {
 
-// TRANSFORMER_EXT_CUDA_ATTENTION=simple in the environment leaves all to the other kernels.
+// Whether the arguments, the GPU and the build have them.
 bool attention_has_tensor_cores(const AttentionArgs& arguments, FloatType type);
 bool attention_backward_has_tensor_cores(const AttentionBackwardArgs& arguments, FloatType type);
 

@@ -15,7 +15,7 @@ import sys
 import torch
 from torch import Tensor
 
-from transformer_ext._native import cuda_problem, loaded_ops
+from transformer_ext._native import loaded_ops
 
 BACKENDS = ("auto", "compiled", "reference")
 
@@ -28,6 +28,7 @@ _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 
 _libraries = loaded_ops()
 _known: dict[tuple[str, str], bool] = {}
+_refused: dict[tuple[str, str], str] = {}
 _said: set[str] = set()
 
 
@@ -90,13 +91,6 @@ def has_kernel(op: str, device_type: str) -> bool:
     return known
 
 
-@torch.compiler.assume_constant_result
-def _problem_on(device: int) -> str:
-    """Why none of the compiled ops runs on a GPU, or nothing."""
-    problem = cuda_problem(device)
-    return problem and f"the compiled ops do not run on cuda:{device}: {problem}"
-
-
 def use_compiled(op: str, *tensors: Tensor | None) -> bool:
     """Whether the raw op ``transformer_ext::<op>`` is to be used for these tensors.
 
@@ -117,7 +111,8 @@ def use_compiled(op: str, *tensors: Tensor | None) -> bool:
         if not has_kernel(op, device):
             reason = _why_no_kernel(op, device)
             break
-        if device == "cuda" and (reason := _problem_on(tensor.device.index)):
+        if (op, device) in _refused:
+            reason = _refused[op, device]
             break
         if tensor.dtype not in _DTYPES[device]:
             reason = f"{op}: no compiled kernel for {tensor.dtype} on {device}"
@@ -129,6 +124,12 @@ def use_compiled(op: str, *tensors: Tensor | None) -> bool:
     if not torch.compiler.is_compiling():
         _say_once(reason)
     return False
+
+
+def refuse(op: str, device_type: str, reason: str) -> None:
+    """Takes the raw op's kernels on a kind of device for missing from now on, without a word."""
+    _refused[op, device_type] = reason
+    _said.add(reason)
 
 
 def _why_no_kernel(op: str, device: str) -> str:

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from transformer_ext._native import load_ops
+from transformer_ext.ops import _tensor_cores
 from transformer_ext.ops._backend import use_compiled
 from transformer_ext.ops.dropout import check_dropout, dropout_scale, keep_mask
 from transformer_ext.ops.masks import key_padding_mask
@@ -108,6 +109,7 @@ def attention(
             dropout_p if on else 0.0,
             rng if on else None,
             site,
+            mask is None and bias is None and _tensor_cores.allowed(query, query.shape[-1]),
         )
     return attention_reference(
         query,
@@ -515,22 +517,23 @@ class _PaddedAttention(torch.autograd.Function):
         dropout_p: float,
         rng: Tensor | None,
         site: int,
+        tensor_cores: bool,
     ) -> Tensor:
         lengths = (query.shape[2], key.shape[2])
-        options = (*lengths, causal, scale, dropout_p, rng, site)
+        options = (*lengths, causal, scale, dropout_p, rng, site, tensor_cores)
         out, statistics = torch.ops.transformer_ext.attention_forward(
             query, key, value, None, None, key_lengths, mask, bias, *options
         )
         out = out.transpose(1, 2)
         ctx.save_for_backward(query, key, value, bias, mask, key_lengths, out, statistics, rng)
-        ctx.options = (causal, scale, dropout_p, site)
+        ctx.options = (causal, scale, dropout_p, site, tensor_cores)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, bias, mask, key_lengths, out, statistics, rng = ctx.saved_tensors
-        causal, scale, dropout_p, site = ctx.options
+        causal, scale, dropout_p, site, tensor_cores = ctx.options
         grads = [torch.empty_like(x) for x in (query, key, value)]
         grad_bias = torch.zeros_like(bias) if ctx.needs_input_grad[3] else None
         torch.ops.transformer_ext.attention_backward(
@@ -554,8 +557,9 @@ class _PaddedAttention(torch.autograd.Function):
             site,
             *grads,
             grad_bias,
+            tensor_cores,
         )
-        return *grads, grad_bias, None, None, None, None, None, None, None
+        return *grads, grad_bias, None, None, None, None, None, None, None, None
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -575,6 +579,7 @@ class _PackedAttention(torch.autograd.Function):
         dropout_p: float,
         rng: Tensor | None,
         site: int,
+        tensor_cores: bool,
         *buffers: Tensor,
     ) -> Tensor:
         out, statistics = torch.ops.transformer_ext.attention_forward(
@@ -590,16 +595,17 @@ class _PackedAttention(torch.autograd.Function):
             dropout_p,
             rng,
             site,
+            tensor_cores,
         )
         ctx.save_for_backward(cu_seqlens_q, cu_seqlens_k, out, statistics, rng, *buffers)
-        ctx.options = (heads, max_lengths, causal, scale, dropout_p, site)
+        ctx.options = (heads, max_lengths, causal, scale, dropout_p, site, tensor_cores)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         cu_seqlens_q, cu_seqlens_k, out, statistics, rng, *buffers = ctx.saved_tensors
-        heads, max_lengths, causal, scale, dropout_p, site = ctx.options
+        heads, max_lengths, causal, scale, dropout_p, site, tensor_cores = ctx.options
         grads = [torch.empty_like(buffer) for buffer in buffers]
         torch.ops.transformer_ext.attention_backward(
             _unit_stride(grad),
@@ -619,8 +625,9 @@ class _PackedAttention(torch.autograd.Function):
             site,
             *_parts(heads, grads),
             None,
+            tensor_cores,
         )
-        return None, None, None, None, None, None, None, None, None, *grads
+        return None, None, None, None, None, None, None, None, None, None, *grads
 
 
 #: Heads for whose tiles every GPU has enough shared memory, and the widest of the CUDA kernels.
@@ -678,6 +685,7 @@ def _packed(
         dropout_p if on else 0.0,
         rng if on else None,
         site,
+        _tensor_cores.allowed(buffers[0], buffers[0].shape[-1]),
         *(_unit_stride(buffer) for buffer in buffers),
     )
 

@@ -11,6 +11,7 @@ import torch
 from transformer_ext import __version__, info
 from transformer_ext.config import TrainConfig
 from transformer_ext.ops import backend
+from transformer_ext.ops._check import guard
 from transformer_ext.training import distributed
 from transformer_ext.training.distributed import World
 from transformer_ext.training.environment import (
@@ -117,3 +118,9 @@ class Machine:
         )
         console.print(f"kernels    {self.kernels()}")
         console.print(f"output     {output}")
+
+    def check_kernels(self, console: Console) -> None:
+        """On a GPU: compiled ops that do not compute what PyTorch does are put aside, and named."""
+        found = guard(self.device, getattr(torch, self.precision))
+        if found:
+            console.print(f"check      {found}")
