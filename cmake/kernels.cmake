@@ -35,10 +35,23 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   endif()
 endif()
 
+if(TRANSFORMER_EXT_ONLY_ISA)
+  if(NOT TRANSFORMER_EXT_ONLY_ISA IN_LIST TRANSFORMER_EXT_ISAS)
+    message(FATAL_ERROR
+      "TRANSFORMER_EXT_ONLY_ISA: got '${TRANSFORMER_EXT_ONLY_ISA}', expected one of ${TRANSFORMER_EXT_ISAS}")
+  endif()
+  target_compile_definitions(transformer_ext_settings INTERFACE
+    TRANSFORMER_EXT_ONLY_ISA=${TRANSFORMER_EXT_ONLY_ISA})
+endif()
+
 foreach(isa IN LISTS TRANSFORMER_EXT_ISAS TRANSFORMER_EXT_INT8_ISAS)
   set(isa_sources ${cpu_sources})
   if(isa IN_LIST TRANSFORMER_EXT_INT8_ISAS)
     list(FILTER isa_sources INCLUDE REGEX "_int8_cpu\\.cpp$")
+  endif()
+  if(TRANSFORMER_EXT_ONLY_ISA AND NOT isa STREQUAL TRANSFORMER_EXT_ONLY_ISA)
+    # Tests of products compare all levels in one process.
+    list(FILTER isa_sources INCLUDE REGEX "/gemm/")
   endif()
   if(isa_sources)
     set(target transformer_ext_kernels_${isa})

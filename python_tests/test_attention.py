@@ -12,6 +12,7 @@ from kernel_testing import (
     threads,
 )
 
+from transformer_ext.ops import _tensor_cores
 from transformer_ext.ops.attention import (
     attention,
     attention_packed,

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from benchmark_files import benchmark
 from transformer_ext import __main__ as console
 from transformer_ext import __version__, _build_stamp, _native, info
 from transformer_ext.inference.engine import resolve_compute_type
+from transformer_ext.ops import _backend
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -168,21 +170,36 @@ def test_a_broken_library_is_told(tmp_path):
     assert "invalid ELF header" in result.stdout or "file too short" in result.stdout
 
 
-@pytest.mark.parametrize(
-    ("architectures", "capability", "fits"),
-    [
-        ("90a-real,90-virtual", (9, 0), True),
-        ("90a-real,90-virtual", (10, 0), True),
-        ("90a-real", (10, 0), False),
-        ("80-real", (8, 6), True),
-        ("80-real", (9, 0), False),
-        ("86-real", (8, 0), False),
-        ("80-real,100-virtual", (12, 0), True),
-        ("", (8, 0), False),
-    ],
-)
-def test_which_gpus_fit(architectures, capability, fits):
-    assert info._fits(architectures, capability) is fits
+def test_a_gpu_that_no_kernel_was_built_for_takes_pytorch(monkeypatch, capsys):
+    """Not a crash in the first op; said once for all ops of the GPU."""
+    x = SimpleNamespace(device=torch.device("cuda:1"), dtype=torch.float16)
+    problems = {0: "", 1: "no kernel image"}
+    monkeypatch.setattr(_backend, "cuda_problem", problems.get)
+    monkeypatch.setattr(_backend, "has_kernel", lambda op, device: True)
+    monkeypatch.setattr(_backend, "_said", set())
+    with _backend.set_backend("auto"):
+        assert not _backend.use_compiled("masked_softmax", x)
+        assert not _backend.use_compiled("activation_forward", x)
+        x.device = torch.device("cuda:0")
+        assert _backend.use_compiled("masked_softmax", x)
+    assert capsys.readouterr().err.splitlines() == [
+        "transformer_ext: the compiled ops do not run on cuda:1: no kernel image; running the "
+        "plain PyTorch reference instead"
+    ]
+    gpu = SimpleNamespace(major=7, minor=5, name="T4", total_memory=2**34)
+    cuda = SimpleNamespace(device_count=lambda: 2, get_device_properties=lambda index: gpu)
+    monkeypatch.setattr(_native, "cuda_problem", problems.get)
+    devices = info._cuda_devices(SimpleNamespace(cuda=cuda), _native.LoadedOps(True, True))
+    assert [device["compiled_kernels"] for device in devices] == [
+        "yes",
+        "no, plain PyTorch instead: no kernel image",
+    ]
+    x.device = torch.device("cuda:1")
+    with (
+        _backend.set_backend("compiled"),
+        pytest.raises(RuntimeError, match="cuda:1: no kernel image"),
+    ):
+        _backend.use_compiled("masked_softmax", x)
 
 
 def test_console_lists_only_commands_that_exist(capsys):

@@ -285,11 +285,11 @@ def test_a_batch_is_as_large_as_memory_allows(monkeypatch):
     # Two layers and one gathered, keys and values of one head of 8; five rows over 37 tokens.
     assert bytes_per_hypothesis(config, 10, 4) == 3 * 10 * 2 * 8 * 4 + 5 * 37 * 4
     engine = TorchEngine(model)
-    room = [
-        engine._most_at_once(SearchOptions(sampling=True, num_hypotheses=4, top_k=top_k), 10)
+    most = [
+        engine._most_at_once(1e9, SearchOptions(sampling=True, num_hypotheses=4, top_k=top_k), 10)
         for top_k in (5, None)
     ]
-    assert room[0] > 1.5 * room[1]
+    assert most[0] > 1.5 * most[1]
     held = []
     grown = DecoderCache._held
 
@@ -308,6 +308,50 @@ def test_a_batch_is_as_large_as_memory_allows(monkeypatch):
     monkeypatch.setattr("transformer_ext.inference.torch_engine._MOST_BYTES", room)
     assert_same(TorchEngine(model).search(sources, options), expected)
     assert max(held) == 3 * 4 * 10 * 2 * 8 * 4
+
+
+@pytest.mark.parametrize("kind", ["translates", "continues"])
+def test_a_batch_that_memory_does_not_suffice_for_is_halved(kind, monkeypatch):
+    if kind == "translates":
+        engine, inputs = TorchEngine(make_model()), random_sources(make_model())
+    else:
+        engine, inputs = TorchLanguageModel(make_language_model()), PROMPTS
+    options = SearchOptions(max_length=8, sampling=True, num_hypotheses=2)
+    expected = engine.search(inputs, options)
+    sizes, most = [], 2
+    init = TorchSearch.__init__
+
+    def with_little_memory(self, decoding, tasks, *arguments, **options):
+        sizes.append(len(tasks))
+        if len(tasks) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        init(self, decoding, tasks, *arguments, **options)
+
+    monkeypatch.setattr(TorchSearch, "__init__", with_little_memory)
+    assert_same(engine.search(inputs, options), expected)
+    assert max(sizes) > most
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.search(inputs, options)
+
+
+def test_what_graphs_hold_of_a_gpus_memory_is_no_room(monkeypatch):
+    """16 GiB: 8 of CUDA graphs, 3 that torch keeps for what comes, 5 free."""
+    gpu = {"free": 5 << 30, "kept": 3 << 30}
+
+    def empty_cache():
+        gpu["free"], gpu["kept"] = gpu["free"] + gpu["kept"], 0
+
+    monkeypatch.setattr(TorchEngine, "device", torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (gpu["free"], 16 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: (8 << 30) + gpu["kept"])
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
+    engine = TorchEngine(make_model())
+    assert engine._room() == 4 << 30
+    # Where there is enough, nothing is given back: it would have to be asked for again.
+    gpu.update(free=100 << 30, kept=3 << 30)
+    assert engine._room() == 8 << 30 and gpu["kept"]
 
 
 def test_parts_of_the_users_own(monkeypatch):

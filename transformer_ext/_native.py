@@ -12,6 +12,7 @@ In a source tree the folder made from this very source wins.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.machinery
 import importlib.util
@@ -193,6 +194,20 @@ def loaded_ops() -> LoadedOps:
     except OSError as error:
         return LoadedOps(True, False, why_not_cuda=f"{error}: {error.__cause__}")
     return LoadedOps(True, True)
+
+
+@functools.cache
+def cuda_problem(device: int) -> str:
+    """Why the compiled CUDA ops do not run on a GPU; empty where they do, or are not loaded."""
+    if not loaded_ops().cuda:
+        return ""
+    try:
+        ask = ctypes.CDLL(str(_compiled().folder / "_ops_cuda.so")).transformer_ext_cuda_problem
+    except (AttributeError, OSError) as error:
+        return str(error)
+    ask.restype = ctypes.c_char_p
+    problem = ask(ctypes.c_int(device))
+    return problem.decode() if problem else ""
 
 
 def load_ops() -> bool:

@@ -127,28 +127,15 @@ def _cpu(problems: list[str]) -> dict[str, Any]:
     }
 
 
-def _fits(architectures: str, capability: tuple[int, int]) -> bool:
-    """Whether code for `architectures` ("80-real,90a-real,90-virtual") runs on a GPU."""
-    for number, minor, exact, kind in re.findall(
-        r"(\d+)(\d)([af]?)(?:-(real|virtual))?(?:,|$)", architectures
-    ):
-        code = (int(number), int(minor))
-        same = code == capability
-        real = same or (not exact and code[0] == capability[0] and code[1] <= capability[1])
-        if (kind != "virtual" and real) or (kind != "real" and not exact and code <= capability):
-            return True
-    return False
-
-
-def _cuda_devices(torch: Any, ops: _native.LoadedOps, architectures: str) -> list[dict[str, Any]]:
+def _cuda_devices(torch: Any, ops: _native.LoadedOps) -> list[dict[str, Any]]:
     devices = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         capability = (properties.major, properties.minor)
         if not ops.cuda:
             kernels = f"no, plain PyTorch instead: {ops.why_not_cuda}"
-        elif not _fits(architectures, capability):
-            kernels = f"no, plain PyTorch instead: built for {architectures} only"
+        elif problem := _native.cuda_problem(index):
+            kernels = f"no, plain PyTorch instead: {problem}"
         else:
             kernels = "yes"
         devices.append(
@@ -168,7 +155,7 @@ def _gemm() -> Any:
     return gemm_choices()
 
 
-def _torch(problems: list[str], architectures: str) -> dict[str, Any]:
+def _torch(problems: list[str]) -> dict[str, Any]:
     try:
         import torch
     except Exception as error:  # a broken torch can raise anything
@@ -186,7 +173,7 @@ def _torch(problems: list[str], architectures: str) -> dict[str, Any]:
     }
     if not ops.cuda:
         result["cuda_ops_reason"] = ops.why_not_cuda
-    result["cuda_devices"] = _cuda_devices(torch, ops, architectures)
+    result["cuda_devices"] = _cuda_devices(torch, ops)
     if torch.version.cuda and not result["cuda_devices"]:
         result["cuda_devices_reason"] = "torch has CUDA, but finds no GPU (nvidia-smi says more)"
     if ops.cpu:
@@ -202,7 +189,7 @@ def collect() -> dict[str, Any]:
     problems: list[str] = []
     compiled = _compiled(problems)
     cpu = _cpu(problems)
-    torch = _torch(problems, compiled.get("cuda_architectures", ""))
+    torch = _torch(problems)
     return {
         "transformer_ext": {"version": __version__, "folder": str(Path(__file__).parent)},
         "system": _system(),

@@ -255,7 +255,7 @@ const char* activation_backward_cuda(const ActivationBackwardCuda& a, FloatType 
   if (a.rows == 0 || a.columns == 0) {
     if (a.grad_bias != nullptr && a.columns > 0) {
       const int64_t x_columns = a.columns * (is_gated(a.kind) ? 2 : 1);
-      cudaMemsetAsync(a.grad_bias, 0, static_cast<size_t>(x_columns) * sizeof(float), on);
+      set_to_zero(a.grad_bias, static_cast<size_t>(x_columns) * sizeof(float), on);
     }
     return launch_error();
   }

@@ -27,15 +27,11 @@ struct AttentionOptions {
   int64_t site;
 };
 
-inline void check_on_device_of(const Tensor& x, const char* argument, const Tensor& query) {
-  STD_TORCH_CHECK(x.device() == query.device(), argument, ": is not on the device of query");
-}
-
 // Packed [rows, heads, head_dim], or padded [batch, heads, length, head_dim].
 inline AttentionTensor attention_view(const Tensor& x, const char* argument, const Tensor& query,
                                       bool writable) {
   check_type(x, argument, query.scalar_type());
-  check_on_device_of(x, argument, query);
+  check_device(x, argument, query);
   check_dim(x, argument, query.dim());
   const bool padded = x.dim() == 4;
   const int64_t last = x.dim() - 1;
@@ -99,7 +95,7 @@ inline void fill_attention(AttentionArgs& a, const Tensor& query, const Tensor& 
     a.max_query_length = options.max_q;
     a.max_key_length = options.max_k;
     const auto table = [&](const Tensor& ends, const char* argument) {
-      check_on_device_of(ends, argument, query);
+      check_device(ends, argument, query);
       check_shape(ends, argument, {a.batch + 1});
       check_contiguous(ends, argument);
       return data<int32_t>(ends, argument);
@@ -113,20 +109,24 @@ inline void fill_attention(AttentionArgs& a, const Tensor& query, const Tensor& 
     a.max_query_length = a.query_length;
     a.max_key_length = a.key_length;
   }
+  for (const int64_t most : {a.max_query_length, a.max_key_length}) {
+    STD_TORCH_CHECK(most >= 0 && most <= INT32_MAX, "max_q, max_k: got ", most,
+                    ", expected 0 to 2147483647");
+  }
   if (options.key_lengths) {
-    check_on_device_of(*options.key_lengths, "key_lengths", query);
+    check_device(*options.key_lengths, "key_lengths", query);
     check_shape(*options.key_lengths, "key_lengths", {a.batch});
     check_contiguous(*options.key_lengths, "key_lengths");
     a.key_lengths = data<int64_t>(*options.key_lengths, "key_lengths");
   }
   if (options.mask) {
-    check_on_device_of(*options.mask, "mask", query);
+    check_device(*options.mask, "mask", query);
     check_type(*options.mask, "mask", ScalarType::Bool);
     a.mask = static_cast<const uint8_t*>(options.mask->const_data_ptr());
     broadcast_strides(*options.mask, "mask", a, a.mask_strides);
   }
   if (options.bias) {
-    check_on_device_of(*options.bias, "bias", query);
+    check_device(*options.bias, "bias", query);
     a.bias = data<float>(*options.bias, "bias");
     broadcast_strides(*options.bias, "bias", a, a.bias_strides);
   }
@@ -177,7 +177,7 @@ inline void fill_attention_gradients(AttentionBackwardArgs& a, const Tensor& que
   } else {
     check_shape(g.statistics, "statistics", {2, a.batch, a.heads, a.query_length});
   }
-  check_on_device_of(g.statistics, "statistics", query);
+  check_device(g.statistics, "statistics", query);
   check_contiguous(g.statistics, "statistics");
   check_type(g.statistics, "statistics", ScalarType::Float);
   a.grad_out = attention_view(g.grad, "grad", query, false);
@@ -188,7 +188,7 @@ inline void fill_attention_gradients(AttentionBackwardArgs& a, const Tensor& que
   a.grad_value = attention_view(g.grad_value, "grad_value", query, true);
   if (g.grad_bias) {
     STD_TORCH_CHECK(a.bias != nullptr, "grad_bias: expected none without bias");
-    check_on_device_of(*g.grad_bias, "grad_bias", query);
+    check_device(*g.grad_bias, "grad_bias", query);
     check_shape_of(*g.grad_bias, "grad_bias", *bias);
     int64_t strides[4];
     broadcast_strides(*g.grad_bias, "grad_bias", a, strides);

@@ -486,17 +486,13 @@ const char* launch_tiles(void (*kernel)(Parameters...), const AttentionArgs& a, 
                          int64_t heads, int own, int other, int factors, cudaStream_t stream,
                          const Arguments&... arguments) {
   const int64_t blocks = plan.tiles * heads * a.batch;
-  if (blocks == 0) return nullptr;
-  if (blocks > INT32_MAX) return "more than 2^31 - 1 tiles of rows";
+  if (blocks > INT32_MAX) fail("more than 2^31 - 1 tiles of rows");
   const size_t bytes = sizeof(float) * static_cast<size_t>(own * kRows * plan.padded +
                                                            other * kWarp * row_stride(plan.padded) +
                                                            factors * kWarps * kEach * kWarp);
-  if (bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+  if (blocks > 0) {
+    launch(kernel, static_cast<unsigned>(blocks), kThreads, bytes, stream, arguments..., plan);
   }
-  launch(kernel, static_cast<unsigned>(blocks), kThreads, bytes, stream, arguments..., plan);
   return launch_error();
 }
 

@@ -212,6 +212,7 @@ void compare_all() {
            Shape{{6, 6, 6}, {37, 2, 0}, 4, 2, 20, false, 0.0, true},
            Shape{{19, 19}, {12, 19}, 2, 2, 12, true, 0.4, true},
            Shape{{3}, {5}, 1, 1, 130},
+           Shape{{9}, {9}, 1, 1, 8, false, 1.0},
        }) {
     compare_with_cpu<T>(shape);
   }
@@ -228,6 +229,7 @@ std::vector<Shape> tensor_core_shapes() {
       Shape{{70}, {200}, 2, 1, 32, true, 0.5},
       Shape{{20, 33}, {40, 7}, 1, 1, 128, false, 0.2},
       Shape{{33, 33, 33}, {33, 18, 0}, 4, 2, 32, true, 0.1, true, 0, false},
+      Shape{{9}, {9}, 1, 1, 32, false, 1.0},
   };
 }
 
@@ -358,6 +360,55 @@ TEST(AttentionCuda, TensorCoresAreAsPreciseAsTheComposition) {
   }
 }
 
+// More than 48 KiB must be allowed on each GPU of a process, and a launch asks no more than once.
+TEST(AttentionCuda, SharedMemoryIsAllowedOnceOnEachDevice) {
+  const Shape shape{{3}, {128}, 1, 1, 128};
+  for (const int device : {5, 6}) {
+    cuda_emulation::set_device(device);
+    const int before = cuda_emulation::allowed_times();
+    compare_with_cpu<bfloat16>(shape);
+    const int first = cuda_emulation::allowed_times();
+    EXPECT_GT(first, before);
+    EXPECT_LE(first, before + 3);  // forward, and backward in two sizes, for all schedules
+    compare_with_cpu<bfloat16>(shape);
+    EXPECT_EQ(cuda_emulation::allowed_times(), first);
+  }
+  cuda_emulation::set_device(0);
+}
+
+// One text says what was asked of which device, nothing else is launched, and the next call is
+// well.
+TEST(AttentionCuda, AFailedLaunchSaysWhatWasAsked) {
+  const Problem problem(Shape{{3}, {130}, 1, 1, 256});
+  std::string text;
+  const auto forward = [&](const AttentionBackwardArgs& a, float*) {
+    const char* const error = attention_forward_cuda(a, FloatType::float32, {}, nullptr);
+    text = error == nullptr ? "" : error;
+  };
+  const auto expect = [&](const char* part) {
+    problem.solve<float>(forward);
+    EXPECT_NE(text.find(part), std::string::npos) << text;
+    EXPECT_NE(text.find("cuda:0, compute capability 9.0"), std::string::npos) << text;
+    problem.solve<float>(forward);
+    EXPECT_EQ(text, "");
+  };
+  cuda_emulation::fail_next(209);  // cudaErrorNoKernelImageForDevice
+  expect("; the kernels are compiled for compute capability ");
+  cuda_emulation::fail_next(700);  // cudaErrorIllegalAddress
+  expect("CUDA_LAUNCH_BLOCKING=1");
+  cuda_emulation::fail_next(1);
+  expect("2 x 1 blocks of 128 threads and 0 bytes of shared memory)");
+  cuda_emulation::set_most_shared(64 * 1024);
+  cuda_emulation::set_device(2);
+  problem.solve<float>(forward);
+  EXPECT_NE(text.find("(cuda:2, compute capability 9.0; 84992"), std::string::npos) << text;
+  EXPECT_NE(text.find(" bytes of shared memory a block, of 65536)"), std::string::npos) << text;
+  cuda_emulation::set_most_shared(227 * 1024);
+  cuda_emulation::set_device(0);
+  problem.solve<float>(forward);
+  EXPECT_EQ(text, "");
+}
+
 TEST(AttentionCuda, AgreesWithTheCpuInFloat32) { compare_all<float>(); }
 TEST(AttentionCuda, AgreesWithTheCpuInBfloat16) { compare_all<bfloat16>(); }
 TEST(AttentionCuda, AgreesWithTheCpuInFloat16) { compare_all<half>(); }
@@ -396,6 +447,30 @@ TEST(AttentionCuda, WhatIsMaskedIsExactlyZero) {
   got = problem.solve<float>(run);
   for (int64_t query = 0; query < 4; ++query) {
     EXPECT_EQ(std::isnan(got[size_t(query * row)]), query == 2) << query;
+  }
+}
+
+// The tensor cores multiply by weights of 0 too: without dropout, a NaN in value row j of a causal
+// sequence is told to all queries from the one on that begins j's 16, and to no other sequence. The
+// simple kernels tell it to queries that attend to j.
+TEST(AttentionCuda, HowFarANanReaches) {
+  for (const bool tensor_cores : {true, false}) {
+    Problem problem(Shape{{70, 20}, {70, 20}, 1, 1, tensor_cores ? 32 : 31, true});
+    const int64_t width = problem.shape.head_dim;
+    const int64_t bad = 40;
+    problem.value[size_t(bad * width)] = kNan;
+    problem.value[size_t(bad * width + 1)] = std::numeric_limits<float>::infinity();
+    const std::vector<bfloat16> out =
+        problem.solve<bfloat16>([](const AttentionBackwardArgs& a, float*) {
+          EXPECT_LAUNCHED(attention_forward_cuda(a, FloatType::bfloat16, {}, nullptr));
+        });
+    const int64_t from = tensor_cores ? bad / 16 * 16 : bad;
+    for (int64_t i = 0; i < 90; ++i) {
+      const bool reached = i >= from && i < 70;
+      EXPECT_EQ(std::isnan(value(out[size_t(i * width)])), reached) << i;
+      EXPECT_EQ(std::isfinite(value(out[size_t(i * width + 1)])), !reached) << i;
+      EXPECT_TRUE(std::isfinite(value(out[size_t(i * width + 2)]))) << i;
+    }
   }
 }
 

@@ -7,6 +7,8 @@ namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 
+constexpr char kOtherKernels[] = "TRANSFORMER_EXT_CUDA_ATTENTION=simple takes simpler kernels, ";
+
 void fill(AttentionArgs& a, const Tensor& query, const Tensor& key, const Tensor& value,
           const AttentionOptions& options) {
   fill_attention(a, query, key, value, options);
@@ -29,7 +31,7 @@ std::tuple<Tensor, Tensor> attention_forward(
   check_launch(attention_forward_cuda(a, float_type_of(query, "query"),
                                       cuda_dropout_argument(dropout_p, rng, site, query),
                                       tensor_cores, context.stream),
-               "attention_forward");
+               "attention_forward", kOtherKernels);
   return results;
 }
 
@@ -55,7 +57,7 @@ void attention_backward(const Tensor& grad, const Tensor& query, const Tensor& k
       attention_backward_cuda(a, float_type_of(query, "query"),
                               cuda_dropout_argument(dropout_p, rng, site, query),
                               mutable_data<float>(delta, "delta"), tensor_cores, context.stream),
-      "attention_backward");
+      "attention_backward", kOtherKernels);
 }
 
 }  // namespace

@@ -2,9 +2,12 @@
 // product are, rounded, what the next one takes. In shared memory are tiles of the tensors as they
 // are, brought by cp.async. Nothing is added up by atomics: results are the same bits in every run.
 //
-// Weights of 0 take part in the products: a NaN or an infinity in a value reaches the rows that
-// share a tile of 16 keys with it, although a causal mask hides it from them. What lies behind the
-// end of a sequence is read as 0.
+// Weights of 0 take part in the products: a NaN or an infinity in row j of one side reaches rows of
+// the other side that are hidden from it, in the same sequence and head: by a causal mask, those of
+// j's own 16; by dropout, all. (So it is on the CPU, whose tiles are larger; the simple kernels
+// leave weights of 0 out where a tile holds such a value.) To find them in the results would cost 2
+// % of the forward pass's instructions, and a second way to compute a row its registers. What lies
+// behind the end of a sequence is read as 0.
 #include <cstdint>
 #include <type_traits>
 
@@ -20,7 +23,6 @@ constexpr int kForwardWarps = 4;   // at most
 constexpr int kBackwardWarps = 8;  // at most
 constexpr int kTile = 64;          // keys in shared memory at once, twice
 constexpr int kForwardRows = 256;  // of queries, that a block takes one after another
-constexpr size_t kUsualShared = 48 * 1024;
 
 template <int kDim>
 constexpr int kRowStride = kDim + 8;  // in shared memory: see load_a
@@ -735,15 +737,11 @@ inline int tiles_of(int64_t length, int rows) {
 template <class... Parameters, class... Arguments>
 const char* launch_blocks(void (*kernel)(Parameters...), int64_t blocks, int warps, size_t bytes,
                           cudaStream_t stream, const Arguments&... arguments) {
-  if (blocks == 0) return nullptr;
-  if (blocks > INT32_MAX) return "more than 2^31 - 1 tiles of rows";
-  if (bytes > kUsualShared) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+  if (blocks > INT32_MAX) fail("more than 2^31 - 1 tiles of rows");
+  if (blocks > 0) {
+    launch(kernel, static_cast<unsigned>(blocks), static_cast<unsigned>(warps * kWarp), bytes,
+           stream, arguments...);
   }
-  launch(kernel, static_cast<unsigned>(blocks), static_cast<unsigned>(warps * kWarp), bytes, stream,
-         arguments...);
   return launch_error();
 }
 
@@ -795,13 +793,7 @@ const char* backward(const AttentionBackwardArgs& a, const CudaDropout& dropout,
   zero_slack<T>(a.grad_key, a.cu_seqlens_k, a.batch, a.key_length, a.kv_heads, a.head_dim, stream);
   zero_slack<T>(a.grad_value, a.cu_seqlens_k, a.batch, a.key_length, a.kv_heads, a.head_dim,
                 stream);
-  int device = 0;
-  int shared = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  }
-  if (error != cudaSuccess) return cudaGetErrorString(error);
+  const size_t shared = most_shared();
   const auto bytes_of = [](int rows, bool whole) {
     const size_t elements =
         static_cast<size_t>(4 * rows * kRowStride<kDim> + (whole ? rows * (rows + 8) : 0));
@@ -812,7 +804,7 @@ const char* backward(const AttentionBackwardArgs& a, const CudaDropout& dropout,
   int above = -1;
   for (int warps = 2; warps <= kBackwardWarps && above < longest; warps *= 2) {
     const int rows = warps * kSide;
-    if (bytes_of(rows, true) > static_cast<size_t>(shared)) break;
+    if (bytes_of(rows, true) > shared) break;
     if (all_same && longest > rows) {
       above = rows;
       continue;
@@ -839,14 +831,16 @@ const char* backward(const AttentionBackwardArgs& a, const CudaDropout& dropout,
                        BackwardPlan{key_tiles, above, INT32_MAX, false});
 }
 
-// Whether the code that would run was made for a GPU with these instructions.
+// Whether the code that would run on this device was made for a GPU with these instructions.
 bool has_instructions() {
-  cudaFuncAttributes attributes{};
-  if (cudaFuncGetAttributes(&attributes, forward_kernel<__nv_bfloat16, 64>) != cudaSuccess) {
-    cudaGetLastError();
-    return false;
-  }
-  return attributes.ptxVersion >= 80;
+  return of_this_device([] {
+    cudaFuncAttributes attributes{};
+    if (cudaFuncGetAttributes(&attributes, forward_kernel<__nv_bfloat16, 64>) != cudaSuccess) {
+      cudaGetLastError();
+      return false;
+    }
+    return attributes.ptxVersion >= 80;
+  });
 }
 
 // Calls run(type, head_dim).

@@ -8,6 +8,10 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
+#include <mutex>
+#include <string>
+#include <utility>
 
 // TRANSFORMER_EXT_SHARED(float, partial, 8): an array of the block.
 // TRANSFORMER_EXT_DYNAMIC_SHARED(memory): a pointer to the bytes asked for at the launch, aligned
@@ -35,25 +39,158 @@ struct Same {
   using type = T;
 };
 
-// kernel<<<blocks, threads, shared_bytes, stream>>>(arguments...)
+// ---- Launches -----------------------------------------------------------------------------------
+
+constexpr size_t kUsualShared = 48 * 1024;
+
+// The first error since launch_error() was asked: that of a launcher, which runs in one thread.
+inline std::string& failure() {
+  static thread_local std::string text;
+  return text;
+}
+
+// What runs on none of the GPUs that the kernels were compiled for.
+inline bool is_about_the_build(cudaError_t error) {
+  return error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
+         error == cudaErrorUnsupportedPtxVersion || error == cudaErrorInvalidPtx ||
+         error == cudaErrorInvalidKernelImage || error == cudaErrorInsufficientDriver ||
+         error == cudaErrorJitCompilerNotFound || error == cudaErrorJitCompilationDisabled;
+}
+
+// What stays until the process ends, and which a later call to CUDA, of whatever library, is told.
+inline bool is_of_the_context(cudaError_t error) {
+  return error == cudaErrorIllegalAddress || error == cudaErrorLaunchFailure ||
+         error == cudaErrorMisalignedAddress || error == cudaErrorIllegalInstruction ||
+         error == cudaErrorInvalidAddressSpace || error == cudaErrorInvalidPc ||
+         error == cudaErrorHardwareStackError || error == cudaErrorAssert ||
+         error == cudaErrorLaunchTimeout || error == cudaErrorECCUncorrectable;
+}
+
+// "8.0, 9.0": what this file is compiled for.
+inline std::string built_for() {
+  std::string text;
+#if defined(__CUDA_ARCH_LIST__)
+  for (const int number : {__CUDA_ARCH_LIST__}) {
+    text += (text.empty() ? "" : ", ") + std::to_string(number / 100) + "." +
+            std::to_string(number / 10 % 10);
+  }
+#endif
+  return text;
+}
+
+inline std::string device_text() {
+  int device = 0, major = 0, minor = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) {
+    return "no device";
+  }
+  return "cuda:" + std::to_string(device) + ", compute capability " + std::to_string(major) + "." +
+         std::to_string(minor);
+}
+
+inline void fail(const std::string& text) {
+  if (failure().empty()) failure() = text;
+}
+// `asked` is what was asked of the device.
+inline void fail(cudaError_t error, const std::string& asked) {
+  std::string text = cudaGetErrorString(error);
+  text += " (" + device_text() + "; " + asked + ")";
+  if (is_about_the_build(error)) {
+    text += "; the kernels are compiled for compute capability " + built_for() + " by CUDA " +
+            std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION / 10 % 100);
+  } else if (is_of_the_context(error)) {
+    text += "; a kernel before this one may have failed, CUDA_LAUNCH_BLOCKING=1 tells which";
+  }
+  fail(text);
+  cudaGetLastError();  // or the next launch of this thread would be told of it again
+}
+
+// Of a block, where a kernel asks for it; 0 where that cannot be told.
+inline size_t most_shared() {
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
+          cudaSuccess) {
+    cudaGetLastError();
+  }
+  return static_cast<size_t>(bytes);
+}
+
+// find(), asked once for each device.
+template <class F>
+auto of_this_device(F&& find) {
+  static std::mutex mutex;
+  static std::map<int, decltype(find())> known;
+  int device = 0;
+  cudaGetDevice(&device);
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(device);
+  return found != known.end() ? found->second : known.emplace(device, find()).first->second;
+}
+
+// More than kUsualShared must be allowed first, to each kernel on each device, once.
+inline bool allow_shared(const void* kernel, size_t bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, size_t> allowed;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    size_t& most = allowed[{kernel, device}];
+    if (bytes <= most) return true;
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(bytes));
+    if (error == cudaSuccess) {
+      most = bytes;
+      return true;
+    }
+  }
+  fail(error, std::to_string(bytes) + " bytes of shared memory a block, of " +
+                  std::to_string(most_shared()));
+  return false;
+}
+
+// kernel<<<blocks, threads, shared_bytes, stream>>>(arguments...), unless a launch has failed since
+// launch_error() was last asked.
 template <class... Parameters>
 void launch(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, size_t shared_bytes,
             cudaStream_t stream, typename Same<Parameters>::type... arguments) {
+  if (!failure().empty()) return;
+  const void* const address = reinterpret_cast<const void*>(kernel);
+  if (shared_bytes > kUsualShared && !allow_shared(address, shared_bytes)) return;
 #if defined(TRANSFORMER_EXT_CUDA_EMULATION)
   (void)stream;
-  ::cuda_emulation::launch([=] { kernel(arguments...); }, blocks, threads, shared_bytes);
+  ::cuda_emulation::launch(address, [=] { kernel(arguments...); }, blocks, threads, shared_bytes);
 #else
   // clang-format off
   kernel<<<blocks, threads, shared_bytes, stream>>>(arguments...);
   // clang-format on
 #endif
+  const cudaError_t error = cudaGetLastError();
+  if (error == cudaSuccess) return;
+  fail(error, std::to_string(blocks.x) + " x " + std::to_string(blocks.y) + " blocks of " +
+                  std::to_string(threads.x) + " threads and " + std::to_string(shared_bytes) +
+                  " bytes of shared memory");
 }
 
-// What the launchers return: null, or the text of the error.
-inline const char* launch_error() {
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+inline void set_to_zero(void* to, size_t bytes, cudaStream_t stream) {
+  if (!failure().empty()) return;
+  const cudaError_t error = cudaMemsetAsync(to, 0, bytes, stream);
+  if (error != cudaSuccess) fail(error, "setting " + std::to_string(bytes) + " bytes to 0");
 }
+
+// What the launchers return: null, or the text of the first error, which stays as it is until the
+// next error of the thread.
+inline const char* launch_error() {
+  static thread_local std::string returned;
+  if (failure().empty()) return nullptr;
+  returned.swap(failure());
+  failure().clear();
+  return returned.c_str();
+}
+
+// ---- Numbers ------------------------------------------------------------------------------------
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;

@@ -71,6 +71,13 @@ Isa best_isa() {
 
 Isa active_isa() {
   static const Isa isa = choose();
+#if defined(TRANSFORMER_EXT_ONLY_ISA)
+  if (isa != Isa::TRANSFORMER_EXT_ONLY_ISA) {
+    throw std::runtime_error(std::string("this build has the kernels of ") +
+                             isa_name(Isa::TRANSFORMER_EXT_ONLY_ISA) + " alone, not of " +
+                             isa_name(isa));
+  }
+#endif
   return isa;
 }
 

@@ -45,27 +45,36 @@ bool has_vnni(Isa isa);
 
 }  // namespace transformer_ext
 
+// The end of a function that returns the table in use. With CMake's TRANSFORMER_EXT_ONLY_ISA no
+// other level is linked; active_isa() throws where another is wanted.
+#if defined(TRANSFORMER_EXT_ONLY_ISA)
+#define TRANSFORMER_EXT_RETURN_IN_USE(Type, name) \
+  active_isa();                                   \
+  return TRANSFORMER_EXT_ONLY_ISA::name;
+#else
+#define TRANSFORMER_EXT_RETURN_IN_USE(Type, name)                                   \
+  static const Type* const tables[] = {&baseline::name, &avx2::name, &avx512::name, \
+                                       &avx512_bf16::name};                         \
+  return *tables[static_cast<int>(active_isa())];
+#endif
+
 // TRANSFORMER_EXT_KERNELS(AttentionKernels, attention_kernels) declares the table
 // `<isa>::attention_kernels` of every level and `attention_kernels()`, the one in use.
 #if defined(__x86_64__)
-#define TRANSFORMER_EXT_KERNELS(Type, name)                                           \
-  namespace baseline {                                                                \
-  extern const Type name;                                                             \
-  }                                                                                   \
-  namespace avx2 {                                                                    \
-  extern const Type name;                                                             \
-  }                                                                                   \
-  namespace avx512 {                                                                  \
-  extern const Type name;                                                             \
-  }                                                                                   \
-  namespace avx512_bf16 {                                                             \
-  extern const Type name;                                                             \
-  }                                                                                   \
-  [[maybe_unused]] static const Type& name() {                                        \
-    static const Type* const tables[] = {&baseline::name, &avx2::name, &avx512::name, \
-                                         &avx512_bf16::name};                         \
-    return *tables[static_cast<int>(active_isa())];                                   \
-  }
+#define TRANSFORMER_EXT_KERNELS(Type, name) \
+  namespace baseline {                      \
+  extern const Type name;                   \
+  }                                         \
+  namespace avx2 {                          \
+  extern const Type name;                   \
+  }                                         \
+  namespace avx512 {                        \
+  extern const Type name;                   \
+  }                                         \
+  namespace avx512_bf16 {                   \
+  extern const Type name;                   \
+  }                                         \
+  [[maybe_unused]] static const Type& name() { TRANSFORMER_EXT_RETURN_IN_USE(Type, name) }
 
 // The same for the table of a *_int8_cpu.cpp.
 #define TRANSFORMER_EXT_INT8_KERNELS(Type, name)                                       \

@@ -142,6 +142,18 @@ inline void check_contiguous(const Tensor& x, const char* argument) {
                   ", expected a contiguous tensor");
 }
 
+// "cpu", "cuda:1", "another device".
+inline std::string device_string(const Tensor& x) {
+  const auto device = x.device();
+  if (device.is_cpu()) return "cpu";
+  return device.is_cuda() ? "cuda:" + std::to_string(device.index()) : "another device";
+}
+
+inline void check_device(const Tensor& x, const char* argument, const Tensor& like) {
+  STD_TORCH_CHECK(x.device() == like.device(), argument, ": is on ", device_string(x),
+                  ", expected ", device_string(like), ", the device of the others");
+}
+
 // ---- Memory ---------------------------------------------------------------------------------
 
 // Typed pointer to the first element; the type is checked.

@@ -19,13 +19,21 @@ namespace transformer_ext {
 // While it lives, the device of `x` is the current one (else a kernel for a tensor on cuda:1 would
 // be launched on cuda:0), and `stream` is torch's current stream there: a cudaStream_t.
 struct CudaContext {
-  explicit CudaContext(const Tensor& x) : guard(x.get_device_index()) {
+  explicit CudaContext(const Tensor& x) : guard(checked_index(x)) {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   }
 
   torch::stable::accelerator::DeviceGuard guard;
   void* stream = nullptr;
+
+ private:
+  // The dispatcher comes here with any tensor on a GPU.
+  static int32_t checked_index(const Tensor& x) {
+    STD_TORCH_CHECK(x.is_cuda(), "got tensors on ", device_string(x),
+                    " and on a GPU, expected one device");
+    return x.get_device_index();
+  }
 };
 
 inline FloatType float_type_of(const Tensor& x, const char* argument) {
@@ -40,10 +48,6 @@ inline FloatType float_type_of(const Tensor& x, const char* argument) {
       STD_TORCH_CHECK(false, argument, ": got ", torch::headeronly::toString(x.scalar_type()),
                       ", expected float32, bfloat16 or float16");
   }
-}
-
-inline void check_device(const Tensor& x, const char* argument, const Tensor& like) {
-  STD_TORCH_CHECK(x.device() == like.device(), argument, ": is not on the device of the others");
 }
 
 // The same tensor's pointer, on the device of `like`; null without one.
@@ -65,9 +69,10 @@ inline CudaDropout cuda_dropout_argument(double p, const std::optional<Tensor>& 
   return cuda_dropout(data_or_null<int64_t>(rng, "rng", like), site, p);
 }
 
-// The launchers return cudaGetLastError()'s text, or nullptr where all is well.
-inline void check_launch(const char* error, const char* op) {
-  STD_TORCH_CHECK(error == nullptr, op, ": ", error);
+// The launchers return an error's text, or nullptr where all is well.
+inline void check_launch(const char* error, const char* op, const char* others = "") {
+  STD_TORCH_CHECK(error == nullptr, op, ": ", error, ". ", others,
+                  "TRANSFORMER_EXT_BACKEND=reference computes it in plain PyTorch");
 }
 
 }  // namespace transformer_ext

@@ -176,7 +176,7 @@ const char* run(const CrossEntropyCuda& a, cudaStream_t stream) {
   const bool vectors = reinterpret_cast<uintptr_t>(a.logits) % 16 == 0 &&
                        reinterpret_cast<uintptr_t>(a.grad) % 16 == 0 &&
                        a.logits_stride % kVector<T> == 0 && a.grad_stride % kVector<T> == 0;
-  if (a.rows > 0 && a.columns > 0) {
+  if (a.rows > 0) {
     const bool is_long = a.columns * static_cast<int64_t>(sizeof(T)) > kLongBytes;
     launch(is_long ? row_kernel<T, kLongThreads> : row_kernel<T, kShortThreads>,
            static_cast<unsigned>(a.rows), is_long ? kLongThreads : kShortThreads, 0, stream, a,

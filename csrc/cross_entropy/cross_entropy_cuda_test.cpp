@@ -115,6 +115,28 @@ TEST(CrossEntropyCuda, ATargetOutsideOfTheVocabularyIsNan) {
   for (int i = 0; i < 20; ++i) EXPECT_EQ(grad[size_t(i)] == 0.0f, i >= 10);
 }
 
+// What a GPU's sums are of rows that hold -infinity alone, and of rows without a word.
+TEST(CrossEntropyCuda, RowsWithoutANumber) {
+  const float none = -std::numeric_limits<float>::infinity();
+  const std::vector<float> logits(20, none);
+  std::vector<float> row_sums(6, 7.0f);
+  const std::vector<int64_t> targets = {4, -100};
+  std::vector<double> sums(3);
+  CrossEntropyCuda a;
+  a.logits = logits.data();
+  a.logits_stride = a.grad_stride = 10;
+  a.targets = targets.data();
+  a.rows = 2;
+  a.row_sums = row_sums.data();
+  a.sums = sums.data();
+  for (const int64_t columns : {10, 0}) {
+    a.columns = columns;
+    EXPECT_LAUNCHED(cross_entropy_cuda(a, FloatType::float32, nullptr));
+    EXPECT_TRUE(std::isnan(sums[0]) && std::isnan(sums[1])) << columns;
+    EXPECT_EQ(sums[2], 0.0) << columns;
+  }
+}
+
 TEST(CrossEntropyCuda, WithoutRowsTheSumsAreZero) {
   std::vector<double> sums(3, 7.0);
   CrossEntropyCuda a;

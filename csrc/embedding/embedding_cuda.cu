@@ -281,7 +281,7 @@ const char* embedding_backward_cuda(const EmbeddingBackwardCuda& a, FloatType ty
   sort.count = a.tokens;
   sort.rows = a.rows;
   sort.first = true;
-  cudaMemsetAsync(begins, 0, static_cast<size_t>(2 * a.rows) * sizeof(int32_t), on);
+  set_to_zero(begins, static_cast<size_t>(2 * a.rows) * sizeof(int32_t), on);
   int at = 0;
   if (a.tokens > 0) {
     const unsigned blocks = static_cast<unsigned>(sort.blocks);

@@ -140,6 +140,30 @@ TEST(EmbeddingCuda, AnIdOutsideOfTheTableGivesNanAndNoGradient) {
   EXPECT_EQ(grad_weight, std::vector<float>(3, 1.0f));
 }
 
+// More tokens than the threads of a block have blocks: their counts are summed in two parts.
+TEST(EmbeddingCuda, SortsTokensOfManyBlocks) {
+  constexpr int64_t kTokens = 257 * 256;
+  std::vector<int32_t> ids(kTokens);
+  std::vector<float> grad(kTokens), expected(3, 0.0f), grad_weight(3, kNan);
+  for (int64_t i = 0; i < kTokens; ++i) {
+    ids[size_t(i)] = int32_t(i % 7 % 3);
+    grad[size_t(i)] = float(i % 5);
+    expected[size_t(ids[size_t(i)])] += grad[size_t(i)];  // whole numbers, all exact
+  }
+  std::vector<int32_t> scratch(size_t(embedding_backward_scratch(kTokens, 3)), -1);
+  EXPECT_LAUNCHED(embedding_backward_cuda({grad.data(),
+                                           {nullptr, ids.data()},
+                                           1.0f,
+                                           grad_weight.data(),
+                                           scratch.data(),
+                                           kTokens,
+                                           1,
+                                           3,
+                                           {}},
+                                          FloatType::float32, nullptr));
+  EXPECT_EQ(grad_weight, expected);
+}
+
 TEST(EmbeddingCuda, WithoutTokensTheGradientIsZero) {
   std::vector<float> grad_weight(4, kNan);
   std::vector<int32_t> scratch(embedding_backward_scratch(0, 2), -1);

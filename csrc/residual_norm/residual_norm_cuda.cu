@@ -477,7 +477,7 @@ const char* residual_norm_backward_cuda(const ResidualNormBackwardCuda& a, Float
   if (a.rows == 0 || a.columns == 0) {
     for (float* const out : {a.grad_weight, a.grad_bias}) {
       if (out != nullptr && a.columns > 0) {
-        cudaMemsetAsync(out, 0, static_cast<size_t>(a.columns) * sizeof(float), on);
+        set_to_zero(out, static_cast<size_t>(a.columns) * sizeof(float), on);
       }
     }
     return launch_error();

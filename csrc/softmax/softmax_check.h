@@ -26,7 +26,7 @@ inline SoftmaxForward softmax_forward_arguments(const Tensor& x, const std::opti
   for (int64_t d = 0; d < dims; ++d) a.keep.sizes[d] = x.size(d);
   a.keep.causal = causal;
   if (mask) {
-    STD_TORCH_CHECK(mask->device() == x.device(), "mask: is not on the device of x");
+    check_device(*mask, "mask", x);
     bool same = mask->dim() == x.dim();
     for (int64_t d = 0; same && d < x.dim(); ++d) same = mask->size(d) == x.size(d);
     STD_TORCH_CHECK(same, "mask: got shape ", shape_string(sizes_of(*mask)),
@@ -39,7 +39,7 @@ inline SoftmaxForward softmax_forward_arguments(const Tensor& x, const std::opti
                     " in the last dimension, expected 0 or 1");
   }
   if (key_lengths) {
-    STD_TORCH_CHECK(key_lengths->device() == x.device(), "key_lengths: is not on the device of x");
+    check_device(*key_lengths, "key_lengths", x);
     check_shape(*key_lengths, "key_lengths", {x.size(0)});
     check_contiguous(*key_lengths, "key_lengths");
     a.keep.key_lengths = data<int64_t>(*key_lengths, "key_lengths");
@@ -52,7 +52,7 @@ inline SoftmaxBackward softmax_backward_arguments(const Tensor& grad, const Tens
   check_contiguous(grad, "grad");
   check_contiguous(output, "output");
   check_type(output, "output", grad.scalar_type());
-  STD_TORCH_CHECK(output.device() == grad.device(), "output: is not on the device of grad");
+  check_device(output, "output", grad);
   bool same = grad.dim() == output.dim() && grad.dim() >= 1;
   for (int64_t d = 0; same && d < grad.dim(); ++d) same = grad.size(d) == output.size(d);
   STD_TORCH_CHECK(same, "grad: got shape ", shape_string(sizes_of(grad)),

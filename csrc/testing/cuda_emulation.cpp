@@ -12,6 +12,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #if !defined(__x86_64__)
@@ -134,7 +135,11 @@ struct State {
   std::string error;
   std::string reported;
   unsigned schedule = 0;
-  size_t allowed = kUsualShared;
+  std::map<std::pair<const void*, int>, size_t> allowed;
+  int allowed_times = 0;
+  int device = 0;
+  int next_failure = 0;
+  int failure = 0;
   size_t most_shared = 227 * 1024;
   // For ThreadSanitizer: the threads of a block meet at the one of their block, so that blocks have
   // no order among themselves; all come after the start of the launch and before its end.
@@ -325,7 +330,19 @@ void run_block(std::mt19937& random) {
 }  // namespace
 
 void set_schedule(unsigned schedule) { state().schedule = schedule; }
-void allow_shared(size_t bytes) { state().allowed = bytes; }
+void set_device(int device) { state().device = device; }
+int device() { return state().device; }
+bool allow_shared(const void* kernel, size_t bytes) {
+  State& s = state();
+  ++s.allowed_times;
+  if (bytes > s.most_shared) return false;
+  s.allowed[{kernel, s.device}] = bytes;
+  return true;
+}
+int allowed_times() { return state().allowed_times; }
+void fail_next(int error) { state().next_failure = error; }
+int take_failure() { return std::exchange(state().next_failure, 0); }
+int failed_launch() { return std::exchange(state().failure, 0); }
 void set_most_shared(size_t bytes) { state().most_shared = bytes; }
 size_t most_shared() { return state().most_shared; }
 Index thread_index() { return state().current->index; }
@@ -333,8 +350,11 @@ Index block_index() { return state().block; }
 Index block_size() { return state().threads; }
 Index grid_size() { return state().blocks; }
 
-void launch(const std::function<void()>& thread, Index blocks, Index threads, size_t shared_bytes) {
+void launch(const void* kernel, const std::function<void()>& thread, Index blocks, Index threads,
+            size_t shared_bytes) {
   State& s = state();
+  s.failure = take_failure();
+  if (s.failure != 0) return;
   s.blocks = blocks;
   s.threads = threads;
   s.thread = &thread;
@@ -345,7 +365,9 @@ void launch(const std::function<void()>& thread, Index blocks, Index threads, si
     s.error = "invalid configuration argument";
     return;
   }
-  if (shared_bytes > std::min(s.allowed, s.most_shared)) {
+  const auto allowed = s.allowed.find({kernel, s.device});
+  const size_t most = allowed == s.allowed.end() ? kUsualShared : allowed->second;
+  if (shared_bytes > std::min(most, s.most_shared)) {
     s.error = "more dynamic shared memory than is allowed";
     return;
   }

@@ -34,16 +34,29 @@ struct Index {
 void set_schedule(unsigned schedule);
 
 // Runs `thread` for every thread of every block. Errors: see last_error().
-void launch(const std::function<void()>& thread, Index blocks, Index threads, size_t shared_bytes);
+void launch(const void* kernel, const std::function<void()>& thread, Index blocks, Index threads,
+            size_t shared_bytes);
 
-// How much dynamic shared memory the next launches of the kernel may ask for (48 KiB if not set).
-void allow_shared(size_t bytes);
+// Launches are on this device, 0 at first. Devices differ in what kernels are allowed, no more.
+void set_device(int device);
+int device();
+// How much dynamic shared memory the kernel may ask for on this device (48 KiB if not set); false
+// if that is more than there is.
+bool allow_shared(const void* kernel, size_t bytes);
+// How often that was asked.
+int allowed_times();
 // How much they may be allowed: that of an H200 if not set.
 void set_most_shared(size_t bytes);
 size_t most_shared();
 
 // nullptr where all went well since the last call.
 const char* last_error();
+// The next launch fails with this error of CUDA's (a cudaError_t) instead of running, or the next
+// question for a kernel's attributes, which takes it.
+void fail_next(int error);
+int take_failure();
+// That of the last launch, once.
+int failed_launch();
 
 // ---- Within a kernel ----------------------------------------------------------------------------
 

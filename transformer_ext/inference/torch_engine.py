@@ -191,21 +191,30 @@ class _TorchModels(Generic[ModelT]):
                 if was:
                     model.train()
 
-    def _most_at_once(self, options: SearchOptions, tokens: int, memory: int = 0) -> int:
+    def _room(self) -> float:
+        """Bytes that a batch may take."""
+        room = float(_MOST_BYTES)
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+            if _SHARE_OF_FREE * free < room:
+                # What torch keeps of earlier work can be had, but for what CUDA graphs of a training
+                # hold, and it does not tell one from the other.
+                torch.cuda.empty_cache()
+                free, _ = torch.cuda.mem_get_info(self.device)
+            room = min(room, _SHARE_OF_FREE * free)
+        return room
+
+    def _most_at_once(
+        self, room: float, options: SearchOptions, tokens: int, memory: int = 0
+    ) -> int:
         """How many sentences fit into memory.
 
         Args:
+            room: bytes that they may take.
             options: of the search.
             tokens: that a hypothesis may hold.
             memory: tokens of the source.
         """
-        room = float(_MOST_BYTES)
-        if self.device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self.device)
-            # What torch keeps of an earlier batch is free for this one.
-            free += torch.cuda.memory_reserved(self.device)
-            free -= torch.cuda.memory_allocated(self.device)
-            room = min(room, _SHARE_OF_FREE * free)
         size = 0
         width = options.num_hypotheses if options.sampling else options.beam_size
         every = _sorts_vocabulary(options)
@@ -286,6 +295,20 @@ class _TorchModels(Generic[ModelT]):
             suppressed=sorted(never_proposed(self.config)),
             device=self.device,
         ).run()
+
+    def _in_memory(
+        self, batch: list[int], search: Callable[[list[int]], list[SearchResult]]
+    ) -> list[SearchResult]:
+        """What is found for a batch, in halves where the device has not the memory for all of it."""
+        try:
+            return search(batch)
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+        # Not in the handler: until it is left, the error keeps what the batch has allocated.
+        torch.cuda.empty_cache()
+        half = len(batch) // 2
+        return self._in_memory(batch[:half], search) + self._in_memory(batch[half:], search)
 
     def _flat(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Packed]:
         """Ids behind one another, and where they lie."""
@@ -375,30 +398,34 @@ class TorchEngine(_TorchModels[Transformer]):
 
         def most(longest: int) -> int:
             limit = options.length_limit(longest, self.positions)
-            return self._most_at_once(options, limit, longest)
+            return self._most_at_once(room, options, limit, longest)
+
+        def search(batch: list[int]) -> list[SearchResult]:
+            lengths = [len(given[i]) for i in batch]
+            tasks = [
+                Task(
+                    limit=options.length_limit(length, self.positions),
+                    minimum=options.length_minimum(length),
+                    number=numbers[i],
+                    fed=config.decoder_start_id,
+                    prefix=begins[i],
+                    source_length=length,
+                )
+                for i, length in zip(batch, lengths, strict=True)
+            ]
+            for task in tasks:
+                _check_prefix(task)
+            sentences = [given[i] for i in batch]
+
+            def make_caches(slots: Slots) -> Any:
+                return self._encoded(slots, sentences, layers)
+
+            return self._search(tasks, options, [1] * len(batch), make_caches)
 
         with self._at_work():
+            room = self._room()
             for batch in batches_by_length(given, batch_size, batch_tokens, most):
-                lengths = [len(given[i]) for i in batch]
-                tasks = [
-                    Task(
-                        limit=options.length_limit(length, self.positions),
-                        minimum=options.length_minimum(length),
-                        number=numbers[i],
-                        fed=config.decoder_start_id,
-                        prefix=begins[i],
-                        source_length=length,
-                    )
-                    for i, length in zip(batch, lengths, strict=True)
-                ]
-                for task in tasks:
-                    _check_prefix(task)
-                sentences = [given[i] for i in batch]
-
-                def make_caches(slots: Slots, sentences: list[list[int]] = sentences) -> Any:
-                    return self._encoded(slots, sentences, layers)
-
-                found = self._search(tasks, options, [1] * len(batch), make_caches)
+                found = self._in_memory(batch, search)
                 for i, result in zip(batch, found, strict=True):
                     results[i] = result
         return results
@@ -564,36 +591,36 @@ class TorchLanguageModel(_TorchModels[LanguageModel]):
 
         def most(longest: int) -> int:
             tokens = longest + longest_limit
-            return max(
-                1, min(batch_tokens // (width * tokens), self._most_at_once(options, tokens))
-            )
+            fitting = self._most_at_once(room, options, tokens)
+            return max(1, min(batch_tokens // (width * tokens), fitting))
+
+        def search(batch: list[int]) -> list[SearchResult]:
+            tasks = [
+                Task(
+                    limit=limits[i],
+                    minimum=options.length_minimum(0),
+                    number=numbers[i],
+                    fed=fed[i][-1],
+                    prompt=fed[i],
+                )
+                for i in batch
+            ]
+            read = [fed[i] for i in batch]
+
+            def make_caches(slots: Slots) -> Any:
+                cache = DecoderCache(slots)
+                if any(len(row) > 1 for row in read):
+                    ids, packed = self._flat([row[:-1] for row in read])
+                    self.models[0].read_prompts(ids, packed, cache)
+                return [cache]
+
+            return self._search(tasks, options, [len(row) for row in read], make_caches)
 
         results: dict[int, SearchResult] = {}
         with self._at_work():
+            room = self._room()
             for batch in batches_by_length(fed, batch_size, batch_tokens, most):
-                tasks = [
-                    Task(
-                        limit=limits[i],
-                        minimum=options.length_minimum(0),
-                        number=numbers[i],
-                        fed=fed[i][-1],
-                        prompt=fed[i],
-                    )
-                    for i in batch
-                ]
-                prompts_read = [fed[i] for i in batch]
-
-                def make_caches(slots: Slots, read: list[list[int]] = prompts_read) -> Any:
-                    cache = DecoderCache(slots)
-                    if any(len(row) > 1 for row in read):
-                        ids, packed = self._flat([row[:-1] for row in read])
-                        self.models[0].read_prompts(ids, packed, cache)
-                    return [cache]
-
-                found = self._search(
-                    tasks, options, [len(row) for row in prompts_read], make_caches
-                )
-                results.update(zip(batch, found, strict=True))
+                results.update(zip(batch, self._in_memory(batch, search), strict=True))
         return [results[i] for i in range(len(given))]
 
 

@@ -15,7 +15,7 @@ import sys
 import torch
 from torch import Tensor
 
-from transformer_ext._native import loaded_ops
+from transformer_ext._native import cuda_problem, loaded_ops
 
 BACKENDS = ("auto", "compiled", "reference")
 
@@ -91,6 +91,13 @@ def has_kernel(op: str, device_type: str) -> bool:
     return known
 
 
+@torch.compiler.assume_constant_result
+def _problem_on(device: int) -> str:
+    """Why none of the compiled ops runs on a GPU, or nothing."""
+    problem = cuda_problem(device)
+    return problem and f"the compiled ops do not run on cuda:{device}: {problem}"
+
+
 def use_compiled(op: str, *tensors: Tensor | None) -> bool:
     """Whether the raw op ``transformer_ext::<op>`` is to be used for these tensors.
 
@@ -110,6 +117,8 @@ def use_compiled(op: str, *tensors: Tensor | None) -> bool:
         device = tensor.device.type
         if not has_kernel(op, device):
             reason = _why_no_kernel(op, device)
+            break
+        if device == "cuda" and (reason := _problem_on(tensor.device.index)):
             break
         if (op, device) in _refused:
             reason = _refused[op, device]

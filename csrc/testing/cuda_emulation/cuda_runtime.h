@@ -32,7 +32,30 @@ struct dim3 : cuda_emulation::Index {
 };
 
 typedef struct CUstream_st* cudaStream_t;
-enum cudaError_t { cudaSuccess = 0, cudaErrorLaunchFailure = 719 };
+#define CUDART_VERSION 13000
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInsufficientDriver = 35,
+  cudaErrorInvalidDeviceFunction = 98,
+  cudaErrorInvalidKernelImage = 200,
+  cudaErrorNoKernelImageForDevice = 209,
+  cudaErrorECCUncorrectable = 214,
+  cudaErrorInvalidPtx = 218,
+  cudaErrorJitCompilerNotFound = 221,
+  cudaErrorUnsupportedPtxVersion = 222,
+  cudaErrorJitCompilationDisabled = 223,
+  cudaErrorIllegalAddress = 700,
+  cudaErrorLaunchTimeout = 702,
+  cudaErrorAssert = 710,
+  cudaErrorHardwareStackError = 714,
+  cudaErrorIllegalInstruction = 715,
+  cudaErrorMisalignedAddress = 716,
+  cudaErrorInvalidAddressSpace = 717,
+  cudaErrorInvalidPc = 718,
+  cudaErrorLaunchFailure = 719,
+  cudaErrorUnknown = 999,  // here: found by the emulation
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 
 inline const char*& cuda_emulation_error_text() {
@@ -40,16 +63,19 @@ inline const char*& cuda_emulation_error_text() {
   return text;
 }
 inline cudaError_t cudaGetLastError() {
-  cuda_emulation_error_text() = cuda_emulation::last_error();
-  return cuda_emulation_error_text() == nullptr ? cudaSuccess : cudaErrorLaunchFailure;
+  if (const int failed = cuda_emulation::failed_launch()) return static_cast<cudaError_t>(failed);
+  const char* const found = cuda_emulation::last_error();
+  if (found != nullptr) cuda_emulation_error_text() = found;
+  return found == nullptr ? cudaSuccess : cudaErrorUnknown;
 }
 inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess ? "no error" : cuda_emulation_error_text();
+  return error == cudaErrorUnknown ? cuda_emulation_error_text()
+         : error == cudaSuccess    ? "no error"
+                                   : "an error of CUDA's";
 }
-template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int bytes) {
-  cuda_emulation::allow_shared(static_cast<size_t>(bytes));
-  return cudaSuccess;
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  return cuda_emulation::allow_shared(kernel, static_cast<size_t>(bytes)) ? cudaSuccess
+                                                                          : cudaErrorInvalidValue;
 }
 struct cudaFuncAttributes {
   int ptxVersion;
@@ -57,15 +83,26 @@ struct cudaFuncAttributes {
 template <class Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
   attributes->ptxVersion = 90;
-  return cudaSuccess;
+  return static_cast<cudaError_t>(cuda_emulation::take_failure());
 }
-enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+enum cudaDeviceAttr {
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+};
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = cuda_emulation::device();
   return cudaSuccess;
 }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = static_cast<int>(cuda_emulation::most_shared());
+inline cudaError_t cudaSetDevice(int device) {
+  cuda_emulation::set_device(device);
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9
+           : attribute == cudaDevAttrComputeCapabilityMinor
+               ? 0
+               : static_cast<int>(cuda_emulation::most_shared());
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t) {
