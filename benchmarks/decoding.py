@@ -633,7 +633,8 @@ def show(runs: Sequence[dict[str, Any]], markdown: bool) -> None:
             print("", *table(head, rows, markdown), sep="\n", flush=True)
 
 
-def main() -> None:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -677,7 +678,16 @@ def main() -> None:
     parser.add_argument("--markdown", action="store_true", help="print tables for a document")
     parser.add_argument("--prepare", action="store_true", help="write the models and run nothing")
     parser.add_argument("--list", action="store_true", help="list the competitors and run nothing")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    if options.device != "cpu":
+        for key in options.only or ():
+            if key not in ON_A_DEVICE:
+                parser.error(f"--only: got {key}, expected of {', '.join(ON_A_DEVICE)} on a device")
+    return options
+
+
+def main() -> None:
+    options = parse()
     if options.list:
         for key, competitor in COMPETITORS.items():
             missing = f" ({competitor.missing} is not installed)" if competitor.missing else ""
@@ -694,9 +704,6 @@ def main() -> None:
     usual = [key for key, competitor in COMPETITORS.items() if competitor.usual]
     on_cpu = options.device == "cpu"
     keys = options.only or (usual if on_cpu else list(ON_A_DEVICE))
-    for key in keys if not on_cpu else ():
-        if key not in ON_A_DEVICE:
-            parser.error(f"--only: got {key}, expected of {', '.join(ON_A_DEVICE)} on a device")
     for key in list(keys):
         competitor = COMPETITORS[key]
         reason = f"{competitor.missing} is not installed" if competitor.missing else None

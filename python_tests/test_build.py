@@ -219,6 +219,33 @@ def test_console_runs_a_command(capsys):
     assert json.loads(capsys.readouterr().out)["problems"] == []
 
 
+@pytest.mark.parametrize(
+    ("given", "after"),
+    [
+        ({}, {"GOMP_SPINCOUNT": "2000"}),
+        ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+    ],
+)
+def test_training_alone_shortens_the_waits_of_openmp_unless_they_are_set(monkeypatch, given, after):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # So that it is put back, whoever sets it.
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+
+    def waits():
+        return {n: v for n, v in os.environ.items() if n in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+
+    ran = SimpleNamespace(main=lambda arguments: 0)
+    monkeypatch.setattr(console.importlib, "import_module", lambda name: ran)
+    # Where torch has been imported it would have no effect.
+    assert console.main(["train"]) == 0 and waits() == given
+    monkeypatch.delitem(sys.modules, "torch")
+    assert console.main(["info"]) == 0 and waits() == given
+    assert console.main(["train"]) == 0 and waits() == after
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("scikit_build_core") is None, reason="needs scikit-build-core"
 )

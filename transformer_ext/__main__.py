@@ -6,6 +6,8 @@ import importlib
 import importlib.util
 import sys
 
+from transformer_ext._command import share_cores
+
 COMMANDS = {
     "train": "train a model: on the shipped corpus, or on your own text",
     "prepare": "build tokenizer and data set without training",
@@ -66,6 +68,8 @@ def main(argv: list[str] | None = None) -> int:
     if command not in available():
         print(f"transformer-ext: no command {command!r}\n\n{_usage()}", file=sys.stderr)
         return 2
+    if command == "train":
+        share_cores()
     return importlib.import_module(_module(command)).main(rest) or 0
 
 

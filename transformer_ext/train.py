@@ -15,7 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from transformer_ext import __version__
-from transformer_ext._command import command
+from transformer_ext._command import command, share_cores
+
+if __name__ == "__main__":
+    share_cores()  # What is imported below imports torch.
+
 from transformer_ext.config import (
     ArgumentParser,
     ConfigError,
