@@ -382,7 +382,7 @@ TEST(AttentionCuda, AFailedLaunchSaysWhatWasAsked) {
   const Problem problem(Shape{{3}, {130}, 1, 1, 256});
   std::string text;
   const auto forward = [&](const AttentionBackwardArgs& a, float*) {
-    const char* const error = attention_forward_cuda(a, FloatType::float32, {}, nullptr);
+    const char* const error = attention_forward_cuda(a, FloatType::float32, {}, true, nullptr);
     text = error == nullptr ? "" : error;
   };
   const auto expect = [&](const char* part) {
@@ -462,7 +462,7 @@ TEST(AttentionCuda, HowFarANanReaches) {
     problem.value[size_t(bad * width + 1)] = std::numeric_limits<float>::infinity();
     const std::vector<bfloat16> out =
         problem.solve<bfloat16>([](const AttentionBackwardArgs& a, float*) {
-          EXPECT_LAUNCHED(attention_forward_cuda(a, FloatType::bfloat16, {}, nullptr));
+          EXPECT_LAUNCHED(attention_forward_cuda(a, FloatType::bfloat16, {}, true, nullptr));
         });
     const int64_t from = tensor_cores ? bad / 16 * 16 : bad;
     for (int64_t i = 0; i < 90; ++i) {
