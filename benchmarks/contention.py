@@ -13,8 +13,9 @@ scheduler leaves that gives every thread the same, by its weight: threads that w
 less, because one of them is always out.
 
 A competitor is a key of ``training.py --list`` or ``decoding.py --list``, its threads behind a colon
-if they are others than ``--threads``, and variables of its environment behind commas. Each runs as
-its users run it.
+if they are others than ``--threads``, and variables of its environment behind commas. What
+the train command sets for its own process, and the malloc variables of CTranslate2's best settings,
+are set here only if they are named so.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from processes import PAUSE, Worker, machine, say, table
+
+from transformer_ext._command import SPIN_COUNT
 
 LOOP = "while True: pass"
 COPY = """
@@ -160,7 +163,11 @@ def main() -> None:
     else:
         import training as benchmark
 
-        usual = ["ours-bfloat16", "nn-autocast-fused"]
+        usual = [
+            f"ours-bfloat16,GOMP_SPINCOUNT={SPIN_COUNT}",
+            "ours-bfloat16",
+            "nn-autocast-fused",
+        ]
         options.preset, options.norm_first, options.device = options.preset or "small", True, "cpu"
         task = benchmark.make_task(options)
         what = f"a step of {options.max_tokens:,} target tokens"

@@ -16,7 +16,7 @@ _WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 #: Pauses of the processor, of 20 to 100 ns each. Fewer cost a step of training up to a tenth on a quiet
 #: machine (`small`; 1,000: 4 to 10 %, 200: 20 %), where no cost of these is seen; but a wait of
 #: the default, 300,000 (30 ms), takes the core from the thread that is waited for if others want it.
-_SPIN_COUNT = "2000"
+SPIN_COUNT = "2000"
 
 Main = Callable[[Sequence[str] | None], int]
 
@@ -68,7 +68,7 @@ def share_cores() -> None:
     reads it once, when torch is imported, and after that nothing is changed.
     """
     if "torch" not in sys.modules and not any(name in os.environ for name in _WAITING):
-        os.environ["GOMP_SPINCOUNT"] = _SPIN_COUNT
+        os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
 
 
 def discard_output() -> None:
