@@ -12,6 +12,7 @@ import torch
 from transformer_ext._native import load_ops
 from transformer_ext.ops import _check
 from transformer_ext.ops._backend import set_backend
+from transformer_ext.packed import Packed
 
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 
@@ -35,7 +36,7 @@ PLACES = (
 
 def moved(value: Any, device: str) -> Any:
     """``value`` with all tensors in it on the device; lists, tuples and dicts are gone through."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, (torch.Tensor, Packed)):
         return value.to(device)
     if isinstance(value, dict):
         return {key: moved(item, device) for key, item in value.items()}
@@ -97,13 +98,17 @@ def assert_all_as_precise(
             assert_as_precise(ours, true, plain, factor=32.0, roundings=32.0)
 
 
-def assert_graph_safe(results: Callable[[], Sequence[torch.Tensor]], rng: torch.Tensor) -> None:
+def assert_graph_safe(
+    results: Callable[[], Sequence[torch.Tensor]], rng: torch.Tensor | None = None
+) -> None:
     """On a GPU: the same bits each time, and from a CUDA graph, which sees a new step of ``rng``.
 
     Args:
         results: runs forward and backward.
-        rng: what it draws dropout from; its step is changed, and changed back.
+        rng: what it draws dropout from, if it does; its step is changed, and changed back.
     """
+    random = rng is not None
+    rng = torch.zeros(3, dtype=torch.int64) if rng is None else rng
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream), set_backend("compiled"):
@@ -127,6 +132,7 @@ def assert_graph_safe(results: Callable[[], Sequence[torch.Tensor]], rng: torch.
         assert torch.equal(a, c)
     for a, b in zip(other, recorded, strict=True):
         assert torch.equal(a, b)
+    assert torch.equal(first[0], other[0]) != random
 
 
 __all__ = [

@@ -7,7 +7,9 @@ import pytest
 import torch
 from kernel_testing import (
     BACKENDS,
+    assert_graph_safe,
     needs_compiled,
+    needs_gpu,
     set_backend,
     threads,
 )
@@ -60,7 +62,7 @@ def run(face, inputs, grad, **options):
     return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
 
 
-def assert_as_precise(got, exact, peer, factor=2.0):
+def assert_norm_as_precise(got, exact, peer, factor=2.0):
     """The norm of the error is at most ``factor`` times that of the composition ``peer``, but for
     one rounding. The norm, not the maximum: the greatest of a few hundred errors is luck."""
     assert got.dtype == peer.dtype and got.shape == exact.shape
@@ -78,7 +80,7 @@ def compare(inputs, grad, dtype, **options):
         got = run(attention, inputs, grad, **options)
     peer = run(attention_reference, inputs, grad, **options)
     for g, e, p in zip(got, exact, peer, strict=True):
-        assert_as_precise(g, e, p)
+        assert_norm_as_precise(g, e, p)
     return got
 
 
@@ -152,10 +154,10 @@ def test_bias_and_its_gradient(axes, length):
     with set_backend("reference"):
         peer = run(face, single, grad.float())
     for g, e, p in zip(got[:4], exact[:4], peer[:4], strict=True):
-        assert_as_precise(g, e, p)
+        assert_norm_as_precise(g, e, p)
     if axes[3]:
         # Sums over up to 1600 rows, which the kernel adds one by one.
-        assert_as_precise(got[4], exact[4], peer[4], factor=6.0)
+        assert_norm_as_precise(got[4], exact[4], peer[4], factor=6.0)
     else:
         # Softmax does not see a bias that is the same for all keys: rounding errors are all there is.
         terms = grad[..., 0].numel() * (length + 10) / bias.numel()
@@ -303,7 +305,7 @@ def test_packed_faces_agree_with_reference(dtype):
         for face in (cross, separate):
             got = run(face, [query.to(dtype), kv.to(dtype)], grad.to(dtype))
             for g, e, p in zip(got, exact, peer, strict=True):
-                assert_as_precise(g, e, p)
+                assert_norm_as_precise(g, e, p)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -535,7 +537,6 @@ def test_raw_op_refuses_a_wrong_table_of_sequences():
 
 # --- on a GPU: the kernels run on the CPU in csrc/attention/attention_cuda_test.cpp ---------------
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU in this machine")
 CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -547,7 +548,7 @@ def compare_on_cuda(inputs, grad, dtype, **options):
     with set_backend("compiled"), _tensor_cores.only(True):
         got = run(attention, [x.cuda() for x in inputs], grad.cuda(), **moved)
     for g, e, p in zip(got, exact, peer, strict=True):
-        assert_as_precise(g.cpu(), e, p)
+        assert_norm_as_precise(g.cpu(), e, p)
 
 
 @needs_gpu
@@ -574,8 +575,11 @@ def test_cuda_head_dims_and_dropout(head_dim, dtype):
 def test_cuda_packed_equals_cpu(head_dim, kind, dtype, monkeypatch):
     monkeypatch.setenv("TRANSFORMER_EXT_CUDA_ATTENTION", kind)
     packed = Packed.from_lengths([5, 1, 33, 70], 112)
-    qkv = torch.randn(112, 3 * 4 * head_dim).to(dtype)
-    grad = torch.randn(112, 4 * head_dim).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    qkv, grad = (
+        torch.randn(112, columns, generator=generator).to(dtype)
+        for columns in (3 * 4 * head_dim, 4 * head_dim)
+    )
     options = {"causal": True, "dropout_p": 0.2, "site": 3}
     results = []
     for device in ("cpu", "cuda"):
@@ -592,22 +596,37 @@ def test_cuda_packed_equals_cpu(head_dim, kind, dtype, monkeypatch):
 
 
 @needs_gpu
-def test_cuda_graph_draws_anew_at_each_replay():
-    packed = Packed.from_lengths([9, 30], 40).to("cuda")
-    qkv, rng = torch.randn(40, 3 * 2 * 8, device="cuda"), RNG.cuda()
-    options = {"dropout_p": 0.5, "rng": rng, "site": 2}
-    warm = torch.cuda.Stream()
-    with torch.cuda.stream(warm), set_backend("compiled"):
-        self_attention_packed(qkv, 2, 2, packed, **options)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), set_backend("compiled"):
-        out = self_attention_packed(qkv, 2, 2, packed, **options)
-    for step in (3, 4):
-        rng[1] = step
-        graph.replay()
-        with set_backend("compiled"):
-            assert torch.equal(out, self_attention_packed(qkv, 2, 2, packed, **options))
+@pytest.mark.parametrize(
+    "head_dim, dtype, kind",
+    [
+        (64, torch.bfloat16, "tensor"),
+        (64, torch.float16, "tensor"),
+        (32, torch.bfloat16, "tensor"),
+        (128, torch.bfloat16, "tensor"),
+        (64, torch.bfloat16, "simple"),
+        (8, torch.float32, "simple"),
+    ],
+)
+def test_results_on_a_gpu_are_the_same_bits_each_time_and_in_a_graph(
+    head_dim, dtype, kind, monkeypatch
+):
+    """Of tensor cores each launch, by length, and the kernels for longer sequences."""
+    monkeypatch.setenv("TRANSFORMER_EXT_CUDA_ATTENTION", kind)
+    lengths = [1, 31, 32, 33, 64, 65, 128, 129, 300]
+    packed, width = Packed.from_lengths(lengths, 800).to("cuda"), 4 * head_dim
+    generator, rng = torch.Generator().manual_seed(0), RNG.cuda()
+    qkv, grad = (
+        torch.randn(800, columns, generator=generator).to(dtype).cuda()
+        for columns in (3 * width, width)
+    )
+    options = {"dropout_p": 0.1, "rng": rng, "site": 2}
+    for causal in (False, True):
+        assert_graph_safe(
+            lambda causal=causal: run(
+                lambda x: self_attention_packed(x, 4, 4, packed, causal, **options), [qkv], grad
+            ),
+            rng,
+        )
 
 
 def test_heads_too_wide_for_the_gpus_shared_memory_take_pytorch(monkeypatch):

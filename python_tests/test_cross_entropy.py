@@ -5,6 +5,7 @@ from kernel_testing import (
     assert_all_as_precise,
     assert_as_precise,
     needs_compiled,
+    needs_gpu,
     set_backend,
     threads,
 )
@@ -495,14 +496,15 @@ def test_wrong_arguments_are_named(backend):
             )
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU in this machine")
+@needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("vocabulary", [1, 5, 64, 1000, 32001])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_cuda_kernel(vocabulary, dtype, label_smoothing):
     """The kernel runs on the CPU too, in csrc/cross_entropy/cross_entropy_cuda_test.cpp."""
-    logits = (torch.randn(9, vocabulary) * 4).to(dtype)
-    targets = torch.randint(vocabulary, (9,))
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = (torch.randn(9, vocabulary, generator=generator) * 4).to(dtype)
+    targets = torch.randint(vocabulary, (9,), generator=generator)
     targets[::4] = -100
     options = {"label_smoothing": label_smoothing, "normalizer": 7.0}
 
@@ -520,7 +522,7 @@ def test_cuda_kernel(vocabulary, dtype, label_smoothing):
         assert_as_precise(ours, true, plain.to(ours.dtype), factor=4.0, roundings=4.0)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU in this machine")
+@needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("vocabulary", [97, 1000])
 def test_cuda_projection_and_loss(vocabulary, dtype, monkeypatch):
@@ -546,9 +548,10 @@ def test_cuda_projection_and_loss(vocabulary, dtype, monkeypatch):
     assert_all_as_precise(results[0], exact, peer)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU in this machine")
+@needs_gpu
 def test_cuda_projection_and_loss_in_a_graph_and_little_memory(monkeypatch):
-    rows, vocabulary = 512, 4096
+    # All logits at once are 128 MiB: what libraries of products ask for themselves is up to 32.
+    rows, vocabulary = 4096, 16384
     monkeypatch.setitem(subject._CHUNK_BYTES, "cuda", 128 * vocabulary * 2)
     x, weight, _, targets = (
         t.cuda() if t is not None else t for t in problem(rows, vocabulary, 16)
@@ -568,7 +571,7 @@ def test_cuda_projection_and_loss_in_a_graph_and_little_memory(monkeypatch):
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         expected = [t.clone() for t in step()]
-        assert torch.cuda.max_memory_allocated() - before < rows * vocabulary * 2
+        assert torch.cuda.max_memory_allocated() - before < rows * vocabulary
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             recorded = step()

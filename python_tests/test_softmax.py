@@ -3,6 +3,7 @@ import torch
 from kernel_testing import (
     BACKENDS,
     assert_as_precise,
+    assert_graph_safe,
     needs_compiled,
     needs_gpu,
     set_backend,
@@ -237,9 +238,10 @@ def test_wrong_arguments_are_named(arguments, options, error, message):
 @pytest.mark.parametrize("columns", [1, 5, 64, 100, 129, 500, 1000, 1023, 1024, 1028, 5001])
 def test_cuda_kernel(name, columns, dtype):
     face, twin, _ = FACES[name]
-    x = (torch.randn(3, 2, 7, columns) * 5).to(dtype)
-    grad = torch.randn(3, 2, 7, columns).to(dtype)
-    keep = torch.rand(3, 1, 7, columns) < 0.7
+    generator = torch.Generator().manual_seed(columns)
+    x = (torch.randn(3, 2, 7, columns, generator=generator) * 5).to(dtype)
+    grad = torch.randn(3, 2, 7, columns, generator=generator).to(dtype)
+    keep = torch.rand(3, 1, 7, columns, generator=generator) < 0.7
     keep[0, :, 1] = False
     x[1, :, :, 0] = torch.nan
     grad[1, :, :, 0] = torch.nan
@@ -263,3 +265,15 @@ def test_cuda_kernel(name, columns, dtype):
         for ours, true, plain in zip(got, expected, peer, strict=True):
             # The twin keeps the float32 output for its backward, the kernel the rounded one.
             assert_as_precise(ours.cpu(), true, plain, factor=4 if dtype != torch.float32 else 2)
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", FACES)
+@pytest.mark.parametrize("columns", [100, 5001])
+def test_results_on_a_gpu_are_the_same_bits_each_time_and_in_a_graph(name, columns):
+    generator = torch.Generator().manual_seed(columns)
+    x, grad, chance = (
+        torch.randn(3, 2, 257, columns, generator=generator).bfloat16().cuda() for _ in range(3)
+    )
+    options = {"key_lengths": torch.tensor([columns, 7, 0]).cuda(), "causal": True}
+    assert_graph_safe(lambda: run(FACES[name][0], x, grad, chance > -0.5, **options))

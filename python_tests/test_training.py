@@ -80,13 +80,13 @@ class Numbers:
         return BatchStream(self.collate, self, self.label_counts, **arguments)
 
 
-def small_model(dropout: float = 0.0, seed: int = 0) -> Transformer:
+def small_model(dropout: float = 0.0, seed: int = 0, head_dim: int = 8) -> Transformer:
     torch.manual_seed(seed)
     return Transformer(
         TransformerConfig(
             src_vocab_size=VOCAB,
             tgt_vocab_size=VOCAB,
-            d_model=16,
+            d_model=2 * head_dim,
             nhead=2,
             num_encoder_layers=1,
             num_decoder_layers=1,
