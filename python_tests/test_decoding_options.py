@@ -455,7 +455,7 @@ def test_errors_leave_the_engine_as_it_was(engine):
     expected = engine.search(SOURCES)
     for arguments, message in (
         (dict(prefixes=[[4]]), "prefixes: got 1, expected one for each of the 4 sources"),
-        (dict(prefixes=[[4], [5], [99], [5]]), "prefix ids: got 99, expected 0 to 8"),
+        (dict(prefixes=[[4], [5], [99], [5]]), "prefixes: got 99, expected integers from 0 to 8"),
         (dict(numbers=[1, 2]), "numbers: got 2, expected one for each of the 4 sources"),
         (
             dict(prefixes=[[4] * 3] * 4, options=SearchOptions(max_length=3)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import subprocess
@@ -391,11 +392,32 @@ def test_errors():
     model = make_model(positions="learned", max_positions=12)
     weights = weights_of(model)
     engine = make_engine(model)
-    with pytest.raises(ValueError, match="source ids: got 37, expected 0 to 36"):
-        engine.search([[5, 37, 3]])
+    for sources, message in (
+        ([[5, 37, 3]], "got 37, expected integers from 0 to 36"),
+        ([[5] * 1000 + [2**40]], "got 1099511627776, expected integers from 0 to 36"),
+        ([[5.5, 3]], "got 5.5, expected integers from 0 to 36"),
+        (["abc"], "got 'a', expected integers from 0 to 36"),
+        ([5, 6, 3], "got 5, expected a sequence of integers for each text"),
+        (np.array([[5.0, 3.0]]), "got 5.0, expected integers from 0 to 36"),
+    ):
+        for call in (
+            engine.search,
+            lambda ids: engine.score(ids, [[3]]),
+            lambda ids: engine.align(ids, [[3]]),
+        ):
+            with pytest.raises(ValueError, match=f"^sources: {message}$"):
+                call(sources)
+    with pytest.raises(ValueError, match="^prefixes: got 'a', expected integers from 0 to"):
+        engine.search([[5, 3]], prefixes=["ab"])
+    with pytest.raises(ValueError, match="^numbers: got -1, expected integers from 0 to"):
+        engine.search([[5, 3]], numbers=[-1])
+    with pytest.raises(TypeError, match=r"^options: got dict, expected SearchOptions \(single"):
+        engine.search([[5, 3]], {"beam_size": 2})
+    with pytest.raises(TypeError, match="^Engine: a model cannot be pickled or copied"):
+        copy.deepcopy(engine)
     with pytest.raises(ValueError, match="13 tokens is longer than the 12 learned positions"):
         engine.search([[5] * 13])
-    with pytest.raises(ValueError, match="target ids: got -1"):
+    with pytest.raises(ValueError, match="targets: got -1, expected integers from 0 to"):
         engine.score([[5, 3]], [[-1]])
     with pytest.raises(ValueError, match="targets: got 2, expected one for each of the 1"):
         engine.score([[5, 3]], [[3], [3]])
@@ -484,8 +506,8 @@ def test_an_error_in_a_team_is_raised_and_the_engine_goes_on():
     model = make_model(positions="learned", max_positions=20)
     engine = Engine(model.config, weights_of(model), threads=2)
     sources = random_sources(model, count=64)
-    broken = [*sources[:-1], [5, 999, 3]]
-    with pytest.raises(ValueError, match="source ids: got 999, expected 0 to 36"):
+    broken = [*sources[:-1], [5] * 21]
+    with pytest.raises(ValueError, match="21 tokens is longer than the 20 learned positions"):
         engine.search(broken, SearchOptions(beam_size=6, max_length=8))
     assert len(engine.search(sources, SearchOptions(beam_size=6, max_length=8))) == 64
 

@@ -522,12 +522,17 @@ def test_the_help_has_the_default_of_the_command(capsys):
 def test_texts_of_a_wrong_kind_are_named(folder):
     generator = TextGenerator(folder)
     for call in (generator, generator.generate):
-        with pytest.raises(TypeError, match="beginnings: got a text, expected a sequence of texts"):
-            call("Open")
+        with pytest.raises(TypeError, match="beginnings: got bytes, expected a text or a sequence"):
+            call(b"Open")
     with pytest.raises(ValueError, match=r"beginnings: number 1 \(from 0\) has half a character"):
         generator(["Open", "\ud800"])
     options = SearchOptions(beam_size=1, max_length=2)
-    assert generator(iter(["Open"]), options) == generator(["Open"], options)
+    expected = generator(["Open"], options)
+    assert generator(iter(["Open"]), options) == expected
+    with generator:
+        assert [generator("Open", max_length=2)] == expected
+    with pytest.raises(ValueError, match="is closed"):
+        generator("Open")
 
 
 def test_wrong_arguments_are_named():

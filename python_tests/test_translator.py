@@ -111,6 +111,57 @@ def test_attention_of_given_translations(translator):
         assert attention.shape == (len(log_probs), len(source))
 
 
+def test_what_is_scored_are_sequences_of_texts(translator):
+    for call in (translator.score, translator.align):
+        with pytest.raises(TypeError, match="^targets: got a text, expected a sequence of texts"):
+            call("Open", "Auf.")
+        with pytest.raises(TypeError, match="^sources: got a text, expected a sequence of texts"):
+            call("Auf.", ["A", "u", "f", "."])
+        with pytest.raises(TypeError, match="^sources: got bytes at position 1, expected a text"):
+            call(["Open", b"Open"], ["Auf.", "Auf."])
+        with pytest.raises(TypeError, match="^targets: got NoneType at position 0, expected a tex"):
+            call(["Open"], [None])
+    for text in (None, 5, b"Open", {"a": "Open"}):
+        with pytest.raises(TypeError, match="^text: got .*, expected a text or a sequence of tex"):
+            translator.translate(text)
+    assert translator.score(iter(["Open"]), iter(["Auf."])) == translator.score(["Open"], ["Auf."])
+
+
+def test_a_process_ends_while_threads_are_in_the_engine(tmp_path):
+    """Before Python 3.14 a thread that asks for the interpreter's lock then is unwound by force."""
+    save_random_model(tmp_path / "model", d_model=64)
+    code = """if True:
+        import sys, threading, time
+        from transformer_ext import Translator
+        translator = Translator(sys.argv[1], threads=2)
+        calls = []
+
+        def work(call):
+            while True:
+                call([[5, 6, 7, 3]] * 20)
+                calls.append(call)
+
+        def search(ids):
+            translator.translate_ids(ids, beam_size=8, min_length=20)
+
+        def score(ids):
+            translator._engine.score(ids, ids)
+
+        for call in (search, search, score, score):
+            threading.Thread(target=work, args=(call,), daemon=True).start()
+        while {*calls} != {search, score}:
+            time.sleep(0.001)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "model"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_target_prefix(translator):
     one = translator.translate(SENTENCES[0], target_prefix="Öffnen Sie")
     assert one.text.startswith("Öffnen Sie")

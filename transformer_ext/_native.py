@@ -17,8 +17,10 @@ import functools
 import importlib.machinery
 import importlib.util
 import json
+import os
 import shlex
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -31,6 +33,10 @@ from transformer_ext._build_stamp import source_stamp
 _PACKAGE = Path(__file__).resolve().parent
 _ROOT = _PACKAGE.parent
 _PRESETS = ("cuda", "dev")
+_loading = threading.Lock()
+
+#: What TRANSFORMER_EXT_BACKEND and `transformer_ext.ops.set_backend` can ask for.
+BACKENDS = ("auto", "compiled", "reference")
 _IS_SOURCE_TREE = (_ROOT / "csrc" / "ops.cpp").is_file()
 
 
@@ -117,14 +123,43 @@ def _compiled() -> Compiled:
     return compiled
 
 
-@functools.cache
+def asked_backend() -> str:
+    """What TRANSFORMER_EXT_BACKEND asks of the ops, see `transformer_ext.ops`.
+
+    Raises:
+        ValueError: it is none of BACKENDS.
+    """
+    name = os.environ.get("TRANSFORMER_EXT_BACKEND") or "auto"
+    return checked_backend(name, "TRANSFORMER_EXT_BACKEND")
+
+
+def checked_backend(name: str, where: str) -> str:
+    """The name of a backend; `where` is for the message.
+
+    Raises:
+        ValueError: it is none of BACKENDS.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"{where}: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
 def native() -> ModuleType:
     """The module `_C`: everything compiled that does not need torch.
 
     Raises:
         NativeError: it is missing, or does not load in this Python; TRANSFORMER_EXT_ISA asks for an
             instruction set that there is not.
+        ValueError: TRANSFORMER_EXT_BACKEND, which says nothing to this module, is wrong.
     """
+    # It cannot be loaded twice, as by two threads that come first.
+    with _loading:
+        return _native()
+
+
+@functools.cache
+def _native() -> ModuleType:
+    asked_backend()
     compiled = _compiled()
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = compiled.folder / f"_C{suffix}"

@@ -92,6 +92,11 @@ def overrides(cls: type, *, help: str, exclude: Sequence[str] = ()) -> Any:
     return dataclasses.field(default_factory=dict, metadata=metadata)
 
 
+def plain(value: Any) -> Any:
+    """The value; of numpy or torch, that of Python, which for an array is a list."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 @dataclass(frozen=True)
 class Option:
     """One option as found in a configuration dataclass.
@@ -183,6 +188,7 @@ class Option:
         Raises:
             ConfigError: it is not what :meth:`expected` says.
         """
+        value = plain(value)
         if value is None and self.optional:
             return None
         if self.records:
@@ -194,7 +200,7 @@ class Option:
             wrong = not isinstance(values, (list, tuple))
             if wrong or (self.length > 0 and len(values) != self.length):
                 self._refuse(value, where)
-            checked = [self._check_one(item, value, where) for item in values]
+            checked = [self._check_one(plain(item), value, where) for item in values]
             return checked if self.length < 0 else tuple(checked)
         return self._check_one(value, value, where)
 

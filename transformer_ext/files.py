@@ -899,6 +899,10 @@ def load_model_dir(
         FileError: something is missing, cut off, broken, of a newer format, of another kind, or
             does not fit the rest; the message names the file and what is wrong with it.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(
+            f"model directory: got {type(path).__name__}, expected the path of a folder"
+        )
     # An empty name would be the working directory.
     if not str(path) or not Path(path).is_dir():
         raise FileError(f"{str(path) or repr('')}: no such model directory")

@@ -112,7 +112,7 @@ def _cpu(problems: list[str]) -> dict[str, Any]:
     try:
         native = _native.native()
         best, isa = native.best_isa(), native.isa()
-    except (ImportError, RuntimeError) as error:
+    except (ImportError, RuntimeError, ValueError) as error:
         if _native.find_compiled() is not None:
             problems.append(str(error))
         return {}

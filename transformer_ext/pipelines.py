@@ -12,16 +12,18 @@ from __future__ import annotations
 import itertools
 import re
 import warnings
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformer_ext.config import ConfigError, nearest
+from transformer_ext.inference.shared import Closing
 from transformer_ext.inference.text_model import TextError, check_texts, softmax
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
     from transformer_ext.inference.continuation import GeneratedText
     from transformer_ext.inference.options import SearchOptions
@@ -36,7 +38,7 @@ def pipeline(
     *,
     threads: int | None = None,
     compute_type: str = "float32",
-    device: str = "cpu",
+    device: str | int | torch.device = "cpu",
     batch_size: int | None = None,
     **options: Any,
 ) -> Pipeline:
@@ -55,7 +57,8 @@ def pipeline(
             this process may use.
         compute_type: ``float32``, ``bfloat16``, ``int8`` or ``auto``; on another device ``float32``,
             ``bfloat16``, ``float16`` or ``auto``.
-        device: ``cpu``, where torch is not imported, or a device of PyTorch's.
+        device: ``cpu``, where torch is not imported, or a device of PyTorch's or its name; as
+            transformers has it, also the number of a GPU, or -1 for ``cpu``.
         batch_size: most inputs worked on at once; it has no influence on the results.
         options: of the task, for every call that does not have them; see the class of each.
 
@@ -87,7 +90,7 @@ def _batch_size(value: Any) -> int:
     return value
 
 
-class Pipeline(ABC):
+class Pipeline(Closing):
     """Base of the pipelines: one input or a list in, one result or a list out.
 
     Attributes:
@@ -110,7 +113,10 @@ class Pipeline(ABC):
         self._check_options(options)
         self._batch_size = batch_size
         self._given = dict(options)
-        self._open(model, **engine)
+        self._opened = self._open(model, **engine)
+
+    def close(self) -> None:
+        self._opened.close()
 
     def __call__(self, inputs: Any, *, batch_size: int | None = None, **options: Any) -> Any:
         """Results of one input or of many.
@@ -175,7 +181,7 @@ class Pipeline(ABC):
                 raise TypeError(f"{name}: got {value!r:.60}, expected True or False")
 
     @abstractmethod
-    def _open(self, model: str | Path, **engine: Any) -> None:
+    def _open(self, model: str | Path, **engine: Any) -> Closing:
         """Make what does the work."""
 
     @abstractmethod
@@ -260,10 +266,11 @@ class TranslationPipeline(Pipeline):
     task = "translation"
     defaults: ClassVar = dict.fromkeys(_SEARCH)
 
-    def _open(self, model: str | Path, **engine: Any) -> None:
+    def _open(self, model: str | Path, **engine: Any) -> Closing:
         from transformer_ext.inference.translator import Translator
 
         self.translator = Translator(model, **engine)
+        return self.translator
 
     def _run(self, inputs: Sequence[str], begin: int, options: dict[str, Any]) -> list[Any]:
         translator = self.translator
@@ -306,7 +313,7 @@ class TextGenerationPipeline(Pipeline):
         "return_tensors": False,
     }
 
-    def _open(self, model: str | Path, **engine: Any) -> None:
+    def _open(self, model: str | Path, **engine: Any) -> Closing:
         from transformer_ext.inference.continuation import TextGenerator
 
         self.generator = TextGenerator(model, **engine)
@@ -319,6 +326,7 @@ class TextGenerationPipeline(Pipeline):
                 "for can be said to the pipeline",
                 stacklevel=4,
             )
+        return self.generator
 
     def _run(self, inputs: Sequence[str], begin: int, options: dict[str, Any]) -> list[Any]:
         from transformer_ext.inference.options import SearchOptions
@@ -369,10 +377,11 @@ class FillMaskPipeline(Pipeline):
     task = "fill-mask"
     defaults: ClassVar = {"top_k": 5, "targets": None, "truncation": False}
 
-    def _open(self, model: str | Path, **engine: Any) -> None:
+    def _open(self, model: str | Path, **engine: Any) -> Closing:
         from transformer_ext.inference.mask_filler import MaskFiller
 
         self.filler = MaskFiller(model, **engine)
+        return self.filler
 
     def __call__(self, inputs: Any, *, batch_size: int | None = None, **options: Any) -> Any:
         """See :meth:`Pipeline.__call__`; a list of one text gives the result of the text."""
@@ -406,10 +415,11 @@ class FeatureExtractionPipeline(Pipeline):
     task = "feature-extraction"
     defaults: ClassVar = {"return_tensors": False, "truncation": False}
 
-    def _open(self, model: str | Path, **engine: Any) -> None:
+    def _open(self, model: str | Path, **engine: Any) -> Closing:
         from transformer_ext.inference.sentence_encoder import SentenceEncoder
 
         self.encoder = SentenceEncoder(model, **engine)
+        return self.encoder
 
     def _run(self, inputs: Sequence[str], begin: int, options: dict[str, Any]) -> list[Any]:
         states = self.encoder.states(inputs, truncation=options["truncation"])
@@ -431,10 +441,11 @@ class TextClassificationPipeline(Pipeline):
     defaults: ClassVar = {"top_k": 1, "function_to_apply": None, "truncation": False}
     _expected = "a text or {'text': ..., 'text_pair': ...}"
 
-    def _open(self, model: str | Path, **engine: Any) -> None:
+    def _open(self, model: str | Path, **engine: Any) -> Closing:
         from transformer_ext.inference.classifier import TextClassifier
 
         self.classifier = TextClassifier(model, **engine)
+        return self.classifier
 
     def _is_one(self, value: Any) -> bool:
         if not isinstance(value, dict):

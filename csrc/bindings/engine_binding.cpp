@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "engine/engine.h"
+#include "unlocked.h"
 
 namespace transformer_ext {
 
@@ -114,10 +115,14 @@ std::unique_ptr<Engine> make_engine(const py::dict& config, const py::function& 
       "compute_type", compute_type,
       {{"float32", GemmType::float32}, {"bfloat16", GemmType::bfloat16}, {"int8", GemmType::int8}});
   py::buffer_info held;
+  Unlocked unlocked;
   const auto find = [&](const std::string& name) -> Array {
-    const py::gil_scoped_acquire acquire;
+    const Locked locked(unlocked);
     held = py::buffer_info();  // before the next is read
-    const py::object weight = weights(name);
+    const py::str key(name);
+    const auto weight = py::reinterpret_steal<py::object>(
+        python_call([&] { return PyObject_CallOneArg(weights.ptr(), key.ptr()); }));
+    if (!weight) throw py::error_already_set();
     if (weight.is_none()) return {};
     // A buffer, not an array: numpy would have to be imported. It is not converted: a copy of every
     // weight would go unnoticed.
@@ -134,7 +139,6 @@ std::unique_ptr<Engine> make_engine(const py::dict& config, const py::function& 
     return {static_cast<const float*>(held.ptr),
             std::vector<int64_t>(held.shape.begin(), held.shape.end())};
   };
-  const py::gil_scoped_release release;
   return std::make_unique<Engine>(parsed, find, threads);
 }
 
@@ -172,14 +176,14 @@ SearchOptions search_options(const py::dict& fields) {
 
 // So that Ctrl-C ends a long call: asks the interpreter, at most ten times a second, because
 // another thread may hold its lock for long.
-engine::BeforeStep signals() {
+engine::BeforeStep signals(Unlocked& unlocked) {
   using Clock = std::chrono::steady_clock;
-  return [next = Clock::now() + std::chrono::milliseconds(100)]() mutable {
+  return [&unlocked, next = Clock::now() + std::chrono::milliseconds(100)]() mutable {
     const Clock::time_point now = Clock::now();
     if (now < next) return;
     next = now + std::chrono::milliseconds(100);
-    const py::gil_scoped_acquire acquire;
-    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    const Locked locked(unlocked);
+    if (python_call(PyErr_CheckSignals) != 0) throw py::error_already_set();
   };
 }
 
@@ -284,9 +288,10 @@ void bind_engine(py::module_& m) {
                   {std::move(prefixes.at(i)), limits[i], minima.at(i), numbers.at(i)});
               if (!prompts.empty()) requests.back().prompt = std::move(prompts.at(i));
             }
-            const py::gil_scoped_release release;
-            return engine.search(sources, requests, parsed,
-                                 {std::move(others), std::move(attention_layers), signals()});
+            Unlocked unlocked;
+            return engine.search(
+                sources, requests, parsed,
+                {std::move(others), std::move(attention_layers), signals(unlocked)});
           },
           py::kw_only(), py::arg("sources"), py::arg("prefixes"), py::arg("limits"),
           py::arg("minima"), py::arg("numbers"), py::arg("options"), py::arg("others"),
@@ -297,9 +302,10 @@ void bind_engine(py::module_& m) {
           [](Engine& engine, const std::vector<std::vector<int32_t>>& sources,
              const std::vector<std::vector<int32_t>>& targets, int32_t start_id,
              std::vector<Engine*> others, std::vector<int64_t> attention_layers) {
-            const py::gil_scoped_release release;
-            return engine.score(sources, targets, start_id,
-                                {std::move(others), std::move(attention_layers), signals()});
+            Unlocked unlocked;
+            return engine.score(
+                sources, targets, start_id,
+                {std::move(others), std::move(attention_layers), signals(unlocked)});
           },
           py::kw_only(), py::arg("sources"), py::arg("targets"), py::arg("start_id"),
           py::arg("others"), py::arg("attention_layers"),
@@ -313,8 +319,8 @@ void bind_engine(py::module_& m) {
         Arrays results;
         for (const auto& text : asked.ids) results.add(text.size(), engine.config().width);
         {
-          const py::gil_scoped_release release;
-          engine.states(asked, results.places, signals());
+          Unlocked unlocked;
+          engine.states(asked, results.places, signals(unlocked));
         }
         return results.arrays;
       },
@@ -328,8 +334,8 @@ void bind_engine(py::module_& m) {
         Arrays results;
         results.add(asked.ids.size(), engine.config().width);
         {
-          const py::gil_scoped_release release;
-          engine.pooled(asked, results.places[0], signals());
+          Unlocked unlocked;
+          engine.pooled(asked, results.places[0], signals(unlocked));
         }
         return py::object(results.arrays[0]);
       },
@@ -343,8 +349,8 @@ void bind_engine(py::module_& m) {
         Arrays results;
         results.add(asked.ids.size(), engine.config().labels);
         {
-          const py::gil_scoped_release release;
-          engine.label_scores(asked, results.places[0], signals());
+          Unlocked unlocked;
+          engine.label_scores(asked, results.places[0], signals(unlocked));
         }
         return py::object(results.arrays[0]);
       },
@@ -363,8 +369,8 @@ void bind_engine(py::module_& m) {
           }
         }
         {
-          const py::gil_scoped_release release;
-          engine.token_scores(asked, positions, results.places, signals());
+          Unlocked unlocked;
+          engine.token_scores(asked, positions, results.places, signals(unlocked));
         }
         return results.arrays;
       },

@@ -14,6 +14,7 @@ from transformer_ext.inference.options import (
     MOST_AT_ONCE,
     check_at_once,
 )
+from transformer_ext.inference.shared import Closing
 from transformer_ext.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def check_weights_known(
         )
 
 
-class CompiledModel(Generic[ConfigT]):
+class CompiledModel(Closing, Generic[ConfigT]):
     """A model ready to compute on the CPU, without torch.
 
     Any number of threads may call one engine at once; the interpreter's lock is not held meanwhile.
@@ -168,8 +169,12 @@ class CompiledModel(Generic[ConfigT]):
         """Longest sequence that the model has positions for; None: any."""
         return self.config.longest
 
+    def __reduce__(self) -> str:
+        raise TypeError(
+            f"{type(self).__name__}: a model cannot be pickled or copied; open it in each process"
+        )
+
     def close(self) -> None:
-        """Give the memory back; the engine cannot be used afterwards."""
         if self._engine is not None:
             self._engine = None
             native().release_memory()

@@ -5,23 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from transformer_ext.files import load_model_dir
 from transformer_ext.inference.language_engine import LanguageModelEngine
-from transformer_ext.inference.options import Hypothesis, SearchOptions, SearchResult
+from transformer_ext.inference.options import (
+    Hypothesis,
+    SearchOptions,
+    SearchResult,
+    chosen_options,
+)
 from transformer_ext.inference.shared import (
+    Closing,
     at_once,
     continuation_limits,
+    device_name,
     fed_tokens,
     never_proposed,
     torch_compute_type,
 )
-from transformer_ext.inference.text_model import check_texts
+from transformer_ext.inference.text_model import check_iterable, check_texts
 from transformer_ext.model.config import LanguageModelConfig
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from numpy.typing import NDArray
 
     from transformer_ext.inference.search import Observer
@@ -60,7 +68,7 @@ def continuations(
 
     from transformer_ext.inference.search import check_ids, search
 
-    options = options or SearchOptions()
+    options = chosen_options(options)
     config = model.config
     for prompt in prompts:
         check_ids("prompt ids", prompt, config.vocab_size)
@@ -101,8 +109,13 @@ class GeneratedText:
     hypothesis: Hypothesis
 
 
-class TextGenerator:
+class TextGenerator(Closing):
     """A language model from its directory, on text.
+
+    ::
+
+        with TextGenerator("runs/my-model") as generator:
+            print(generator("The cat", max_length=20))
 
     Any number of threads may call one generator at once.
 
@@ -111,7 +124,7 @@ class TextGenerator:
             other that holds a language model.
         threads: see :class:`LanguageModelEngine`; of the CPU.
         compute_type: see there; of the CPU.
-        device: another torch device than ``cpu`` computes in torch, in ``float32``, ``bfloat16``,
+        device: another device of PyTorch's than ``cpu``, or its name, computes in torch, in ``float32``, ``bfloat16``,
             ``float16`` or ``auto``.
 
     Attributes:
@@ -130,13 +143,14 @@ class TextGenerator:
         *,
         threads: int | None = None,
         compute_type: str = "float32",
-        device: str = "cpu",
+        device: str | int | torch.device = "cpu",
     ) -> None:
         saved = load_model_dir(folder, LanguageModelConfig)
         self.config = saved.config
         self.tokenizer = saved.source_tokenizer
         self.not_used: dict[str, Any] = dict(saved.training.get("generation_not_used") or {})
         self._engine: LanguageModelEngine | TorchLanguageModel
+        device = device_name(device)
         if device == "cpu":
             self._engine = LanguageModelEngine(
                 saved.config, saved.weights, threads=threads, compute_type=compute_type
@@ -157,13 +171,30 @@ class TextGenerator:
         numbers: Sequence[int] | None = None,
         batch_size: int | None = None,
         batch_tokens: int | None = None,
+        **changes: Any,
     ) -> list[SearchResult]:
         """On token ids: see :meth:`LanguageModelEngine.search`; batches are as large as suits the
-        device where nothing is said."""
+        device where nothing is said. ``changes`` are single search options."""
         return self._engine.search(
-            prompts, options, numbers=numbers, **at_once(batch_size, batch_tokens)
+            prompts,
+            chosen_options(options, **changes),
+            numbers=numbers,
+            **at_once(batch_size, batch_tokens),
         )
 
+    @overload
+    def generate(
+        self,
+        beginnings: str,
+        options: SearchOptions | None = None,
+        *,
+        numbers: Sequence[int] | None = None,
+        batch_size: int | None = None,
+        batch_tokens: int | None = None,
+        **changes: Any,
+    ) -> list[GeneratedText]: ...
+
+    @overload
     def generate(
         self,
         beginnings: Iterable[str],
@@ -172,24 +203,43 @@ class TextGenerator:
         numbers: Sequence[int] | None = None,
         batch_size: int | None = None,
         batch_tokens: int | None = None,
-    ) -> list[list[GeneratedText]]:
-        """Continuations of each text, best first.
+        **changes: Any,
+    ) -> list[list[GeneratedText]]: ...
+
+    def generate(
+        self,
+        beginnings: str | Iterable[str],
+        options: SearchOptions | None = None,
+        *,
+        numbers: Sequence[int] | None = None,
+        batch_size: int | None = None,
+        batch_tokens: int | None = None,
+        **changes: Any,
+    ) -> list[GeneratedText] | list[list[GeneratedText]]:
+        """Continuations of a text, or of each of many, best first.
 
         Args:
-            beginnings: texts, possibly empty.
+            beginnings: one text or many, possibly empty.
             options: see :meth:`LanguageModelEngine.search`; greedy if None.
             numbers: see there.
             batch_size: see there.
             batch_tokens: see there.
+            changes: single search options, as ``max_length=20``.
+
+        Returns:
+            a list for one text, a list of such for many.
 
         Raises:
-            TypeError: something that is no text.
+            ConfigError: an unknown search option, or a wrong value.
+            TypeError: neither a text nor a sequence of texts.
             ValueError: see there; a text with half a character.
         """
-        ids = self.tokenizer.encode_batch(check_texts("beginnings", beginnings))
+        several = [beginnings] if isinstance(beginnings, str) else beginnings
+        check_iterable("beginnings", several, "a text or a sequence of texts")
+        ids = self.tokenizer.encode_batch(check_texts("beginnings", several))
         found = self.search(
             ids,
-            options or SearchOptions(beam_size=1),
+            chosen_options(options, SearchOptions(beam_size=1), **changes),
             numbers=numbers,
             batch_size=batch_size,
             batch_tokens=batch_tokens,
@@ -205,18 +255,31 @@ class TextGenerator:
                     for text, hypothesis in zip(whole, result.hypotheses, strict=True)
                 ]
             )
-        return texts
+        return texts[0] if isinstance(beginnings, str) else texts
+
+    @overload
+    def __call__(
+        self, beginnings: str, options: SearchOptions | None = None, **arguments: Any
+    ) -> str: ...
+
+    @overload
+    def __call__(
+        self, beginnings: Iterable[str], options: SearchOptions | None = None, **arguments: Any
+    ) -> list[str]: ...
 
     def __call__(
         self,
-        beginnings: Iterable[str],
+        beginnings: str | Iterable[str],
         options: SearchOptions | None = None,
-        *,
-        numbers: Sequence[int] | None = None,
-    ) -> list[str]:
-        """The best continuation of each text, the beginning included; see :meth:`generate`."""
-        return [texts[0].text for texts in self.generate(beginnings, options, numbers=numbers)]
+        **arguments: Any,
+    ) -> str | list[str]:
+        """The best continuation of a text, or of each of many, the beginning included.
+
+        Arguments and errors are those of :meth:`generate`.
+        """
+        if isinstance(beginnings, str):
+            return self.generate(beginnings, options, **arguments)[0].text
+        return [texts[0].text for texts in self.generate(beginnings, options, **arguments)]
 
     def close(self) -> None:
-        """Give the memory back; the generator cannot be used afterwards."""
         self._engine.close()

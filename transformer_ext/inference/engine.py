@@ -9,10 +9,17 @@ from transformer_ext.inference.compiled import (
     CompiledModel,
     UnsupportedModelError,
     batches_by_length,
+    integer_rows,
+    integers,
     resolve_compute_type,
 )
 from transformer_ext.inference.native_search import native_options, read_result
-from transformer_ext.inference.options import BATCH_SIZES, SearchOptions, SearchResult
+from transformer_ext.inference.options import (
+    BATCH_SIZES,
+    SearchOptions,
+    SearchResult,
+    chosen_options,
+)
 from transformer_ext.inference.shared import (
     attention_layer,
     check_ensemble,
@@ -129,8 +136,13 @@ class Engine(CompiledModel[TransformerConfig]):
                 positions or ``max_source_length``, a prefix as long as the longest output, numbers
                 of prefixes and sources that differ, or weights that give NaN.
         """
-        options = options or SearchOptions()
+        options = chosen_options(options)
         engine = self._open()
+        sources = integer_rows("sources", sources, self.config.src_vocab_size - 1)
+        if prefixes is not None:
+            prefixes = integer_rows("prefixes", prefixes, self.config.tgt_vocab_size - 1)
+        if numbers is not None:
+            numbers = integers("numbers", numbers, 2**64 - 1)
         for name, values in (("prefixes", prefixes), ("numbers", numbers)):
             if values is not None and len(values) != len(sources):
                 raise ValueError(
@@ -146,8 +158,8 @@ class Engine(CompiledModel[TransformerConfig]):
             lengths = [len(sources[i]) for i in batch]
             limits = [options.length_limit(length, self.positions) for length in lengths]
             found = engine.search(
-                sources=[list(sources[i]) for i in batch],
-                prefixes=[[] if prefixes is None else list(prefixes[i]) for i in batch],
+                sources=[sources[i] for i in batch],
+                prefixes=[[] if prefixes is None else prefixes[i] for i in batch],
                 limits=limits,
                 minima=[options.length_minimum(length) for length in lengths],
                 numbers=[i if numbers is None else numbers[i] for i in batch],
@@ -226,6 +238,8 @@ class Engine(CompiledModel[TransformerConfig]):
 
         asked = SearchOptions(return_attention=True, attention_layer=layer)
         layers = self._attention_layers(asked)
+        # Once: what may be read only once, too.
+        sources = integer_rows("sources", sources, self.config.src_vocab_size - 1)
         found = self._score(sources, targets, layers, batch_size, batch_tokens)
         return [
             (log_probs, np.zeros((0, len(source)), np.float32) if attention is None else attention)
@@ -240,16 +254,18 @@ class Engine(CompiledModel[TransformerConfig]):
         batch_size: int,
         batch_tokens: int,
     ) -> list[tuple[list[float], NDArray[np.float32] | None]]:
+        engine = self._open()
+        sources = integer_rows("sources", sources, self.config.src_vocab_size - 1)
+        targets = integer_rows("targets", targets, self.config.tgt_vocab_size - 1)
         if len(sources) != len(targets):
             raise ValueError(
                 f"targets: got {len(targets)}, expected one for each of the {len(sources)} sources"
             )
-        engine = self._open()
         scores: list[tuple[list[float], NDArray[np.float32] | None]] = [([], None)] * len(sources)
         for batch in batches_by_length(sources, batch_size, batch_tokens):
             found = engine.score(
-                sources=[list(sources[i]) for i in batch],
-                targets=[list(targets[i]) for i in batch],
+                sources=[sources[i] for i in batch],
+                targets=[targets[i] for i in batch],
                 start_id=self.config.decoder_start_id,
                 others=[other._open() for other in self._others],
                 attention_layers=attention_layers,

@@ -11,6 +11,7 @@ from transformer_ext.inference.options import (
     SearchOptions,
     SearchResult,
     check_at_once,
+    chosen_options,
 )
 from transformer_ext.inference.shared import continuation_limits, fed_tokens, never_proposed
 from transformer_ext.model.config import LanguageModelConfig
@@ -70,7 +71,7 @@ class LanguageModelEngine(CompiledModel[LanguageModelConfig]):
                 positions, options that need a source, numbers of prompts and ``numbers`` that
                 differ, or weights that give NaN.
         """
-        options = options or SearchOptions()
+        options = chosen_options(options)
         engine = self._open()
         given = integer_rows("prompts", prompts, self.config.vocab_size - 1)
         if numbers is not None:

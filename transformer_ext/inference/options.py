@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from transformer_ext.config import ConfigError, nearest, option, options
+from transformer_ext.config import ConfigError, nearest, option, options, plain
 
 if TYPE_CHECKING:
     import numpy as np
@@ -349,6 +349,30 @@ class SearchOptions:
         return self.return_attention or self.return_alignment or self.coverage_penalty > 0.0
 
 
+def chosen_options(
+    options: SearchOptions | None, default: SearchOptions | None = None, /, **changes: Any
+) -> SearchOptions:
+    """How a call is to search.
+
+    Args:
+        options: as it was told.
+        default: where it was not; None: the defaults.
+        changes: single options.
+
+    Raises:
+        TypeError: the options are something else.
+        ConfigError: see :meth:`SearchOptions.replace`.
+    """
+    if options is None:
+        options = default or SearchOptions()
+    if not isinstance(options, SearchOptions):
+        raise TypeError(
+            f"options: got {type(options).__name__}, expected SearchOptions (single options are "
+            "keyword arguments, as beam_size=8)"
+        )
+    return options.replace(**changes)
+
+
 #: Options by the name of the program that searches so; what is not named is as in the paper.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
@@ -442,9 +466,10 @@ def check_at_once(name: str, value: Any) -> int:
         ConfigError: it is no integer from 1 to the most.
     """
     most = MOST_AT_ONCE[name]
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
         raise ConfigError(f"{name}: got {value!r}, expected an integer from 1 to {most}")
-    return value
+    return int(value)
 
 
 def _at_once(name: str) -> Callable[[str], int]:

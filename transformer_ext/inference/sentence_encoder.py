@@ -12,6 +12,7 @@ from transformer_ext.model.config import TextEncoderConfig
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from numpy.typing import NDArray
 
     from transformer_ext.files import ModelDir
@@ -46,7 +47,7 @@ class SentenceEncoder(TextModel):
         *,
         threads: int | None = None,
         compute_type: str = "float32",
-        device: str = "cpu",
+        device: str | int | torch.device = "cpu",
         pooling: str | None = None,
         normalize: bool | None = None,
     ) -> None:

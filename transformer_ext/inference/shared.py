@@ -5,8 +5,9 @@ Without numpy, which takes longer to import than the rest of what a translation 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from transformer_ext.inference.options import (
     TORCH_COMPUTE_TYPES,
@@ -18,7 +19,28 @@ from transformer_ext.inference.options import (
 from transformer_ext.model.config import LanguageModelConfig, TransformerConfig
 
 if TYPE_CHECKING:
+    import torch
     from numpy.typing import NDArray
+
+_Self = TypeVar("_Self", bound="Closing")
+
+
+class Closing(ABC):
+    """What holds the memory of a model until it is closed, by hand or at the end of a ``with``."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give the memory back; calls that begin afterwards are errors.
+
+        Calls that other threads are in go on to their end, and the memory is given back with the
+        last of them.
+        """
+
+    def __enter__(self: _Self) -> _Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def never_proposed(config: TransformerConfig | LanguageModelConfig) -> frozenset[int]:
@@ -177,6 +199,14 @@ def empty_result(options: SearchOptions | None = None) -> SearchResult:
         "exact",
         0,
     )
+
+
+def device_name(device: str | int | torch.device) -> str:
+    """The name of a device; of a GPU's number too, and of -1, which is the CPU."""
+    if type(device) is int:
+        return "cpu" if device == -1 else f"cuda:{device}"
+    # Without importing torch. What is no device at all is refused with the names that there are not.
+    return str(device) if type(device).__module__ == "torch" else device  # type: ignore[return-value]
 
 
 def torch_compute_type(threads: int | None, compute_type: str, device: str) -> str:

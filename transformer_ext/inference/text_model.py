@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from transformer_ext.files import load_model_dir
 from transformer_ext.inference.lines import TextLines, input_blocks
 from transformer_ext.inference.options import add_engine_arguments
-from transformer_ext.inference.shared import torch_compute_type
+from transformer_ext.inference.shared import Closing, device_name, torch_compute_type
 from transformer_ext.model.config import TextEncoderConfig
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from numpy.typing import NDArray
 
     from transformer_ext.data.tokenizer import Tokenizer
@@ -51,7 +52,7 @@ class TextError(ValueError):
         self.name = name
 
 
-class TextModel:
+class TextModel(Closing):
     """Base of the encoder-only models on text.
 
     Args:
@@ -78,15 +79,18 @@ class TextModel:
         *,
         threads: int | None = None,
         compute_type: str = "float32",
-        device: str = "cpu",
+        device: str | int | torch.device = "cpu",
     ) -> None:
         saved = load_model_dir(folder, TextEncoderConfig)
         saved = dataclasses.replace(saved, config=self._configure(saved))
         self.config: TextEncoderConfig = saved.config
         self.tokenizer: Tokenizer = saved.source_tokenizer
         self.encoder: EncoderEngine | TorchEncoder = open_encoder(
-            saved, threads, compute_type, device
+            saved, threads, compute_type, device_name(device)
         )
+
+    def close(self) -> None:
+        self.encoder.close()
 
     @classmethod
     def from_model(cls: type[_Self], model: TextEncoder, tokenizer: Tokenizer) -> _Self:
@@ -189,28 +193,33 @@ def open_encoder(
     return TorchEncoder(model.to(device).eval())
 
 
-def check_texts(name: str, texts: Iterable[Any]) -> list[str]:
-    """The texts as a list.
+def check_texts(name: str, texts: Iterable[Any], first: int = 0) -> list[str]:
+    """The texts as a list; ``first`` is the position of the first, for messages.
 
     Raises:
         TypeError: anything but texts.
         TextError: one that cannot be encoded.
     """
-    found = check_pairs(name, texts)
+    found = check_pairs(name, texts, first)
     if None in found:
-        number = found.index(None)
+        number = first + found.index(None)
         raise TypeError(f"{name}: got NoneType at position {number}, expected a text")
     return [text for text in found if text is not None]
 
 
-def check_pairs(name: str, texts: Iterable[Any]) -> list[str | None]:
-    """As :func:`check_texts`, of texts some of which may be None."""
-    if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
+def check_iterable(name: str, texts: Any, expected: str) -> None:
+    """Raise a TypeError for what cannot be many texts."""
+    if isinstance(texts, (str, bytes, Mapping)) or not isinstance(texts, Iterable):
         got = "a text" if isinstance(texts, str) else type(texts).__name__
-        raise TypeError(f"{name}: got {got}, expected a sequence of texts")
+        raise TypeError(f"{name}: got {got}, expected {expected}")
+
+
+def check_pairs(name: str, texts: Iterable[Any], first: int = 0) -> list[str | None]:
+    """As :func:`check_texts`, of texts some of which may be None."""
+    check_iterable(name, texts, "a sequence of texts")
     # An iterator can be read only once.
     found = list(texts)
-    for number, text in enumerate(found):
+    for number, text in enumerate(found, first):
         if text is None:
             continue
         if not isinstance(text, str):

@@ -16,6 +16,7 @@ from transformer_ext.inference.encoder_input import (
     checked_batches,
 )
 from transformer_ext.inference.options import MOST_AT_ONCE
+from transformer_ext.inference.shared import Closing
 from transformer_ext.packed import Packed
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 _BATCH_TOKENS = 8192
 
 
-class TorchEncoder:
+class TorchEncoder(Closing):
     """A :class:`~transformer_ext.model.text_encoder.TextEncoder` on lists of ids.
 
     Arguments, results and errors are those of
@@ -40,8 +41,18 @@ class TorchEncoder:
     """
 
     def __init__(self, model: TextEncoder) -> None:
-        self.model = model
+        self._model: TextEncoder | None = model
         self.config = model.config
+
+    @property
+    def model(self) -> TextEncoder:
+        """The model."""
+        if self._model is None:
+            raise ValueError("this engine (or translator) is closed")
+        return self._model
+
+    def close(self) -> None:
+        self._model = None
 
     def states(
         self,

@@ -18,8 +18,14 @@ from transformer_ext.inference.compiled import (
     integer_rows,
     integers,
 )
-from transformer_ext.inference.options import BATCH_SIZES, SearchOptions, SearchResult
+from transformer_ext.inference.options import (
+    BATCH_SIZES,
+    SearchOptions,
+    SearchResult,
+    chosen_options,
+)
 from transformer_ext.inference.shared import (
+    Closing,
     attention_layer,
     check_ensemble,
     check_source_lengths,
@@ -94,7 +100,7 @@ def _sorts_vocabulary(options: SearchOptions) -> bool:
     return options.sampling and options.top_k is None
 
 
-class _TorchModels(Generic[ModelT]):
+class _TorchModels(Closing, Generic[ModelT]):
     """One model, or an ensemble.
 
     Args:
@@ -172,7 +178,6 @@ class _TorchModels(Generic[ModelT]):
         return str(self.models[0].activation_dtype).removeprefix("torch.")
 
     def close(self) -> None:
-        """Give the memory back; nothing can be asked afterwards."""
         self.models = []
 
     @contextmanager
@@ -379,7 +384,7 @@ class TorchEngine(_TorchModels[Transformer]):
     ) -> list[SearchResult]:
         """Beam search, or sampling: see :meth:`Engine.search`. A batch has fewer sentences where its
         keys and values would not fit into memory."""
-        options = options or SearchOptions()
+        options = chosen_options(options)
         config = self.config
         given = integer_rows("sources", sources, config.src_vocab_size - 1)
         for name, values in (("prefixes", prefixes), ("numbers", numbers)):
@@ -577,7 +582,7 @@ class TorchLanguageModel(_TorchModels[LanguageModel]):
     ) -> list[SearchResult]:
         """What follows each prompt: see :meth:`LanguageModelEngine.search`. ``batch_tokens`` counts
         prompts and what may follow, once for each hypothesis."""
-        options = options or SearchOptions()
+        options = chosen_options(options)
         config = self.config
         given = integer_rows("prompts", prompts, config.vocab_size - 1)
         if numbers is not None:

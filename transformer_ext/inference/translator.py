@@ -9,19 +9,24 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, overload
 
 from transformer_ext.data.tokenizer import Tokenizer
 from transformer_ext.files import FileError, load_model_dir
 from transformer_ext.inference.engine import BATCH_SIZE, Engine
-from transformer_ext.inference.options import Hypothesis, SearchOptions, SearchResult
-from transformer_ext.inference.shared import at_once, torch_compute_type
-from transformer_ext.inference.text_model import check_characters
+from transformer_ext.inference.options import (
+    Hypothesis,
+    SearchOptions,
+    SearchResult,
+    chosen_options,
+)
+from transformer_ext.inference.shared import Closing, at_once, device_name, torch_compute_type
+from transformer_ext.inference.text_model import check_iterable, check_texts
 from transformer_ext.model.config import TransformerConfig
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from numpy.typing import NDArray
 
     from transformer_ext.inference.torch_engine import TorchEngine
@@ -55,7 +60,7 @@ class Translation:
     hypotheses: list[TextHypothesis]
 
 
-class Translator:
+class Translator(Closing):
     """Translates with a model directory: on the CPU without importing torch, elsewhere with it.
 
     ::
@@ -76,8 +81,8 @@ class Translator:
             :class:`transformer_ext.inference.engine.Engine`. On another device ``float32``,
             ``bfloat16``, ``float16`` or ``auto``.
         options: how to search where a call does not say otherwise; the defaults if None.
-        device: ``cpu``, where the compiled engine computes, or a device of PyTorch's, such as
-            ``cuda``; see :class:`transformer_ext.inference.torch_engine.TorchEngine`.
+        device: ``cpu``, where the compiled engine computes, or a device of PyTorch's or its name, such
+            as ``cuda``; see :class:`transformer_ext.inference.torch_engine.TorchEngine`.
 
     Attributes:
         config: the architecture.
@@ -101,9 +106,14 @@ class Translator:
         *,
         compute_type: str = "float32",
         options: SearchOptions | None = None,
-        device: str = "cpu",
+        device: str | int | torch.device = "cpu",
     ) -> None:
-        folders = [model_dir] if isinstance(model_dir, (str, Path)) else list(model_dir)
+        folders: list[Any]
+        if isinstance(model_dir, (str, bytes, Path)) or not isinstance(model_dir, Iterable):
+            folders = [model_dir]
+        else:
+            folders = list(model_dir)
+        device = device_name(device)
         if not folders:
             raise ValueError("model_dir: got no folder, expected at least one")
         models = [load_model_dir(folder) for folder in folders]
@@ -181,7 +191,7 @@ class Translator:
     ) -> None:
         self._engine = engine
         self.config: TransformerConfig = engine.config
-        self.options = options or SearchOptions()
+        self.options = chosen_options(options)
         self.source_tokenizer = source_tokenizer
         self.target_tokenizer = target_tokenizer
         self.max_train_length = max_train_length
@@ -202,19 +212,7 @@ class Translator:
         return self._engine.positions
 
     def close(self) -> None:
-        """Give the memory back; the translator cannot be used afterwards."""
         self._engine.close()
-
-    def __enter__(self) -> Translator:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def encode(self, texts: Sequence[str], source_tag: str | None = None) -> list[list[int]]:
         """Source ids of each text, end of sentence included; none for empty text or white space.
@@ -226,6 +224,7 @@ class Translator:
         Raises:
             ValueError: the model was not trained with this tag.
         """
+        texts = check_texts("texts", texts)
         eos = self.source_tokenizer.eos_id
         if source_tag is not None:
             self.check_source_tag(source_tag)
@@ -372,11 +371,12 @@ class Translator:
             ConfigError, TypeError, ValueError: as :meth:`translate`, options at once, the rest when
                 the text is reached.
         """
-        if isinstance(texts, str):
-            raise TypeError("texts: got a text, expected an iterable of texts")
-        if read_ahead < 1:
-            raise ValueError(f"read_ahead: got {read_ahead}, expected at least 1")
-        options = (options or self.options).replace(**changes)
+        check_iterable("texts", texts, "an iterable of texts")
+        if target_prefix is not None:
+            check_iterable("target_prefix", target_prefix, "an iterable of texts")
+        if not isinstance(read_ahead, int) or read_ahead < 1:
+            raise ValueError(f"read_ahead: got {read_ahead!r}, expected an integer of at least 1")
+        options = chosen_options(options, self.options, **changes)
         if source_tag is not None:
             self.check_source_tag(source_tag)
         return self._translate_blocks(
@@ -402,7 +402,7 @@ class Translator:
         number = 0
         warned = False
         while block := list(itertools.islice(texts, read_ahead)):
-            sources = self.encode(_texts("texts", block, number), source_tag)
+            sources = self.encode(check_texts("texts", block, number), source_tag)
             prefix_ids = None
             if prefixes is not None:
                 beginnings = list(itertools.islice(prefixes, len(block)))
@@ -410,7 +410,7 @@ class Translator:
                     raise ValueError(
                         f"target_prefix: got {number + len(beginnings)}, expected one for each text"
                     )
-                prefix_ids = self.encode_prefixes(_texts("target_prefix", beginnings, number))
+                prefix_ids = self.encode_prefixes(check_texts("target_prefix", beginnings, number))
             over_long = self.count_over_long(sources)
             if over_long and not warned:
                 warnings.warn(self.over_long_message(over_long), stacklevel=2)
@@ -456,7 +456,7 @@ class Translator:
         Raises:
             ConfigError, ValueError: see :meth:`translate`; an id that is not in the vocabulary.
         """
-        options = (options or self.options).replace(**changes)
+        options = chosen_options(options, self.options, **changes)
         return self._engine.search(
             sources,
             options,
@@ -486,12 +486,14 @@ class Translator:
             none for an empty source.
 
         Raises:
+            TypeError: no sequences of texts.
             ValueError: the numbers of sources and targets differ, or a text is longer than the
                 learned positions of the model.
         """
+        source_ids, target_ids = self._encode_pairs(sources, targets)
         return self._engine.score(
-            self.encode(sources),
-            self._encode_targets(targets),
+            source_ids,
+            target_ids,
             **at_once(batch_size, batch_tokens),
         )
 
@@ -518,22 +520,26 @@ class Translator:
             end of sentence among both.
 
         Raises:
-            ValueError: as :meth:`score`, and for a layer that the model does not have.
+            TypeError, ValueError: as :meth:`score`, and for a layer that the model does not have.
         """
+        source_ids, target_ids = self._encode_pairs(sources, targets)
         return self._engine.align(
-            self.encode(sources),
-            self._encode_targets(targets),
+            source_ids,
+            target_ids,
             layer=layer,
             **at_once(batch_size, batch_tokens),
         )
 
-    def _encode_targets(self, targets: Sequence[str]) -> list[list[int]]:
+    def _encode_pairs(
+        self, sources: Sequence[str], targets: Sequence[str]
+    ) -> tuple[list[list[int]], list[list[int]]]:
         eos = self.config.eos_id
-        return [[*target, eos] for target in self.target_tokenizer.encode_batch(targets)]
+        given = self.target_tokenizer.encode_batch(check_texts("targets", targets))
+        return self.encode(check_texts("sources", sources)), [[*ids, eos] for ids in given]
 
     def encode_prefixes(self, texts: Sequence[str]) -> list[list[int]]:
         """Target ids of the beginnings of translations."""
-        return self.target_tokenizer.encode_batch(list(texts))
+        return self.target_tokenizer.encode_batch(check_texts("texts", texts))
 
     def count_over_long(self, sources: Sequence[Sequence[int]]) -> int:
         """How many sources are longer than any sentence that the model was trained on."""
@@ -567,22 +573,17 @@ class Translator:
         return Translation(best.text, best.tokens, best.score, hypotheses)
 
 
-def _texts(name: str, value: str | Sequence[str], first: int = 0) -> list[str]:
-    """The value as a list; ``first`` is the position of its first, for messages.
+def _texts(name: str, value: str | Sequence[str]) -> list[str]:
+    """The value as a list.
 
     Raises:
         TypeError: it is neither a text nor a sequence of texts.
         TextError: a text with half a character.
     """
-    texts = [value] if isinstance(value, str) else list(value)
-    for number, entry in enumerate(texts, first):
-        if not isinstance(entry, str):
-            raise TypeError(
-                f"{name}: got {type(entry).__name__} at position {number}, "
-                "expected a text or a sequence of texts"
-            )
-        check_characters(name, number, entry)
-    return texts
+    if isinstance(value, str):
+        value = [value]
+    check_iterable(name, value, "a text or a sequence of texts")
+    return check_texts(name, value)
 
 
 def open_translator(

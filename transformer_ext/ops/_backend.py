@@ -9,15 +9,17 @@ choice at start, :func:`set_backend` at any time.
 
 from __future__ import annotations
 
-import os
 import sys
 
 import torch
 from torch import Tensor
 
-from transformer_ext._native import cuda_problem, loaded_ops
-
-BACKENDS = ("auto", "compiled", "reference")
+from transformer_ext._native import (
+    asked_backend,
+    checked_backend,
+    cuda_problem,
+    loaded_ops,
+)
 
 # Which dtypes the compiled kernels take, by device type.
 _DTYPES = {
@@ -32,15 +34,7 @@ _refused: dict[tuple[str, str], str] = {}
 _said: set[str] = set()
 
 
-def _checked(name: str, where: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"{where}: expected one of {', '.join(BACKENDS)}, got {name!r}")
-    return name
-
-
-_backend = _checked(
-    os.environ.get("TRANSFORMER_EXT_BACKEND", "auto") or "auto", "TRANSFORMER_EXT_BACKEND"
-)
+_backend = asked_backend()
 
 
 def backend() -> str:
@@ -61,7 +55,7 @@ class set_backend:
     def __init__(self, name: str):
         global _backend
         self._former = _backend
-        _backend = _checked(name, "set_backend")
+        _backend = checked_backend(name, "set_backend")
 
     def __enter__(self) -> set_backend:
         return self
