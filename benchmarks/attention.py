@@ -10,7 +10,7 @@ The last rows are what training has: sentences of many lengths, with causal mask
 there `packed` has no padding, and all others mask it. The ceiling is the fastest matrix product
 found in the same run (that of the bare multiply-adds is in benchmarks/csrc/attention_benchmark.cpp).
 
-On a GPU (or with --backends) the table is another: 25,600 tokens of one length and of training's
+On a GPU (or with --backends) the table is another: 102,400 tokens of one length and of training's
 mix, `packed` against each backend of scaled_dot_product_attention on the same tokens, padded and
 masked where the lengths differ, and packed in a nested tensor. Forward, and backward alone; the
 ceiling is a copy of the bytes that must be read and written. TRANSFORMER_EXT_CUDA_ATTENTION=simple
@@ -110,8 +110,9 @@ def mixed(dtype: torch.dtype, causal: bool, dropout: float) -> dict[str, Callabl
     }
 
 
-#: Tokens on a GPU, and with --quick.
-TOKENS, QUICK_TOKENS = 25600, 640
+#: Tokens on a GPU, four batches of training: what they take does not fit into its caches. And with
+#: --quick.
+TOKENS, QUICK_TOKENS = 102400, 640
 CUDA_LENGTHS = [16, 32, 64, 128, 512, 2048]
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,

@@ -13,7 +13,7 @@ from transformer_ext.ops import dropout
 options = arguments(__doc__)
 rng = torch.tensor([1, 2, 3])
 
-shapes = by_device(options, ((256, 512), (4096, 512), (4096, 2048)), ((25000, 512), (25000, 2048)))
+shapes = by_device(options, ((256, 512), (4096, 512), (4096, 2048)), ((25000, 512), (50000, 2048)))
 for rows, columns in shapes:
     for dtype in dtypes(options):
         x = torch.randn(rows, columns).to(dtype)

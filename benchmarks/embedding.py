@@ -16,7 +16,7 @@ rng = torch.tensor([1, 2, 3])
 shapes = by_device(
     options,
     ((4096, 8000, 256), (4096, 32000, 512)),
-    ((4096, 37000, 512), (25000, 37000, 512), (60000, 37000, 1024)),
+    ((4096, 37000, 512), (25000, 37000, 512), (120000, 37000, 1024)),
 )
 for tokens, words, columns in shapes:
     # Ids as in text: the k-th most frequent word about as often as 1 / k.

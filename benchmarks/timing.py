@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from processes import append_json, say
 
+from transformer_ext.training.device_step import CudaGraphs
 from transformer_ext.training.environment import choose_device, keep_freed_memory
 
 Shape = tuple[int, ...]
@@ -98,18 +99,21 @@ def _turn_on_gpu(name: str, function: Callable[[], object]) -> Callable[[], floa
     for _ in range(3):
         function()
     calls = max(1, min(_GRAPHED, round(_GRAPH_SECONDS / max(turn(function, 3), 1e-7))))
-    graph = torch.cuda.CUDAGraph()
+
+    def work() -> None:
+        for _ in range(calls):
+            function()
+
+    # On this stream: what was computed before is differentiated where it was computed.
+    stream = torch.cuda.current_stream()
     try:
-        # What waits for the device, as some of torch's own ops do, must be found before: a recording
-        # that breaks off leaves torch's random numbers unusable.
+        # What waits for the device, as some of torch's own ops do, is found more safely before.
         torch.cuda.set_sync_debug_mode("error")
         try:
             function()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-            for _ in range(calls):
-                function()
+        graph = CudaGraphs(stream.device, stream).record(work)
     except RuntimeError as error:
         say(f"{name}: not recorded as a CUDA graph: {str(error).splitlines()[0]}")
         torch.cuda.synchronize()

@@ -279,14 +279,18 @@ def test_gpu_check_without_a_gpu_says_so_and_writes_nothing(gpu_check, tmp_path,
     assert not printed.out and not (tmp_path / "out").exists()
     with pytest.raises(SystemExit):
         gpu_check.main(["--only", "benchmarks"])
-    assert "no stage 'benchmarks'; there are: build, load, check, tests" in capsys.readouterr().err
+    assert (
+        "no stage 'benchmarks'; there are: build, load, check, training" in capsys.readouterr().err
+    )
 
 
-def test_gpu_check_a_stage_that_fails_or_hangs_hides_no_other(gpu_check, tmp_path, monkeypatch):
+def test_gpu_check_a_stage_that_fails_or_hangs_hides_no_other(
+    gpu_check, tmp_path, monkeypatch, capsys
+):
     row = (
         '{"benchmark": "softmax", "case": "8x8", "seconds": {"ours": 2, "torch": 3, "copy": 1.8}, '
     )
-    row += '"bytes": 2e8}'
+    row += '"bytes": 5e8}'
     stages = [
         gpu_check.Stage("fails", [["sh", "-c", "echo reason; exit 3"], ["false"]], 30),
         gpu_check.Stage("is not there", [["/no/such/program"]], 30),
@@ -316,6 +320,7 @@ def test_gpu_check_a_stage_that_fails_or_hangs_hides_no_other(gpu_check, tmp_pat
         gpu_check.main(["--dry", "--output", str(output), "--only", "late", "--budget", "3"]) == 0
     )
     assert stages[-1].status == "no time left"
+    assert f"--dry --output {output / 'rest'} --only late\n" in capsys.readouterr().out
     # Without the kernels nothing else is measured.
     stages[:] = [gpu_check.Stage(name, [["false"]], 30) for name in ("load", "kernels")]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -336,7 +341,7 @@ def test_gpu_check_every_kernel_is_run(gpu_check):
 
 
 def test_gpu_check_figures_against_what_is_wanted(gpu_check):
-    def attention(case, size=2e8, **seconds):
+    def attention(case, size=5e8, **seconds):
         row = {"benchmark": "attention", "case": case, "seconds": seconds, "bytes": size}
         return row | {"op_by_op": ["nested"]}
 
@@ -345,7 +350,7 @@ def test_gpu_check_figures_against_what_is_wanted(gpu_check):
         attention("backward mix bfloat16", ours=1e-5, copy=5e-6, nested=2e-5),
         attention("forward 2048 bfloat16", ours=1e-5, copy=1e-6, flash=6e-6),
         attention("forward 64 bfloat16", ours=1e-5, copy=8e-6),
-        attention("forward 64 bfloat16", size=1e8, ours=1e-5, copy=8e-6, nested=2e-5),
+        attention("forward 64 bfloat16", size=2e8, ours=1e-5, copy=8e-6, nested=2e-5),
         attention("forward 64 bfloat16", copy=8e-6) | {"failed": "too large"},
     ]
     lines = gpu_check.attention_lines(rows, "")
@@ -364,3 +369,6 @@ def test_gpu_check_figures_against_what_is_wanted(gpu_check):
         ["900,000 tokens/s, 1.0 GiB, 4 graphs", "850,000", "met"],
         ["600,000 tokens/s, 1.0 GiB, NO GRAPHS", "675,000", "NOT MET"],
     ]
+    facts = {"seconds": [0.25, 0.25, 0.5], "tokens": [9000, 10_000, 11_000]}
+    lines = gpu_check.decoding_lines([{"case": [512, 4], "results": {"ours-bfloat16": facts}}])
+    assert [line[1] for line in lines] == ["1.00 s for the test text, 30,000 tokens/s"]

@@ -140,12 +140,13 @@ class CudaGraphs:
 
     Args:
         device: The GPU.
+        stream: On which it is recorded, not the default one; None: one of its own.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream | None = None) -> None:
         self._device = device
         # Recording needs a stream of its own, and what is set up for a stream must be before.
-        self._stream = torch.cuda.Stream(device)
+        self._stream = stream or torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         self._failed: Any = None
 
