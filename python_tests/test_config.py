@@ -138,6 +138,8 @@ def test_options_may_stand_anywhere(line: str) -> None:
         ("naem: x", "unknown key 'naem'; did you mean 'name'?"),
         ("inner: {siz: 3}", "unknown key 'inner.siz'; did you mean 'size'?"),
         ("size: 3", "unknown key 'size'; it belongs under 'inner'"),
+        ("size: {no: 1}", "unknown key 'size'; inner.size is a single value, not a group of keys"),
+        ("size: {kind: red}", "not a group of keys; 'kind' belongs under 'inner'"),
         ("inner: {name: x}", "unknown key 'inner.name'; it belongs at the top"),
         ("inner: {size: big}", "inner.size: got 'big', expected an integer from 1 to 9"),
         ("inner: {size: true}", "inner.size: got True, expected an integer"),

@@ -117,8 +117,8 @@ def test_unequal_line_counts(tmp_path) -> None:
     for src, tgt, message in (
         ("a\nb\nc\n", "x\n", r"src has 3 lines and .*tgt has 1"),
         ("a\n", "x\ny\nz", r"tgt has 3 lines and .*src has 1"),
-        ("", "x\n", r"tgt has 1 lines and .*src has 0"),
-        ("a\n", "", r"src has 1 lines and .*tgt has 0"),
+        ("", "x\n", r"tgt has 1 line and .*src has 0"),
+        ("a\n", "", r"src has 1 line and .*tgt has 0"),
     ):
         text = text_files(tmp_path, src, tgt)
         for bad_lines in ("error", "skip"):

@@ -503,7 +503,7 @@ def test_precision_follows_the_gpu(
     assert choose_precision("auto", gpu) == automatic
     assert choose_precision("float16", gpu) == "float16"
     if automatic == "float16":
-        with pytest.raises(ValueError, match="^precision: bfloat16 needs .* cuda:0 has 7.5; use"):
+        with pytest.raises(ValueError, match="^--precision: bfloat16 needs .* cuda:0 has 7.5; use"):
             choose_precision("bfloat16", gpu)
     else:
         assert choose_precision("bfloat16", gpu) == "bfloat16"

@@ -423,7 +423,10 @@ def from_dict(cls: type[ConfigT], values: Mapping[str, Any], where: str = "") ->
             result[key] = _group_from_dict(cls, key, value, where)
         else:
             owners = [found for found in options(cls) if found.name == key and found.group]
-            if owners:
+            if owners and isinstance(value, Mapping):
+                hint = f"; {owners[0].key} is a single value, not a group of keys"
+                hint += _place(cls, next(iter(value), None))
+            elif owners:
                 hint = f"; it belongs under {owners[0].group!r}"
             else:
                 hint = nearest(str(key), [*top, *filter(None, groups)])
@@ -432,6 +435,14 @@ def from_dict(cls: type[ConfigT], values: Mapping[str, Any], where: str = "") ->
         return cls(**result)
     except ConfigError as error:
         raise ConfigError(f"{prefix}{error}") from None
+
+
+def _place(cls: type, key: Any) -> str:
+    """``; 'max_steps' belongs under 'training'`` for the name of an option, or nothing."""
+    found = next((entry for entry in options(cls) if entry.name == key), None)
+    if found is None:
+        return ""
+    return f"; {key!r} belongs " + (f"under {found.group!r}" if found.group else "at the top")
 
 
 def _group_from_dict(cls: type, name: str, values: Any, where: str) -> Any:

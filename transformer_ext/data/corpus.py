@@ -216,9 +216,14 @@ class SkippedPairs:
         return asdict(self)
 
 
+def counted(count: int, what: str) -> str:
+    """``36,673 pairs``, or ``1 pair``; ``what`` is the plural, which ends with an s."""
+    return f"{count:,} {what if count != 1 else what.removesuffix('s')}"
+
+
 def describe_counts(what: str, used: int, read: int, reasons: dict[str, int]) -> str:
     """How much was used of what was read, and why not the rest, for people."""
-    text = f"{used:,} {what}"
+    text = counted(used, what)
     if read != used:
         found = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
         text += f" of {read:,} ({found})"
@@ -379,8 +384,8 @@ def read_chunks(
             more, fewer = (src_path, tgt_path) if src.held() else (tgt_path, src_path)
             rest = src.rest() + tgt.rest()
             raise CorpusError(
-                f"{more} has {number + rest:,} lines and {fewer} has {number:,}; expected as many "
-                "in both, each pair of lines a sentence and its translation"
+                f"{more} has {counted(number + rest, 'lines')} and {fewer} has {number:,}; expected "
+                "as many in both, each pair of lines a sentence and its translation"
             )
     for path in text.pairs:
         lines, form = _Lines(path, advance), pairs_format(path)
@@ -737,8 +742,8 @@ class HeldOutChoice:
             raise CorpusError("the training text has no usable sentence pair")
         if len(kept) < 2:
             raise CorpusError(
-                f"{count} pairs with {len(kept)} different source sentences: too few to hold some "
-                "out for validation; give --src-dev and --tgt-dev"
+                f"{counted(count, 'pairs')} with {counted(len(kept), 'different source sentences')}: "
+                "too few to hold some out for validation; give --src-dev and --tgt-dev"
             )
         wanted = min(self._limit, max(1, round(part * count)), len(kept) - 1)
         chosen = sorted(kept, reverse=True)[:wanted]

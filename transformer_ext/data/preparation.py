@@ -33,6 +33,7 @@ from transformer_ext.data.corpus import (
     ParallelText,
     SameTextCheck,
     SkippedPairs,
+    counted,
     file_digest,
     pairs_format,
     parse,
@@ -780,7 +781,7 @@ class _Preparation:
             self.messages.append("validation text: none")
             return [], []
         self.messages.append(
-            f"validation text: {len(held_out.pairs):,} pairs held out of the training text, the "
+            f"validation text: {counted(len(held_out.pairs), 'pairs')} held out of the training text, the "
             "same ones for every run on it"
         )
         parts = [self.parts[number] for number in held_out.parts]

@@ -14,7 +14,7 @@ import torch
 
 from transformer_ext.config import ConfigError, TrainConfig
 from transformer_ext.data.batches import pick_evenly
-from transformer_ext.data.corpus import ParallelText, read_pairs, shipped_corpus
+from transformer_ext.data.corpus import ParallelText, counted, read_pairs, shipped_corpus
 from transformer_ext.data.dataset import ParallelDataset
 from transformer_ext.data.text import Labelled, TextCounts, read_labelled
 from transformer_ext.data.text_preparation import PreparedTexts, TextFiles, prepare_texts
@@ -350,7 +350,7 @@ class ClassificationRun(TextRun):
             "confusion": table.tolist(),
         }
         say(
-            f"{part}: {len(texts):,} texts, accuracy {100 * accuracy(table):.2f} %, macro-F1 "
+            f"{part}: {counted(len(texts), 'texts')}, accuracy {100 * accuracy(table):.2f} %, macro-F1 "
             f"{100 * macro_f1(table):.2f}; always {prepared.labels[majority]!r} would have "
             f"{100 * accuracy(baseline):.2f} % and {100 * macro_f1(baseline):.2f}"
         )

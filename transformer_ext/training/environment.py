@@ -57,20 +57,20 @@ def choose_device(wanted: str = "auto", local_rank: int = 0) -> torch.device:
         device = torch.device(wanted)
     except RuntimeError:
         raise ValueError(
-            f"device: got {wanted!r}, expected auto, cpu, cuda, cuda:N or mps"
+            f"--device: got {wanted!r}, expected auto, cpu, cuda, cuda:N or mps"
         ) from None
     if device.type == "cuda":
         if not torch.cuda.is_available():
             built = torch.version.cuda or "none: this torch is a CPU build"
-            raise ValueError(f"device: got {wanted!r}, but torch sees no CUDA GPU (CUDA {built})")
+            raise ValueError(f"--device: got {wanted!r}, but torch sees no CUDA GPU (CUDA {built})")
         index = local_rank if device.index is None else device.index
         if index >= torch.cuda.device_count():
             raise ValueError(
-                f"device: got cuda:{index}, but this machine has {torch.cuda.device_count()} GPUs"
+                f"--device: got cuda:{index}, but this machine has {torch.cuda.device_count()} GPUs"
             )
         return torch.device("cuda", index)
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("device: got 'mps', but torch cannot use it on this machine")
+        raise ValueError("--device: got 'mps', but torch cannot use it on this machine")
     return device
 
 
@@ -93,16 +93,16 @@ def choose_precision(
     """
     known = ("auto", "float32", "bfloat16", "float16")
     if wanted not in known:
-        raise ValueError(f"precision: got {wanted!r}, expected one of {', '.join(known)}")
+        raise ValueError(f"--precision: got {wanted!r}, expected one of {', '.join(known)}")
     if wanted == "float16" and device.type != "cuda":
         raise ValueError(
-            f"precision: float16 needs a CUDA GPU, and the device is {device.type}; "
+            f"--precision: float16 needs a CUDA GPU, and the device is {device.type}; "
             "use bfloat16 or float32"
         )
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     if wanted == "bfloat16" and device.type == "cuda" and capability < (8, 0):
         raise ValueError(
-            f"precision: bfloat16 needs a GPU of compute capability 8.0, and {device} has "
+            f"--precision: bfloat16 needs a GPU of compute capability 8.0, and {device} has "
             f"{capability[0]}.{capability[1]}; use float16 or float32"
         )
     if wanted != "auto":

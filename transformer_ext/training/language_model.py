@@ -14,7 +14,7 @@ import numpy as np
 
 from transformer_ext.config import ConfigError, TrainConfig
 from transformer_ext.data.batches import pick_evenly
-from transformer_ext.data.corpus import shipped_corpus
+from transformer_ext.data.corpus import counted, shipped_corpus
 from transformer_ext.data.dataset import ParallelDataset
 from transformer_ext.data.text import Blocks, Lines, TextCounts, read_texts
 from transformer_ext.data.text_preparation import TextFiles, prepare_texts
@@ -218,7 +218,7 @@ class LanguageModelRun(TextRun):
             results = {f"{part}_{name}": value for name, value in figures.items()}
             results[f"{part}_accuracy"] = accuracy
             say(
-                f"{part} text, {len(texts):,} lines: perplexity {figures['token_perplexity']:.2f} a "
+                f"{part} text, {counted(len(texts), 'lines')}: perplexity {figures['token_perplexity']:.2f} a "
                 f"token, {figures['word_perplexity']:.1f} a word; {figures['bits_per_byte']:.3f} "
                 f"bits a byte; {100 * accuracy:.1f} % of the tokens foretold"
             )

@@ -10,6 +10,7 @@ import torch
 
 from transformer_ext import __version__, info
 from transformer_ext.config import TrainConfig
+from transformer_ext.data.corpus import counted
 from transformer_ext.ops import backend
 from transformer_ext.ops._check import guard
 from transformer_ext.training import distributed
@@ -113,9 +114,8 @@ class Machine:
             f"Python {platform.python_version()}"
         )
         processes = f"{self.world.size} processes, " if self.world.size > 1 else ""
-        console.print(
-            f"device     {processes}{self.device_name}, {self.threads} threads, {self.precision}"
-        )
+        threads = counted(self.threads, "threads")
+        console.print(f"device     {processes}{self.device_name}, {threads}, {self.precision}")
         console.print(f"kernels    {self.kernels()}")
         console.print(f"output     {output}")
 

@@ -21,6 +21,7 @@ from torch import nn
 
 from transformer_ext.average import average_weights
 from transformer_ext.config import ConfigError, TrainConfig, from_dict, to_dict
+from transformer_ext.data.corpus import counted
 from transformer_ext.files import FileError, atomic_directory, free_bytes, read_json, write_json
 from transformer_ext.ops import backend
 from transformer_ext.training.batches import BatchStream, Position
@@ -248,9 +249,9 @@ class Run(ABC):
         epochs = self.max_steps / self.steps_per_epoch
         at_most = "at most " if training.early_stop_patience else ""
         say(
-            f"training   {at_most}{self.max_steps:,} steps of {batch} ({epochs:.1f} passes over "
+            f"training   {at_most}{counted(self.max_steps, 'steps')} of {batch} ({epochs:.1f} passes over "
             f"the data); {optimizer.schedule}, learning rate {optimizer.learning_rate:g}, warm-up "
-            f"{optimizer.warmup_steps} steps"
+            f"{counted(optimizer.warmup_steps or 0, 'steps')}"
             + (
                 ""
                 if self.shortened_from is None
@@ -482,7 +483,9 @@ class Run(ABC):
         say, progress = self.console.print, trainer.progress
         say()
         why = {
-            "finished": f"all {progress.step:,} steps are done",
+            "finished": "the one step is done"
+            if progress.step == 1
+            else f"all {progress.step:,} steps are done",
             "early stop": "validation got no better",
             "time": "the time is up",
         }[reason]

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from transformer_ext.config import ConfigError, TrainConfig
 from transformer_ext.data import BatchSampler, collate
 from transformer_ext.data.batches import pick_evenly
+from transformer_ext.data.corpus import counted
 from transformer_ext.data.preparation import PreparedData, prepare_data
 from transformer_ext.data.subwords import SampledBatches, SubwordSampler
 from transformer_ext.files import atomic_write, load_model_dir, write_model_files
@@ -44,6 +45,8 @@ __all__ = ["TranslationRun"]
 _VALIDATION_PAIRS = 2000
 #: Pieces of a vocabulary as good as any other.
 _ANY_VOCABULARY = 1000
+#: Of fewer sentences BLEU and chrF tell little.
+_FEW_SENTENCES = 100
 
 
 class TranslationRun(Run):
@@ -218,7 +221,11 @@ class TranslationRun(Run):
         """What was read and skipped; size and kind of the model."""
         c, preset_name = self.architecture, self.config.preset
         count = sum(p.numel() for p in self.parameters.values())
-        why = "" if self.shipped else f" (for {self.pairs:,} pairs; --preset chooses another size)"
+        why = (
+            ""
+            if self.shipped
+            else f" (for {counted(self.pairs, 'pairs')}; --preset chooses another size)"
+        )
         begins = []
         if self.parent is not None:
             preset_name, why = "its architecture", ""
@@ -371,11 +378,12 @@ class TranslationRun(Run):
         assert self.folder is not None
         say, evaluation = self.console.print, self.config.evaluation
         pairs = self.prepared.test or self.prepared.dev
-        part = "test" if self.prepared.test else "validation"
+        part, name = ("test", "test") if self.prepared.test else ("validation", "dev")
         results: dict[str, Any] = {"test_bleu": None}
         if not pairs:
             return results
-        say(f"translating the {part} text: {len(pairs):,} sentences, beam {evaluation.beam_size}")
+        sentences = counted(len(pairs), "sentences")
+        say(f"translating the {part} text: {sentences}, beam {evaluation.beam_size}")
         began = time.monotonic()
         outputs = self.decoder(model, [src for src, _ in pairs], evaluation.beam_size)
         scores = score(outputs, [tgt for _, tgt in pairs])
@@ -384,6 +392,11 @@ class TranslationRun(Run):
             f"chrF {scores.chrf:.2f}  ({scores.chrf_signature}); "
             f"in {duration(time.monotonic() - began)}"
         )
+        if len(pairs) < _FEW_SENTENCES:
+            say(
+                f"warning: scores of {sentences} say little about the model; --src-{name} and "
+                f"--tgt-{name} take a text of some hundreds"
+            )
         results |= {
             f"{part}_bleu": round(scores.bleu, 3),
             f"{part}_chrf": round(scores.chrf, 3),
