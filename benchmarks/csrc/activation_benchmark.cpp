@@ -11,7 +11,7 @@ constexpr int64_t kColumns = 2048;
 
 // Arguments: kind, rows, dropout in percent.
 template <class T>
-void activation(benchmark::State& state, bool backward) {
+void run(benchmark::State& state, bool backward) {
   const Activation kind = static_cast<Activation>(state.range(0));
   const int64_t rows = state.range(1);
   const int64_t rng[3] = {1, 2, 3};
@@ -46,13 +46,20 @@ void cases(benchmark::internal::Benchmark* benchmark) {
       ->Apply(in_turns);
 }
 
-constexpr auto activation_f32 = &activation<float>;
-constexpr auto activation_bf16 = &activation<bfloat16>;
+template <class T>
+void activation_forward(benchmark::State& state) {
+  run<T>(state, false);
+}
 
-BENCHMARK_CAPTURE(activation_f32, forward, false)->Apply(cases);
-BENCHMARK_CAPTURE(activation_f32, backward, true)->Apply(cases);
-BENCHMARK_CAPTURE(activation_bf16, forward, false)->Apply(cases);
-BENCHMARK_CAPTURE(activation_bf16, backward, true)->Apply(cases);
+template <class T>
+void activation_backward(benchmark::State& state) {
+  run<T>(state, true);
+}
+
+BENCHMARK_TEMPLATE(activation_forward, float)->Apply(cases);
+BENCHMARK_TEMPLATE(activation_backward, float)->Apply(cases);
+BENCHMARK_TEMPLATE(activation_forward, bfloat16)->Apply(cases);
+BENCHMARK_TEMPLATE(activation_backward, bfloat16)->Apply(cases);
 
 }  // namespace
 }  // namespace transformer_ext

@@ -91,10 +91,15 @@ void run(benchmark::State& state, bool backward) {
                      });
 }
 
-void attention_forward_float32(benchmark::State& state) { run<float>(state, false); }
-void attention_backward_float32(benchmark::State& state) { run<float>(state, true); }
-void attention_forward_bfloat16(benchmark::State& state) { run<bfloat16>(state, false); }
-void attention_backward_bfloat16(benchmark::State& state) { run<bfloat16>(state, true); }
+template <class T>
+void attention_forward(benchmark::State& state) {
+  run<T>(state, false);
+}
+
+template <class T>
+void attention_backward(benchmark::State& state) {
+  run<T>(state, true);
+}
 
 void shapes(benchmark::internal::Benchmark* b) {
   b->ArgNames({"batch", "length", "causal", "dropout"})->Apply(in_turns);
@@ -103,10 +108,10 @@ void shapes(benchmark::internal::Benchmark* b) {
   b->Args({1, 32, 1, 0})->Args({1, 32, 0, 1})->Args({1, 2048, 0, 0})->Args({1, 2048, 1, 0});
 }
 
-BENCHMARK(attention_forward_float32)->Apply(shapes);
-BENCHMARK(attention_backward_float32)->Apply(shapes);
-BENCHMARK(attention_forward_bfloat16)->Apply(shapes);
-BENCHMARK(attention_backward_bfloat16)->Apply(shapes);
+BENCHMARK_TEMPLATE(attention_forward, float)->Apply(shapes);
+BENCHMARK_TEMPLATE(attention_backward, float)->Apply(shapes);
+BENCHMARK_TEMPLATE(attention_forward, bfloat16)->Apply(shapes);
+BENCHMARK_TEMPLATE(attention_backward, bfloat16)->Apply(shapes);
 
 }  // namespace
 }  // namespace transformer_ext

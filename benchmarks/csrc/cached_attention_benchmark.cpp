@@ -114,10 +114,15 @@ void run(benchmark::State& state, bool source) {
                [&] { problems[next++ % problems.size()].run(pool); });
 }
 
-void cached_attention_source_float32(benchmark::State& state) { run<float>(state, true); }
-void cached_attention_source_bfloat16(benchmark::State& state) { run<bfloat16>(state, true); }
-void cached_attention_self_float32(benchmark::State& state) { run<float>(state, false); }
-void cached_attention_self_bfloat16(benchmark::State& state) { run<bfloat16>(state, false); }
+template <class T>
+void cached_attention_source(benchmark::State& state) {
+  run<T>(state, true);
+}
+
+template <class T>
+void cached_attention_self(benchmark::State& state) {
+  run<T>(state, false);
+}
 
 void shapes(benchmark::internal::Benchmark* b, const std::vector<int64_t>& lengths) {
   b->ArgNames({"sentences", "beams", "length", "threads"})->Apply(in_turns);
@@ -135,10 +140,10 @@ void shapes(benchmark::internal::Benchmark* b, const std::vector<int64_t>& lengt
 void source_shapes(benchmark::internal::Benchmark* b) { shapes(b, {27}); }
 void self_shapes(benchmark::internal::Benchmark* b) { shapes(b, {13, 27, 100}); }
 
-BENCHMARK(cached_attention_source_float32)->Apply(source_shapes);
-BENCHMARK(cached_attention_source_bfloat16)->Apply(source_shapes);
-BENCHMARK(cached_attention_self_float32)->Apply(self_shapes);
-BENCHMARK(cached_attention_self_bfloat16)->Apply(self_shapes);
+BENCHMARK_TEMPLATE(cached_attention_source, float)->Apply(source_shapes);
+BENCHMARK_TEMPLATE(cached_attention_source, bfloat16)->Apply(source_shapes);
+BENCHMARK_TEMPLATE(cached_attention_self, float)->Apply(self_shapes);
+BENCHMARK_TEMPLATE(cached_attention_self, bfloat16)->Apply(self_shapes);
 
 }  // namespace
 }  // namespace transformer_ext

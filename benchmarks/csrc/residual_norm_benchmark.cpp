@@ -11,7 +11,7 @@ constexpr int64_t kColumns = 512;
 
 // Arguments: rows, dropout in percent.
 template <class T>
-void residual_norm(benchmark::State& state, bool backward) {
+void run(benchmark::State& state, bool backward) {
   const int64_t rows = state.range(0);
   const size_t size = static_cast<size_t>(rows * kColumns);
   const int64_t rng[3] = {1, 2, 3};
@@ -60,13 +60,20 @@ void cases(benchmark::internal::Benchmark* benchmark) {
       ->Apply(in_turns);
 }
 
-constexpr auto residual_norm_f32 = &residual_norm<float>;
-constexpr auto residual_norm_bf16 = &residual_norm<bfloat16>;
+template <class T>
+void residual_norm_forward(benchmark::State& state) {
+  run<T>(state, false);
+}
 
-BENCHMARK_CAPTURE(residual_norm_f32, forward, false)->Apply(cases);
-BENCHMARK_CAPTURE(residual_norm_f32, backward, true)->Apply(cases);
-BENCHMARK_CAPTURE(residual_norm_bf16, forward, false)->Apply(cases);
-BENCHMARK_CAPTURE(residual_norm_bf16, backward, true)->Apply(cases);
+template <class T>
+void residual_norm_backward(benchmark::State& state) {
+  run<T>(state, true);
+}
+
+BENCHMARK_TEMPLATE(residual_norm_forward, float)->Apply(cases);
+BENCHMARK_TEMPLATE(residual_norm_backward, float)->Apply(cases);
+BENCHMARK_TEMPLATE(residual_norm_forward, bfloat16)->Apply(cases);
+BENCHMARK_TEMPLATE(residual_norm_backward, bfloat16)->Apply(cases);
 
 }  // namespace
 }  // namespace transformer_ext

@@ -9,21 +9,21 @@ namespace transformer_ext {
 namespace {
 
 // Arguments: rows (queries of all heads), keys.
-template <class T, bool kBackward>
-void softmax(benchmark::State& state) {
+template <class T>
+void run(benchmark::State& state, bool backward) {
   const int64_t rows = state.range(0), keys = state.range(1);
   Aligned<T> x(rows * keys, from_float<T>(0.5f)), out(x.size()), grad_x(x.size());
   const SoftmaxType type = std::is_same_v<T, float> ? SoftmaxType::float32 : SoftmaxType::bfloat16;
-  const SoftmaxForward forward{x.data(), out.data(), rows, keys, {}, false};
-  const SoftmaxBackward backward{x.data(), out.data(), grad_x.data(), rows, keys, false};
+  const SoftmaxForward forward_args{x.data(), out.data(), rows, keys, {}, false};
+  const SoftmaxBackward backward_args{x.data(), out.data(), grad_x.data(), rows, keys, false};
   ThreadPool pool;
-  softmax_kernels().forward(forward, type, pool);
-  const int64_t bytes = static_cast<int64_t>(x.size() * sizeof(T)) * (kBackward ? 3 : 2);
+  softmax_kernels().forward(forward_args, type, pool);
+  const int64_t bytes = static_cast<int64_t>(x.size() * sizeof(T)) * (backward ? 3 : 2);
   against_copy(state, bytes, pool, [&] {
-    if (kBackward) {
-      softmax_kernels().backward(backward, type, pool);
+    if (backward) {
+      softmax_kernels().backward(backward_args, type, pool);
     } else {
-      softmax_kernels().forward(forward, type, pool);
+      softmax_kernels().forward(forward_args, type, pool);
     }
   });
 }
@@ -34,10 +34,20 @@ void cases(benchmark::internal::Benchmark* benchmark) {
       ->Apply(in_turns);
 }
 
-BENCHMARK_TEMPLATE(softmax, float, false)->Apply(cases);
-BENCHMARK_TEMPLATE(softmax, float, true)->Apply(cases);
-BENCHMARK_TEMPLATE(softmax, bfloat16, false)->Apply(cases);
-BENCHMARK_TEMPLATE(softmax, bfloat16, true)->Apply(cases);
+template <class T>
+void softmax_forward(benchmark::State& state) {
+  run<T>(state, false);
+}
+
+template <class T>
+void softmax_backward(benchmark::State& state) {
+  run<T>(state, true);
+}
+
+BENCHMARK_TEMPLATE(softmax_forward, float)->Apply(cases);
+BENCHMARK_TEMPLATE(softmax_backward, float)->Apply(cases);
+BENCHMARK_TEMPLATE(softmax_forward, bfloat16)->Apply(cases);
+BENCHMARK_TEMPLATE(softmax_backward, bfloat16)->Apply(cases);
 
 }  // namespace
 }  // namespace transformer_ext
