@@ -140,6 +140,35 @@ TEST(Softmax, AMaskOfOneValueARowIsBroadcast) {
   }
 }
 
+// A NaN of the scores themselves, as a training that diverges has it: the kept slots of its row
+// tell, the masked ones stay as they are, and no other row knows.
+TEST(Softmax, ANanLeavesMaskedSlotsAsTheyAre) {
+  for (const bool log : {false, true}) {
+    for (const int64_t keys : {7, 33}) {
+      SCOPED_TRACE(testing::Message() << keys << " keys, log " << log);
+      std::vector<float> x(2 * keys, 1.0f), out(x.size());
+      x[1] = kNan;
+      std::vector<uint8_t> mask(keys, 1);
+      mask[0] = mask[keys - 2] = 0;
+      SoftmaxForward forward{x.data(), out.data(), 2, keys, {}, log};
+      forward.keep.mask = mask.data();
+      forward.keep.column_stride = 1;
+      Serial serial;
+      softmax_kernels().forward(forward, SoftmaxType::float32, serial);
+      const float kept = 1.0f / static_cast<float>(keys - 2);
+      for (int64_t j = 0; j < keys; ++j) {
+        if (mask[j]) {
+          EXPECT_TRUE(std::isnan(out[j])) << j;
+          EXPECT_NEAR(out[keys + j], log ? std::log(kept) : kept, 1e-6) << j;
+        } else {
+          EXPECT_EQ(out[j], log ? -kInfinity : 0.0f) << j;
+          EXPECT_EQ(out[keys + j], log ? -kInfinity : 0.0f) << j;
+        }
+      }
+    }
+  }
+}
+
 TEST(Softmax, SameBitsForAnyThreadCount) {
   std::mt19937 random(3);
   std::normal_distribution<float> normal;
