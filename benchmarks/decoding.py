@@ -3,7 +3,7 @@
     python benchmarks/decoding.py                                  # base, random weights, all cases
     python benchmarks/decoding.py --model runs/001/model           # a trained model, the shipped test text
     python benchmarks/decoding.py --batch 64 --beam 4 --only ours-bfloat16 ctranslate2-int8
-    python benchmarks/decoding.py --quick                          # a minute: does it run?
+    python benchmarks/decoding.py --quick                          # a minute or two: does it run?
 
 Without ``--model`` the weights are random, equal for all, and every output has ``--length`` tokens;
 sources have half to one and a half times as many. One call has ``--batch`` sentences. With
@@ -699,6 +699,7 @@ def main() -> None:
     if options.quick:
         options.preset, options.vocab_size, options.length = "tiny", 4000, 8
         options.batch, options.beam, options.rounds, options.start_ups = [4], [2], 1, 1
+        say("a tiny model and one case, for a minute or two, most of it Hugging Face's start")
 
     subject = prepare(options)
     usual = [key for key, competitor in COMPETITORS.items() if competitor.usual]

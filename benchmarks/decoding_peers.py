@@ -6,7 +6,6 @@ Nothing is imported here that a competitor would not import itself: its memory i
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from processes import Command, memory_of_process
+from processes import Command, first_missing, memory_of_process
 
 from transformer_ext.inference.options import COMPUTE_TYPES, TORCH_COMPUTE_TYPES
 
@@ -280,8 +279,7 @@ class Competitor:
     def missing(self) -> str | None:
         """The package that is not installed."""
         needed = {"huggingface": ("transformers", "torch")}.get(self.program, (self.program,))
-        missing = [name for name in needed if importlib.util.find_spec(name) is None]
-        return missing[0] if missing else None
+        return first_missing(*needed)
 
     def load(self) -> None:
         """Imports what it needs, so that its memory is not counted as the model's."""

@@ -26,6 +26,9 @@ to sleep. Ratios are medians over the rounds of the ratio in one round.
 - start-up: from the start of a fresh process to the first line printed, the files in the page cache;
   one text. Medians of ``--start-ups`` runs, in turns; memory is that process's peak.
 
+transformers, which also writes the model of random weights, comes with ``pip install ".[test]"``,
+sentence-transformers with ``pip install sentence-transformers``; who is not installed is left out.
+
 ``--save FILE`` adds what was measured to a file, ``--show FILE`` prints the tables of such a file, so
 that long comparisons can be made in several short runs.
 """
@@ -50,6 +53,7 @@ from processes import (
     append_json,
     in_turns,
     read_json_lines,
+    require,
     say,
     setting_title,
     starts_in_turns,
@@ -117,6 +121,7 @@ def prepare(options: argparse.Namespace) -> Subject:
         sizes |= {"intermediate_size": 256, "vocab_size": 1000}
     folder = options.folder / f"bert-{'quick' if options.quick else 'base'}"
     if not folder.exists():
+        require("torch", "transformers", what="writing the model")
         say(f"... writing {folder}")
         part = folder.with_suffix(".part")
         shutil.rmtree(part, ignore_errors=True)
@@ -338,7 +343,7 @@ def main() -> None:
         if competitor.text not in (None, bool(subject.lines)):
             continue
         if competitor.missing:
-            say(f"{competitor.title}: left out: {competitor.module} is not installed")
+            say(f"{competitor.title}: left out: {competitor.missing} is not installed")
             continue
         keys.append(key)
     ceiling = ceilings.program(options.folder)

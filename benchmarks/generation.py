@@ -22,6 +22,8 @@ one before go to sleep. Ratios are medians over the rounds of the ratio in one r
 - start-up: from the start of a fresh process to the first line printed, the files in the page cache;
   one text and 16 tokens. Medians of ``--start-ups`` runs, in turns; memory is that process's peak.
 
+transformers, which also writes the model, comes with ``pip install ".[test]"``.
+
 ``--save FILE`` adds what was measured to a file, ``--show FILE`` prints the tables of such a file, so
 that long comparisons can be made in several short runs.
 """
@@ -45,6 +47,7 @@ from processes import (
     append_json,
     in_turns,
     read_json_lines,
+    require,
     say,
     setting_title,
     starts_in_turns,
@@ -85,6 +88,7 @@ def prepare(options: argparse.Namespace) -> Path:
         sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 1000}
     folder: Path = options.folder / f"gpt2-{'quick' if options.quick else 'small'}"
     if not folder.exists():
+        require("torch", "transformers", "tokenizers", what="writing the model")
         say(f"... writing {folder}")
         part = folder.with_suffix(".part")
         shutil.rmtree(part, ignore_errors=True)
@@ -277,7 +281,7 @@ def main() -> None:
         if not on_cpu and key not in ON_A_DEVICE:
             parser.error(f"--only: got {key}, expected of {', '.join(ON_A_DEVICE)} on a device")
         if COMPETITORS[key].missing:
-            say(f"{COMPETITORS[key].title}: left out: {COMPETITORS[key].module} is not installed")
+            say(f"{COMPETITORS[key].title}: left out: {COMPETITORS[key].missing} is not installed")
             continue
         keys.append(key)
 

@@ -6,7 +6,6 @@ Nothing is imported here that a competitor would not import itself: its memory i
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from processes import Command, memory_of_process
+from processes import Command, first_missing, memory_of_process
 
 from transformer_ext.inference.options import TORCH_COMPUTE_TYPES
 
@@ -136,9 +135,9 @@ class Competitor:
     starts: bool = True
 
     @property
-    def missing(self) -> bool:
-        """Whether its package is not installed."""
-        return importlib.util.find_spec(self.module) is None
+    def missing(self) -> str | None:
+        """The package that is not installed."""
+        return first_missing(self.module)
 
     def load(self) -> None:
         """Imports what it needs, so that its memory is not counted as the model's."""

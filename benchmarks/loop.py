@@ -116,6 +116,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     keep_freed_memory()
+    say(f"turns of {options.seconds:.0f} s (--seconds), once the text is read and both are warm")
     train = prepare_data(DataConfig(vocab_size=8000), say).train
     with tempfile.TemporaryDirectory() as folder:
         ours = make_trainer(options, train, Path(folder))

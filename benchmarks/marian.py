@@ -4,7 +4,8 @@
 
 The model (post-norm) is exported, the export imported, and converted by CTranslate2's own converter.
 All translate the beginning of the shipped test text in float32, greedily and with a beam of 4, by
-the same rules: those of ``generate``, then those of CTranslate2. Where two find different
+the same rules: those of ``generate``, then those of CTranslate2, both of which come with
+``pip install ".[test]"``. Where two find different
 translations, our model scores both in float64; the exit status is 1 if any two differ by 1e-4.
 """
 
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from decoding_models import marian_ids
+from processes import require
 from rescoring import differences, model_in_float64, score_in_float64
 
 from transformer_ext.data.corpus import read_lines, shipped_corpus
@@ -50,6 +52,7 @@ def test_lines(count: int) -> list[str]:
 
 def compare(model_dir: Path, lines: Sequence[str], threads: int, scratch: Path) -> int:
     """All comparisons."""
+    require("torch", "transformers", "ctranslate2", what="the comparison")
     import ctranslate2
     import torch
     import transformers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -61,6 +62,19 @@ def setting_title(title: str, threads: int, packages: Sequence[str], device: str
         except importlib.metadata.PackageNotFoundError:
             pass
     return f"{title}; {threads} threads, {machine()}, {', '.join(versions)}"
+
+
+def first_missing(*modules: str) -> str | None:
+    """The first of them that is not installed."""
+    return next((name for name in modules if importlib.util.find_spec(name) is None), None)
+
+
+def require(*modules: str, what: str) -> None:
+    """Ends the process with one line, status 2, if one of them is not installed."""
+    missing = first_missing(*modules)
+    if missing:
+        say(f'error: {what} needs {missing}, which is not installed (pip install ".[test]")')
+        sys.exit(2)
 
 
 class WorkerError(RuntimeError):
