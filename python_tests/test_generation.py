@@ -547,6 +547,7 @@ def test_wrong_arguments_are_named():
         (1, {}, "prompts: got 1, expected a sequence of integers for each text"),
         ([[4] * 25], {}, "prompts: number 0 .* has 25 tokens .* learned positions for 24"),
         ([[4]], {"return_alignment": True}, "return_alignment: got True, but a language"),
+        ([[4]], {"max_length_a": 2.0}, "max_length_a: got 2.0, but a language model has no source"),
         ([[4]], {"suppressed_tokens": (99,)}, "suppressed_tokens: got 99"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -564,7 +565,11 @@ def test_wrong_arguments_are_named():
             engine.score([text])
     with pytest.raises(ValueError, match="texts: got 1, expected a sequence of integers for each"):
         engine.score([1, 2])
-    # Integers of numpy are integers.
+    # Integers of numpy are integers, and so in options.
+    given = SearchOptions(
+        np.int64(2), length_penalty=np.float32(1), suppressed_tokens=np.array([5])
+    )
+    assert given == SearchOptions(2, length_penalty=1.0, suppressed_tokens=(5,))
     given = [[np.int64(4), np.int32(5)], np.array([6])]
     assert engine.score(given) == engine.score([[4, 5], [6]])
     options = SearchOptions(sampling=True, max_length=3)

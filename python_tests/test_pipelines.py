@@ -28,6 +28,7 @@ from transformer_ext.data.corpus import read_pairs, shipped_corpus
 from transformer_ext.data.tokenizer import SentencePieceTokenizer, train_tokenizer
 from transformer_ext.files import FileError, load_model_dir, save_model_dir
 from transformer_ext.inference.continuation import continuations
+from transformer_ext.inference.encoder_engine import EncoderEngine
 from transformer_ext.inference.mask_filler import MaskFiller
 from transformer_ext.inference.options import SearchOptions
 from transformer_ext.inference.translator import Translator
@@ -487,7 +488,7 @@ def test_inputs_and_options_of_a_wrong_kind_are_one_error(bert: Path, tmp_path: 
         pipeline("text-generation", bert)
     with pytest.raises(ValueError, match="compute_type: got 'float8', expected one of auto"):
         pipeline("fill-mask", bert, compute_type="float8")
-    for device in ("gpu", "cuda:99", None, 0):
+    for device in ("gpu", "cuda:99", None, 99, True):
         with pytest.raises(ValueError, match=r"device: got .*, expected 'cpu' or a device that"):
             pipeline("fill-mask", bert, device=device)
     for wrong in ({"threads": 2}, {"compute_type": "int8"}):
@@ -495,6 +496,11 @@ def test_inputs_and_options_of_a_wrong_kind_are_one_error(bert: Path, tmp_path: 
             pipeline("fill-mask", bert, device="meta", **wrong)
     with pytest.raises(ValueError, match="task: got .'fill-mask'., expected one of translation"):
         pipeline(["fill-mask"], bert)
+    for device in (-1, torch.device("cpu")):
+        with pipeline("fill-mask", bert, device=device) as ours:
+            assert isinstance(ours.filler.encoder, EncoderEngine)
+        with pytest.raises(ValueError, match="is closed"):
+            ours("[MASK]")
     ours = pipeline("fill-mask", bert)
     with pytest.raises(ValueError, match=r"texts: number 1 \(from 0\) has half a character"):
         ours(["[MASK]", "[MASK] \ud800"])

@@ -147,9 +147,12 @@ def test_a_process_ends_while_threads_are_in_the_engine(tmp_path):
         def score(ids):
             translator._engine.score(ids, ids)
 
-        for call in (search, search, score, score):
+        def cut(ids):
+            translator.encode(["Open the file."] * 3)
+
+        for call in (search, search, score, score, cut, cut):
             threading.Thread(target=work, args=(call,), daemon=True).start()
-        while {*calls} != {search, score}:
+        while {*calls} != {search, score, cut}:
             time.sleep(0.001)
     """
     done = subprocess.run(

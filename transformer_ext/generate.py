@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if asked is not None:
         parser.error(
             f"--{asked.replace('_', '-')}: got {getattr(options, asked)}, but a language model has no "
-            "source to attend to"
+            "source"
         )
     from transformer_ext.inference.continuation import TextGenerator
     from transformer_ext.inference.lines import TextLines, input_blocks, lines_ahead

@@ -5,6 +5,7 @@ The tokenizers of BERT and GPT-2 are in :mod:`transformer_ext.data.json_tokenize
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import io
 import itertools
@@ -12,8 +13,10 @@ import json
 import os
 import re
 import reprlib
+import threading
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -202,6 +205,56 @@ class Tokenizer(ABC):
         return frozenset((self.pad_id, self.bos_id, self.eos_id))
 
 
+class _Processor:
+    """A SentencePiece processor whose calls may be under way in other threads when Python ends.
+
+    They let the interpreter's lock go, and where one asks for it again when the interpreter has begun
+    to end, SentencePiece aborts the process (before Python 3.14). So the end waits for those that
+    are under way, and those that come later wait for the end.
+    """
+
+    _under_way: ClassVar[set[int]] = set()  # in which threads
+    _ending: ClassVar[int | None] = None  # the thread that ends the interpreter
+
+    def __init__(self) -> None:
+        self._processor = sentencepiece.SentencePieceProcessor()
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        function = getattr(self._processor, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            thread = threading.get_ident()
+            self._under_way.add(thread)
+            try:
+                if self._ending is not None and self._ending != thread:
+                    self._under_way.discard(thread)
+                    # Not for ever: what runs at exit may wait for this thread.
+                    time.sleep(_LONGEST_WAIT)
+                return function(*arguments, **options)
+            finally:
+                self._under_way.discard(thread)
+
+        setattr(self, name, call)
+        return call
+
+    @classmethod
+    def end(cls) -> None:
+        """No other thread is in SentencePiece any more."""
+        cls._ending = threading.get_ident()
+        latest = time.monotonic() + _LONGEST_WAIT
+        while cls._under_way - {cls._ending} and time.monotonic() < latest:
+            time.sleep(0.001)
+
+
+#: Seconds.
+_LONGEST_WAIT = 5.0
+
+atexit.register(_Processor.end)
+if hasattr(os, "register_at_fork"):
+    # The child has none of the other threads.
+    os.register_at_fork(after_in_child=_Processor._under_way.clear)
+
+
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model, alone or with a vocabulary that gives its pieces other ids.
 
@@ -242,7 +295,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.path = Path(path)
         self.vocabulary = None if vocabulary is None else Path(vocabulary)
         model = _read(self.path)
-        self._processor = sentencepiece.SentencePieceProcessor()
+        self._processor = _Processor()
         try:
             if not model:
                 raise RuntimeError

@@ -78,8 +78,12 @@ class PromptError(ValueError):
 
 
 def asked_of_source(options: SearchOptions) -> str | None:
-    """The first option that needs a source to attend to; None: there is none."""
-    names = ("return_attention", "return_alignment", "coverage_penalty")
+    """The first option that needs a source; None: there is none."""
+    names = ["return_attention", "return_alignment", "coverage_penalty"]
+    names += ["max_source_length", "min_length_a"]
+    # Presets have 0.
+    if options.max_length_a != SearchOptions.max_length_a:
+        names.append("max_length_a")
     return next((name for name in names if getattr(options, name)), None)
 
 
@@ -98,7 +102,7 @@ def continuation_limits(
     asked = asked_of_source(options)
     if asked is not None:
         raise ValueError(
-            f"{asked}: got {getattr(options, asked)}, but a language model has no source to attend to"
+            f"{asked}: got {getattr(options, asked)}, but a language model has no source"
         )
     if numbers is not None and len(numbers) != len(fed):
         raise ValueError(
@@ -227,8 +231,10 @@ def torch_compute_type(threads: int | None, compute_type: str, device: str) -> s
         torch.empty(0, device=device)
     # An AssertionError comes from a PyTorch that was built without the device.
     except (AssertionError, RuntimeError) as error:
-        reason = str(error).split("\n", 1)[0]
-        raise ValueError(f"device: got {device!r}, {expected} ({reason:.100})") from None
+        # Some are pages long, and some list all devices.
+        reason = str(error).split("\n", 1)[0].split(". ", 1)[0]
+        said = f" ({reason})" if len(reason) < 120 else ""
+        raise ValueError(f"device: got {device!r}, {expected}{said}") from None
     if threads is not None:
         raise ValueError(f"threads: got {threads}, expected none on {device}")
     if compute_type not in TORCH_COMPUTE_TYPES:
