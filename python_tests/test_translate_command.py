@@ -136,17 +136,23 @@ def test_target_prefix(model_dir, tmp_path):
     prefixes = ["Klicken", "", "Speichern Sie"]
     file = tmp_path / "prefixes"
     file.write_text("\n".join(prefixes) + "\n")
-    text = "\n".join(SENTENCES[:3]).encode()
-    done = run(model_dir, *QUICK, "--target-prefix", file, "--batch-size", 1, stdin=text)
+    source = tmp_path / "source"
+    source.write_text("\n".join(SENTENCES[:3]))
+    options = [*QUICK, "--target-prefix", "-", "--batch-size", 1]
+    done = run(model_dir, source, *options, stdin=file.read_bytes())
     lines = done.stdout.decode().splitlines()
     with Translator(model_dir) as translator:
         found = translator.translate(SENTENCES[:3], target_prefix=prefixes, max_length=12)
     assert lines == [translation.text for translation in found]
     assert all(line.startswith(prefix) for line, prefix in zip(lines, prefixes, strict=True))
-    for count in (2, 4):
-        text = "\n".join(SENTENCES[:count]).encode()
-        done = run(model_dir, *QUICK, "--target-prefix", file, stdin=text)
-        assert done.returncode == 2 and b"has 3 lines, expected one for each" in done.stderr
+    text = "\n".join(SENTENCES[:4]).encode()
+    done = run(model_dir, *QUICK, "--target-prefix", file, stdin=text)
+    assert done.returncode == 2 and b"has 3 lines, expected one for each" in done.stderr
+    # The lines of a file are counted before the first is translated.
+    source.write_text("\n".join(SENTENCES[:2]))
+    done = run(model_dir, source, *QUICK, "--target-prefix", file)
+    assert done.returncode == 2 and done.stdout == b""
+    assert b"has 3 lines, expected one for each of the 2 lines of the input" in done.stderr
 
 
 def test_an_answer_comes_before_the_next_line_is_sent(model_dir, expected):
@@ -228,6 +234,7 @@ def test_learned_positions(tmp_path):
         (["--return-alignment"], b"expected --format jsonl with them"),
         (["--search-preset", "marian"], b"--search-preset"),
         (["--target-prefix", "missing.txt"], b"missing.txt: cannot be read"),
+        (["--target-prefix", "-"], b"-: standard input is read already, by another option"),
     ],
 )
 def test_wrong_arguments(model_dir, arguments, message):
@@ -313,7 +320,8 @@ def test_score(model_dir, tmp_path):
     with Translator(model_dir) as translator:
         scores = translator.score(SENTENCES[:3], SENTENCES[3:])
     assert done.stdout.decode().splitlines() == [f"{sum(row):.6f}" for row in scores]
-    done = run(model_dir, "--src", source, "--tgt", target, "--format", "jsonl", module="score")
+    options = ["--src", "-", "--tgt", target, "--format", "jsonl"]
+    done = run(model_dir, *options, stdin=source.read_bytes(), module="score")
     first = json.loads(done.stdout.splitlines()[0])
     assert first["token_scores"] == scores[0] and first["tokens"][-1] == "</s>"
     # An empty source gives an empty line, and nothing else.

@@ -41,7 +41,7 @@ def _parser() -> ArgumentParser:
         "MODEL_DIR.SOURCE.output.txt, unless --output says where.",
     )
     parser.add_argument("model", metavar="MODEL_DIR", nargs="?", help="folder of the model")
-    parser.add_argument("--src", metavar="FILE", help="source text, one sentence a line")
+    parser.add_argument("--src", metavar="FILE", help="source text, a sentence a line; - is stdin")
     parser.add_argument("--ref", metavar="FILE", help="its reference translation, line by line")
     parser.add_argument("--hyp", metavar="FILE", help="translations to judge, instead of a model's")
     parser.add_argument(
@@ -163,7 +163,7 @@ class _System:
 
 
 def _source_name(path: str) -> str:
-    name = Path(path).name
+    name = "stdin" if path == "-" else Path(path).name
     return name.removesuffix(".xz").removesuffix(".gz")
 
 

@@ -23,8 +23,12 @@ def _parser() -> ArgumentParser:
         "(null in jsonl).",
     )
     parser.add_argument("model", metavar="MODEL_DIR", help="folder of the model")
-    parser.add_argument("--src", metavar="FILE", required=True, help="source text")
-    parser.add_argument("--tgt", metavar="FILE", required=True, help="its translation, by line")
+    parser.add_argument(
+        "--src", metavar="FILE", required=True, help="source text; - reads standard input"
+    )
+    parser.add_argument(
+        "--tgt", metavar="FILE", required=True, help="its translation, by line, or -"
+    )
     parser.add_argument(
         "--format",
         choices=("text", "jsonl"),

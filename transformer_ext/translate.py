@@ -10,7 +10,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from transformer_ext._command import command
 from transformer_ext.config import ArgumentParser, ConfigError, add_arguments, given
@@ -61,7 +61,8 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--target-prefix",
         metavar="FILE",
-        help="what each translation is to begin with: as many lines as the input has",
+        help="what each translation is to begin with: as many lines as the input has; - reads "
+        "standard input",
     )
     parser.add_argument(
         "--source-tag",
@@ -140,6 +141,12 @@ def _warn(count: int, message: str) -> None:
         print(f"warning: {message}", file=sys.stderr)
 
 
+def _refuse_prefixes(file: str | None, count: int, each: str) -> NoReturn:
+    raise ValueError(
+        f"{file}: has {count} line{'s' if count != 1 else ''}, expected one for each {each}"
+    )
+
+
 def _translate(
     translator: Translator,
     text: TextLines,
@@ -168,8 +175,14 @@ def _translate(
 
     options = translator.options
     shown = pieces if options.return_alignment or options.return_attention else None
-    from transformer_ext.inference.lines import input_blocks
+    from transformer_ext.inference.lines import count_lines, input_blocks
 
+    if prefix_lines is not None:
+        expected = count_lines(files)
+        if expected not in (None, len(prefix_lines)):
+            _refuse_prefixes(
+                prefix_file, len(prefix_lines), f"of the {expected} lines of the input"
+            )
     try:
         for block in input_blocks(text, files, ahead):
             sources = translator.encode(block, source_tag)
@@ -185,10 +198,8 @@ def _translate(
             prefixes = None
             if prefix_lines is not None:
                 if len(prefix_lines) < numbers.stop:
-                    raise ValueError(
-                        f"{prefix_file}: has {len(prefix_lines)} lines, expected one for each "
-                        "line of the input, which has more"
-                    )
+                    more = "line of the input, which has more"
+                    _refuse_prefixes(prefix_file, len(prefix_lines), more)
                 prefixes = translator.encode_prefixes(prefix_lines[numbers.start : numbers.stop])
             results = translator.translate_ids(
                 sources,
@@ -204,10 +215,7 @@ def _translate(
                 number += 1
             sys.stdout.buffer.flush()
         if prefix_lines is not None and len(prefix_lines) != number:
-            raise ValueError(
-                f"{prefix_file}: has {len(prefix_lines)} lines, expected one for each of the "
-                f"{number} lines of the input"
-            )
+            _refuse_prefixes(prefix_file, len(prefix_lines), f"of the {number} lines of the input")
     finally:
         _warn(untagged, f"lines that begin with none of {', '.join(tags)}: {untagged}")
         _warn(over_long, translator.over_long_message(over_long))

@@ -11,6 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from transformer_ext.inference.options import BATCH_SIZES
 
+#: Lines of standard input that are looked through at once.
+_BLOCK_LINES = 1000
+
 
 class TextLines:
     """Decodes lines, and counts those that are not UTF-8.
@@ -23,6 +26,20 @@ class TextLines:
 
     def __init__(self) -> None:
         self.undecodable = 0
+        self._input_taken = False
+
+    def take_input(self) -> int:
+        """The descriptor of standard input, for whoever reads all of it.
+
+        Raises:
+            ValueError: it is closed, or has been taken before.
+        """
+        if sys.stdin is None:
+            raise ValueError("standard input: is closed")
+        if self._input_taken:
+            raise ValueError("-: standard input is read already, by another option or argument")
+        self._input_taken = True
+        return sys.stdin.fileno()
 
     def decode(self, line: bytes) -> str:
         """One line, without its end."""
@@ -42,13 +59,17 @@ class TextLines:
             )
 
     def read(self, path: str) -> list[str]:
-        """All lines of a file: plain, gzip or xz.
+        """All lines of a file: plain, gzip or xz; ``-`` is standard input.
 
         Raises:
             CorpusError: it cannot be read.
+            ValueError: see :meth:`take_input`.
         """
         from transformer_ext.data.corpus import read_lines
 
+        if path == "-":
+            blocks = self.stream_blocks(self.take_input(), _BLOCK_LINES)
+            return [line for block in blocks for line in block]
         return [self.decode(line) for line in read_lines(path)]
 
     def file_blocks(self, paths: Iterable[str], limit: int) -> Iterator[list[str]]:
@@ -111,6 +132,19 @@ def _ready(descriptor: int) -> bool:
         return False
 
 
+def count_lines(files: Sequence[str]) -> int | None:
+    """How many lines there are, or None where they can be read only once.
+
+    Raises:
+        CorpusError: a file cannot be read.
+    """
+    from transformer_ext.data.corpus import read_lines
+
+    if not files or not all(map(os.path.isfile, files)):
+        return None
+    return sum(1 for path in files for _ in read_lines(path))
+
+
 def lines_ahead(arguments: Namespace) -> int:
     """Lines that a command reads ahead, to sort them by length (``add_batch_arguments``)."""
     return 4 * int(arguments.batch_size or BATCH_SIZES[arguments.device != "cpu"])
@@ -125,7 +159,7 @@ def input_blocks(text: TextLines, files: Sequence[str], limit: int) -> Iterator[
         limit: most lines held.
 
     Raises:
-        ValueError: standard input among files, or closed.
+        ValueError: standard input among files, closed, or read by another option.
         CorpusError: a file cannot be read.
     """
     if files not in ([], ["-"]):
@@ -133,8 +167,7 @@ def input_blocks(text: TextLines, files: Sequence[str], limit: int) -> Iterator[
             raise ValueError("-: standard input cannot be one of several files")
         yield from text.file_blocks(files, limit)
         return
-    if sys.stdin is None:
-        raise ValueError("standard input: is closed")
+    descriptor = text.take_input()
     terminal = sys.stdin.isatty()
     if terminal:
         print(
@@ -143,7 +176,7 @@ def input_blocks(text: TextLines, files: Sequence[str], limit: int) -> Iterator[
             end="",
             flush=True,
         )
-    for block in text.stream_blocks(sys.stdin.fileno(), limit):
+    for block in text.stream_blocks(descriptor, limit):
         yield block
         if terminal:
             print("> ", file=sys.stderr, end="", flush=True)
