@@ -21,7 +21,8 @@ _ADJECTIVES = {"old": "alte", "small": "kleine", "red": "rote", "new": "neue"}
 #: A model of some thousand parameters, as options of the command.
 SMALL_MODEL = (
     "--preset tiny --d-model 32 --nhead 2 --dim-feedforward 64 --num-encoder-layers 1 "
-    "--num-decoder-layers 1 --vocab-size 330 --max-tokens 300 --precision float32 --threads 1"
+    "--num-decoder-layers 1 --vocab-size 330 --max-tokens 300 --precision float32 --threads 1 "
+    "--device cpu"
 ).split()
 
 
