@@ -11,7 +11,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from cuda_step import Counter
+from cuda_step import Counter, arguments, print_table
 
 from transformer_ext.inference.options import SearchOptions
 from transformer_ext.inference.torch_engine import TorchEngine
@@ -74,40 +74,18 @@ def count(options: argparse.Namespace) -> StepCounter:
 
 def main() -> None:
     """Counts and prints."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    options = arguments(
+        __doc__,
+        400.0,
+        batch={"type": int, "default": 64, "help": "sentences"},
+        beam={"type": int, "default": 4},
+        source={"type": int, "default": 27, "help": "tokens of a sentence"},
+        position={"type": int, "default": 27, "help": "of the step"},
+        queue={"type": float, "default": 10.0, "help": "us to queue a kernel from Python"},
     )
-    parser.add_argument("--preset", default="base")
-    parser.add_argument("--vocabulary", type=int, default=37_000)
-    parser.add_argument("--precision", default="bfloat16")
-    parser.add_argument("--batch", type=int, default=64, help="sentences")
-    parser.add_argument("--beam", type=int, default=4)
-    parser.add_argument("--source", type=int, default=27, help="tokens of a sentence")
-    parser.add_argument("--position", type=int, default=27, help="of the step")
-    parser.add_argument("--teraflops", type=float, default=400.0, help="of matrix products")
-    parser.add_argument("--terabytes", type=float, default=3.65, help="a second, of all kernels")
-    parser.add_argument("--least", type=float, default=2.5, help="us of the shortest kernel")
-    parser.add_argument(
-        "--queue", type=float, default=10.0, help="us to queue a kernel from Python"
-    )
-    options = parser.parse_args()
     counter = count(options)
-    print("| op | kernels | MB | GFLOP | us |")
-    print("| --- | --- | --- | --- | --- |")
-    total = 0.0
-    for name, calls in sorted(counter.calls.items(), key=lambda item: -counter.bytes[item[0]]):
-        operations, size = counter.operations[name], counter.bytes[name]
-        us = max(
-            1e-6 * operations / options.teraflops,
-            1e-6 * size / options.terabytes,
-            calls * options.least,
-        )
-        total += us
-        if us >= 20.0:
-            print(f"| `{name}` | {calls} | {size / 1e6:.1f} | {operations / 1e9:.1f} | {us:.0f} |")
-    calls = sum(counter.calls.values())
-    print(f"| all | {calls} | {sum(counter.bytes.values()) / 1e6:.0f} | | {total:.0f} |")
-    print(f"\nqueued from Python: {1e-3 * calls * options.queue:.2f} ms")
+    print_table(counter, options, 20.0)
+    print(f"\nqueued from Python: {1e-3 * counter.calls.total() * options.queue:.2f} ms")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+from collections.abc import Mapping
 from typing import Any
 from unittest import mock
 
@@ -99,35 +100,59 @@ def count(name: str, vocabulary: int, precision: str, tokens: int, length: int) 
     return counter
 
 
-def main() -> None:
-    """Counts and prints."""
+def arguments(
+    description: str | None, teraflops: float, **more: Mapping[str, Any]
+) -> argparse.Namespace:
+    """The options: of the model, of the GPU, and more of them, by name, as ``add_argument`` has it."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--preset", default="base")
     parser.add_argument("--vocabulary", type=int, default=37_000)
     parser.add_argument("--precision", default="bfloat16")
-    parser.add_argument("--max-tokens", type=int, default=25_000, help="rows of each side")
-    parser.add_argument("--length", type=int, default=27, help="tokens of a sentence")
-    parser.add_argument("--teraflops", type=float, default=700.0, help="of matrix products")
-    parser.add_argument("--terabytes", type=float, default=3.65, help="a second, of other kernels")
+    for name, settings in more.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", **settings)
+    parser.add_argument("--teraflops", type=float, default=teraflops, help="of matrix products")
+    parser.add_argument("--terabytes", type=float, default=3.65, help="a second, of all kernels")
     parser.add_argument("--least", type=float, default=2.5, help="us of the shortest kernel")
-    options = parser.parse_args()
-    counter = count(
-        options.preset, options.vocabulary, options.precision, options.max_tokens, options.length
-    )
-    print("| op | kernels | GB | TFLOP | ms |")
+    return parser.parse_args()
+
+
+def print_table(counter: Counter, options: argparse.Namespace, least: float) -> float:
+    """A row for each op that takes ``least`` us; the us of all.
+
+    A kernel takes as long as its products or its bytes, whichever is longer, or as the shortest.
+    """
+    print("| op | kernels | MB | GFLOP | us |")
     print("| --- | --- | --- | --- | --- |")
     total = 0.0
     for name, calls in sorted(counter.calls.items(), key=lambda item: -counter.bytes[item[0]]):
-        tera, gigabytes = counter.operations[name] / 1e12, counter.bytes[name] / 1e9
-        ms = 1e3 * tera / options.teraflops if tera else gigabytes / options.terabytes
-        ms = max(ms, 1e-3 * calls * options.least)
-        total += ms
-        if ms >= 0.02:
-            print(f"| `{name}` | {calls} | {gigabytes:.2f} | {tera:.2f} | {ms:.2f} |")
-    rate = options.max_tokens / total / 1e3
-    print(f"| all | {sum(counter.calls.values())} | | | {total:.2f}: {rate:.2f} million tokens/s |")
+        operations, size = counter.operations[name], counter.bytes[name]
+        us = max(
+            1e-6 * operations / options.teraflops,
+            1e-6 * size / options.terabytes,
+            calls * options.least,
+        )
+        total += us
+        if us >= least:
+            print(f"| `{name}` | {calls} | {size / 1e6:.1f} | {operations / 1e9:.1f} | {us:.0f} |")
+    print(f"| all | {counter.calls.total()} | {counter.bytes.total() / 1e6:.0f} | | {total:.0f} |")
+    return total
+
+
+def main() -> None:
+    """Counts and prints."""
+    options = arguments(
+        __doc__,
+        700.0,
+        max_tokens={"type": int, "default": 25_000, "help": "rows of each side"},
+        length={"type": int, "default": 27, "help": "tokens of a sentence"},
+    )
+    counter = count(
+        options.preset, options.vocabulary, options.precision, options.max_tokens, options.length
+    )
+    us = print_table(counter, options, 20.0)
+    print(f"\n{options.max_tokens / us:.2f} million tokens/s")
 
 
 if __name__ == "__main__":
