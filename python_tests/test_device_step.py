@@ -292,6 +292,22 @@ def test_layouts_beyond_the_most_run_in_the_loaders_shapes(
     assert not trainer._device_step._recorded and trainer.progress.step == 1
 
 
+def test_a_layout_that_came_once_gives_way_to_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("transformer_ext.training.device_step")
+    monkeypatch.setattr(module, "_MOST_GRAPHS", 2)
+    monkeypatch.setattr(Layout, "of", lambda batches, longest: batches[0])
+    monkeypatch.setattr(
+        module._Recorded, "make", lambda *_: SimpleNamespace(recorded=module._Graph())
+    )
+    step = fixed(trainer_for(small_model(), Numbers().stream(), Plan(max_steps=1)))._device_step
+    for name, held in (("a", "a"), ("b", "ab"), ("b", "ab"), ("c", "bc"), ("c", "bc"), ("d", "bc")):
+        entry = step._entry([name])
+        if entry is not None:
+            step._queue(entry.recorded, lambda: None)
+        assert "".join(layout for layout, _ in step._recorded) == held
+    assert entry is None and step.graphs == 2
+
+
 # Nothing waits ----------------------------------------------------------------------------------
 
 

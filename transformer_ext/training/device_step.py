@@ -33,7 +33,7 @@ from transformer_ext.training.optimizer import Optimizer
 
 __all__ = ["CudaGraphs", "DeviceStep", "Numbers"]
 
-#: Graphs kept; a layout after these, which is then a rare one, runs op by op.
+#: Graphs kept, with the layouts that came once; one after these, then a rare one, runs op by op.
 _MOST_GRAPHS = 64
 
 
@@ -313,7 +313,12 @@ class DeviceStep:
         key = (layout, len(batches))
         if key not in self._recorded:
             if len(self._recorded) >= _MOST_GRAPHS:
-                return None
+                # One that has come once may never come again.
+                entries = self._recorded.items()
+                once = next((k for k, entry in entries if entry.recorded.graph is None), None)
+                if once is None:
+                    return None
+                del self._recorded[once]
             self._recorded[key] = _Recorded.make(layout, len(batches), self.device)
         return self._recorded[key]
 
