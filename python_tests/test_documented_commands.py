@@ -239,6 +239,12 @@ def test_files_and_functions_that_the_pages_name_are_there():
     assert not wrong, "\n".join(wrong)
 
 
+def test_every_benchmark_stands_in_their_list():
+    folder = ROOT / "benchmarks"
+    listed = (folder / "README.md").read_text(encoding="utf-8")
+    assert [file.name for file in folder.glob("*.py") if f"`{file.name}`" not in listed] == []
+
+
 def _rows_of_moving() -> Iterator[tuple[list[str], str]]:
     """Their cells and ours, of each row of the page's tables."""
     ours: int | None = None

@@ -107,7 +107,8 @@ class SearchOptions:
     )
     max_length: int | None = option(
         None,
-        help="longest output, its end of sentence counted",
+        help="longest output, its end of sentence counted; early_stopping exact searches the "
+        "longer, the more it allows",
         unit="tokens",
         minimum=1,
         maximum=LONGEST_OUTPUT,
