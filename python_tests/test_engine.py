@@ -242,7 +242,14 @@ def test_an_ensemble_has_the_mean_of_the_probabilities():
     shallow = make_engine(make_model(num_decoder_layers=1))
     with pytest.raises(ValueError, match="attention_layer: got 1, but the decoder has 1 layers"):
         Engine.ensemble([engines[0], shallow]).search(sources, options)
-    together.close()
+    expected = together.score(sources, targets)
+
+    def closing():
+        yield from sources
+        together.close()
+
+    # A call that has begun goes on, with all members.
+    assert together.score(closing(), targets, batch_size=1) == expected
     with pytest.raises(ValueError, match="closed"):
         together.score(sources, targets)
 

@@ -469,18 +469,19 @@ def test_the_command_writes_a_line_for_each(folder, capsysbinary, tmp_path):
     assert len(set(outputs)) == 1
     lines = outputs[0].split("\n")
     assert lines[0].startswith("Open the file") and lines[0] != lines[4]
-    status, out, _ = run(
-        [folder, "--format", "jsonl", "--beam-size", 2, "--num-hypotheses", 2],
-        "Open\n",
-        capsysbinary,
-        tmp_path,
-    )
+    several = ["--beam-size", 2, "--num-hypotheses", 2, "--format"]
+    status, out, _ = run([folder, *several, "jsonl"], "Open\n", capsysbinary, tmp_path)
     line, _ = out.split("\n")
     values = json.loads(line)
     assert status == 0 and len(values["hypotheses"]) == 2
     best = values["hypotheses"][0]
     assert values["text"] == best["text"] == "Open" + best["continuation"]
     assert best["log_prob"] == pytest.approx(sum(best["token_scores"]))
+    status, out, _ = run([folder, *several, "nbest"], "\nOpen\n", capsysbinary, tmp_path)
+    *lines, end = out.split("\n")
+    assert status == 0 and end == "" and [line.split(" ||| ")[0] for line in lines] == list("0011")
+    expected = [f"1 ||| {h['text']} ||| {h['score']:.6f}" for h in values["hypotheses"]]
+    assert lines[2:] == [line.replace("\n", " ") for line in expected]
 
 
 @pytest.mark.parametrize(

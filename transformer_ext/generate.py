@@ -24,7 +24,7 @@ from transformer_ext.inference.shared import PromptError, asked_of_source
 if TYPE_CHECKING:
     from transformer_ext.inference.continuation import GeneratedText
 
-FORMATS = ("text", "jsonl")
+FORMATS = ("text", "jsonl", "nbest")
 
 
 def _parser() -> ArgumentParser:
@@ -47,7 +47,8 @@ def _parser() -> ArgumentParser:
         choices=FORMATS,
         default="text",
         help="text: the line and its best continuation, whose line ends become spaces; jsonl: a "
-        "JSON object a line with all hypotheses, as they are (default: %(default)s)",
+        "JSON object a line with all hypotheses, as they are; nbest: a line for each hypothesis, "
+        "'number ||| text ||| score' (default: %(default)s)",
     )
     add_engine_arguments(parser, ensemble=False)
     add_batch_arguments(
@@ -68,15 +69,24 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def line_of(texts: Sequence[GeneratedText], format: str) -> str:
+def _one_line(text: str) -> str:
+    return re.sub(r"\r\n|\r|\n", " ", text)
+
+
+def lines_of(number: int, texts: Sequence[GeneratedText], format: str) -> str:
     """The output for one input line.
 
     Args:
+        number: of the line, from 0.
         texts: its continuations.
         format: one of :data:`FORMATS`.
     """
     if format == "text":
-        return re.sub(r"\r\n|\r|\n", " ", texts[0].text)
+        return _one_line(texts[0].text)
+    if format == "nbest":
+        return "\n".join(
+            f"{number} ||| {_one_line(text.text)} ||| {text.hypothesis.score:.6f}" for text in texts
+        )
     values = [
         {
             "text": text.text,
@@ -106,8 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     if options.num_hypotheses > 1 and arguments.format == "text":
         parser.error(
-            f"--num-hypotheses: got {options.num_hypotheses}, expected --format jsonl with more "
-            "than 1"
+            f"--num-hypotheses: got {options.num_hypotheses}, expected --format jsonl or nbest "
+            "with more than 1"
         )
     asked = asked_of_source(options)
     if asked is not None:
@@ -141,8 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise ValueError(f"line {error.number + 1} {error.reason}") from None
             except TextError as error:
                 raise ValueError(f"line {number + error.number + 1} {error.reason}") from None
-            for texts in written:
-                sys.stdout.buffer.write(line_of(texts, arguments.format).encode() + b"\n")
+            for line, texts in enumerate(written, number):
+                sys.stdout.buffer.write(lines_of(line, texts, arguments.format).encode() + b"\n")
             sys.stdout.buffer.flush()
             number += len(lines)
     finally:

@@ -176,8 +176,11 @@ class CompiledModel(Closing, Generic[ConfigT]):
 
     def close(self) -> None:
         if self._engine is not None:
-            self._engine = None
+            self._forget()
             native().release_memory()
+
+    def _forget(self) -> None:
+        self._engine = None
 
     def _open(self) -> Any:
         if self._engine is None:

@@ -75,9 +75,10 @@ class EncoderEngine(CompiledModel[TextEncoderConfig]):
         Returns:
             for each text ``[tokens, d_model]``.
         """
+        engine = self._open()
         results: dict[int, Any] = {}
         for batch, asked in self._batches(texts, token_types, batch_size, batch_tokens):
-            for i, array in zip(batch, self._open().states(**asked), strict=True):
+            for i, array in zip(batch, engine.states(**asked), strict=True):
                 results[i] = array
         return [results[i] for i in range(len(texts))]
 
@@ -103,9 +104,10 @@ class EncoderEngine(CompiledModel[TextEncoderConfig]):
         """
         import numpy as np
 
+        engine = self._open()
         results: dict[int, Any] = {}
         for batch, asked in self._batches(texts, token_types, batch_size, batch_tokens):
-            results.update(zip(batch, self._open().pooled(**asked), strict=True))
+            results.update(zip(batch, engine.pooled(**asked), strict=True))
         rows = [results[i] for i in range(len(texts))]
         return np.array(rows, np.float32).reshape(-1, self.config.d_model)
 
@@ -134,9 +136,10 @@ class EncoderEngine(CompiledModel[TextEncoderConfig]):
         import numpy as np
 
         check_labels(self.config)
+        engine = self._open()
         results: dict[int, Any] = {}
         for batch, asked in self._batches(texts, token_types, batch_size, batch_tokens):
-            results.update(zip(batch, self._open().label_scores(**asked), strict=True))
+            results.update(zip(batch, engine.label_scores(**asked), strict=True))
         rows = [results[i] for i in range(len(texts))]
         return np.array(rows, np.float32).reshape(-1, len(self.config.labels))
 
@@ -167,9 +170,10 @@ class EncoderEngine(CompiledModel[TextEncoderConfig]):
                 masked_lm_head.
         """
         check_masked_head(self.config)
+        engine = self._open()
         results: dict[int, Any] = {}
         for batch, asked in self._batches(texts, token_types, batch_size, batch_tokens, positions):
-            for i, array in zip(batch, self._open().token_scores(**asked), strict=True):
+            for i, array in zip(batch, engine.token_scores(**asked), strict=True):
                 results[i] = array
         return [results[i] for i in range(len(texts))]
 
@@ -182,7 +186,6 @@ class EncoderEngine(CompiledModel[TextEncoderConfig]):
         positions: Sequence[Sequence[int]] | None = None,
     ) -> Iterator[tuple[list[int], dict[str, Any]]]:
         """Numbers of the texts of each batch, and what the compiled engine is told of them."""
-        self._open()
         for batch in checked_batches(
             self.config, texts, token_types, positions, batch_size, batch_tokens
         ):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformer_ext.inference.compiled import (
     CompiledModel,
@@ -66,6 +66,7 @@ class Engine(CompiledModel[TransformerConfig]):
     ) -> None:
         super().__init__(config, weights, threads=threads, compute_type=compute_type)
         self._others: list[Engine] = []
+        self._configs = [config]
 
     @classmethod
     def ensemble(cls, engines: Sequence[Engine]) -> Engine:
@@ -89,11 +90,8 @@ class Engine(CompiledModel[TransformerConfig]):
         together.compute_type = first.compute_type
         together._engine = first._open()
         together._others = [*first._others, *others]
+        together._configs = [engine.config for engine in (first, *together._others)]
         return together
-
-    @property
-    def _configs(self) -> list[TransformerConfig]:
-        return [self.config, *(other.config for other in self._others)]
 
     @property
     def positions(self) -> int | None:
@@ -101,9 +99,15 @@ class Engine(CompiledModel[TransformerConfig]):
         limits = [c.longest for c in self._configs if c.longest is not None]
         return min(limits, default=None)
 
-    def close(self) -> None:
+    def _forget(self) -> None:
+        # In this order, see _members().
+        super()._forget()
         self._others = []
-        super().close()
+
+    def _members(self) -> tuple[Any, list[Any]]:
+        """The compiled engine and the others of an ensemble, for a call during which it may be closed."""
+        others = self._others
+        return self._open(), [other._open() for other in others]
 
     def search(
         self,
@@ -137,7 +141,7 @@ class Engine(CompiledModel[TransformerConfig]):
                 of prefixes and sources that differ, or weights that give NaN.
         """
         options = chosen_options(options)
-        engine = self._open()
+        engine, others = self._members()
         sources = integer_rows("sources", sources, self.config.src_vocab_size - 1)
         if prefixes is not None:
             prefixes = integer_rows("prefixes", prefixes, self.config.tgt_vocab_size - 1)
@@ -170,7 +174,7 @@ class Engine(CompiledModel[TransformerConfig]):
                     eos_id=self.config.eos_id,
                     start_id=self.config.decoder_start_id,
                 ),
-                others=[other._open() for other in self._others],
+                others=others,
                 attention_layers=layers,
             )
             for i, result in zip(batch, found, strict=True):
@@ -254,7 +258,7 @@ class Engine(CompiledModel[TransformerConfig]):
         batch_size: int,
         batch_tokens: int,
     ) -> list[tuple[list[float], NDArray[np.float32] | None]]:
-        engine = self._open()
+        engine, others = self._members()
         sources = integer_rows("sources", sources, self.config.src_vocab_size - 1)
         targets = integer_rows("targets", targets, self.config.tgt_vocab_size - 1)
         if len(sources) != len(targets):
@@ -267,7 +271,7 @@ class Engine(CompiledModel[TransformerConfig]):
                 sources=[sources[i] for i in batch],
                 targets=[targets[i] for i in batch],
                 start_id=self.config.decoder_start_id,
-                others=[other._open() for other in self._others],
+                others=others,
                 attention_layers=attention_layers,
             )
             for i, row in zip(batch, found, strict=True):

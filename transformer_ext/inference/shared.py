@@ -32,8 +32,8 @@ class Closing(ABC):
     def close(self) -> None:
         """Give the memory back; calls that begin afterwards are errors.
 
-        Calls that other threads are in go on to their end, and the memory is given back with the
-        last of them.
+        On the CPU calls that other threads are in go on to their end, and the memory is given back
+        with the last of them; on another device there may be none.
         """
 
     def __enter__(self: _Self) -> _Self:
