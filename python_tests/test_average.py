@@ -89,9 +89,17 @@ def test_what_cannot_be_averaged(
         average.average_weights([tmp_path / "a", tmp_path / "b"])
     with pytest.raises(ValueError, match="directories"):
         average.average_weights([])
+    weights = _save(tmp_path / "c", tokenizer, 1)
+    name = "encoder.layers.0.feed_forward_norm.weight"
+    weights[name][3] = np.nan
+    save_model_dir(tmp_path / "nan", _config(tokenizer), weights, tokenizer, tokenizer)
+    wrong = f"{tmp_path / 'nan' / 'model.safetensors'}: {name}: 1 of its 8 numbers are NaN"
     for arguments, message in (
+        ([str(tmp_path / "a"), str(tmp_path / "nan")], wrong),
+        ([str(tmp_path / "nan"), str(tmp_path / "a")], wrong),
         ([str(tmp_path / "none")], "no model and no checkpoints"),
         ([str(tmp_path / "a"), "--last", "0"], "--last"),
     ):
         assert average.main([*arguments, "--output", str(tmp_path / "out")]) == 2
         assert message in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()

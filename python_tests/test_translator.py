@@ -382,6 +382,15 @@ def test_broken_files_are_one_clear_error(tmp_path, model_dir):
     (folder / "tokenizer.model").write_bytes(train_tokenizer(SENTENCES[:4], vocab_size=300)[0])
     with pytest.raises(FileError, match="not the tokenizer that this model was trained with"):
         Translator(folder)
+    folder = copy("numbers")
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 400] = b"\xff" * 400
+    weights.write_bytes(content)
+    with Translator([model_dir, folder]) as translator:
+        for call in (translator.translate, lambda texts: translator.score(texts, texts)):
+            with pytest.raises(FileError, match=r"numbers/model.safetensors: .* numbers are NaN"):
+                call(["the"])
     with Translator(model_dir, options=OPTIONS) as translator:
         assert translator.translate("the").hypotheses
 

@@ -33,10 +33,12 @@ def average_weights(directories: Sequence[str | Path]) -> dict[str, np.ndarray]:
 
     Raises:
         ValueError: No directory, or two whose weights or tokenizers differ in names or shapes.
+        FileError: Weights of one hold NaN or an infinity.
     """
     if not directories:
         raise ValueError("directories: got none, expected at least one model directory")
     first = load_model_dir(directories[0], ModelConfig)
+    first.weights.check_finite()
     sums = {name: value.astype(np.float64) for name, value in first.weights.items()}
     for directory in directories[1:]:
         other = load_model_dir(directory, ModelConfig)
@@ -47,6 +49,7 @@ def average_weights(directories: Sequence[str | Path]) -> dict[str, np.ndarray]:
             )
         if _tokenizers(other) != _tokenizers(first):
             raise ValueError(f"{directory}: its tokenizer differs from that of {directories[0]}")
+        other.weights.check_finite()
         for name, value in other.weights.items():
             sums[name] += value
     return {name: (value / len(directories)).astype(np.float32) for name, value in sums.items()}
@@ -61,7 +64,7 @@ def average_models(directories: Sequence[str | Path], output: str | Path) -> Pat
 
     Raises:
         ValueError: As :func:`average_weights`.
-        FileError: ``output`` is there already.
+        FileError: As there, or ``output`` is there already.
     """
     weights = average_weights(directories)
     first = load_model_dir(directories[0], ModelConfig)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from transformer_ext.files import load_model_dir
+from transformer_ext.files import load_model_dir, naming_damage
 from transformer_ext.inference.language_engine import LanguageModelEngine
 from transformer_ext.inference.options import (
     Hypothesis,
@@ -146,6 +146,7 @@ class TextGenerator(Closing):
         device: str | int | torch.device = "cpu",
     ) -> None:
         saved = load_model_dir(folder, LanguageModelConfig)
+        self._folder = saved.path
         self.config = saved.config
         self.tokenizer = saved.source_tokenizer
         self.not_used: dict[str, Any] = dict(saved.training.get("generation_not_used") or {})
@@ -175,12 +176,13 @@ class TextGenerator(Closing):
     ) -> list[SearchResult]:
         """On token ids: see :meth:`LanguageModelEngine.search`; batches are as large as suits the
         device where nothing is said. ``changes`` are single search options."""
-        return self._engine.search(
-            prompts,
-            chosen_options(options, **changes),
-            numbers=numbers,
-            **at_once(batch_size, batch_tokens),
-        )
+        with naming_damage([self._folder]):
+            return self._engine.search(
+                prompts,
+                chosen_options(options, **changes),
+                numbers=numbers,
+                **at_once(batch_size, batch_tokens),
+            )
 
     @overload
     def generate(

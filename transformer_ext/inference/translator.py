@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from transformer_ext.data.tokenizer import Tokenizer
-from transformer_ext.files import FileError, load_model_dir
+from transformer_ext.files import FileError, load_model_dir, naming_damage
 from transformer_ext.inference.engine import BATCH_SIZE, Engine
 from transformer_ext.inference.options import (
     Hypothesis,
@@ -145,6 +145,7 @@ class Translator(Closing):
             model.target_tokenizer,
             min((length for length in longest if isinstance(length, int)), default=None),
             options,
+            [model.path for model in models],
         )
 
     @classmethod
@@ -188,8 +189,10 @@ class Translator(Closing):
         target_tokenizer: Tokenizer,
         max_train_length: int | None,
         options: SearchOptions | None,
+        folders: Sequence[Path] = (),
     ) -> None:
         self._engine = engine
+        self._folders = folders
         self.config: TransformerConfig = engine.config
         self.options = chosen_options(options)
         self.source_tokenizer = source_tokenizer
@@ -457,13 +460,14 @@ class Translator(Closing):
             ConfigError, ValueError: see :meth:`translate`; an id that is not in the vocabulary.
         """
         options = chosen_options(options, self.options, **changes)
-        return self._engine.search(
-            sources,
-            options,
-            prefixes=prefixes,
-            numbers=numbers,
-            **at_once(batch_size, batch_tokens),
-        )
+        with naming_damage(self._folders):
+            return self._engine.search(
+                sources,
+                options,
+                prefixes=prefixes,
+                numbers=numbers,
+                **at_once(batch_size, batch_tokens),
+            )
 
     def score(
         self,
@@ -491,11 +495,12 @@ class Translator(Closing):
                 learned positions of the model.
         """
         source_ids, target_ids = self._encode_pairs(sources, targets)
-        return self._engine.score(
-            source_ids,
-            target_ids,
-            **at_once(batch_size, batch_tokens),
-        )
+        with naming_damage(self._folders):
+            return self._engine.score(
+                source_ids,
+                target_ids,
+                **at_once(batch_size, batch_tokens),
+            )
 
     def align(
         self,
@@ -523,12 +528,13 @@ class Translator(Closing):
             TypeError, ValueError: as :meth:`score`, and for a layer that the model does not have.
         """
         source_ids, target_ids = self._encode_pairs(sources, targets)
-        return self._engine.align(
-            source_ids,
-            target_ids,
-            layer=layer,
-            **at_once(batch_size, batch_tokens),
-        )
+        with naming_damage(self._folders):
+            return self._engine.align(
+                source_ids,
+                target_ids,
+                layer=layer,
+                **at_once(batch_size, batch_tokens),
+            )
 
     def _encode_pairs(
         self, sources: Sequence[str], targets: Sequence[str]

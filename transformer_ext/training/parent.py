@@ -77,7 +77,7 @@ class Parent(Generic[ConfigT]):
 
         Raises:
             ConfigError: an option contradicts it.
-            FileError: there is no usable model.
+            FileError: there is no usable model, or its weights are no numbers.
         """
         assert config.init_from is not None
         folder, output = Path(config.init_from), config.output.output
@@ -94,6 +94,7 @@ class Parent(Generic[ConfigT]):
         parent._check_preset(config.preset)
         parent.architecture(config.model)
         parent._check_data(config.data)
+        model.weights.check_finite()
         return parent
 
     @property
