@@ -210,7 +210,7 @@ def test_a_file_that_may_not_grow_is_named_with_its_size(tmp_path: Path) -> None
         assert error.value.errno == errno.EFBIG
         path = str(error.value.filename)
         assert path.startswith(str(tmp_path / "step-2")) and path.endswith("training.safetensors")
-        assert "needs 4,1" in str(error.value) and "are free on its disk" in str(error.value)
+        assert "needs 4,1" in str(error.value) and "2,000: ulimit -f)" in str(error.value)
         return 0
 
     assert end_of(forked(grow)) == 0

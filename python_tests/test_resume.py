@@ -478,8 +478,11 @@ def test_a_finished_run_says_so(run: Path, whole: Path, capsys: pytest.CaptureFi
     (run / "model/model.safetensors").write_bytes(b"half")
     assert go_on(run) == 0
     assert results_of(run) == results_of(whole) and len(events(run, "end")) == 1
+    capsys.readouterr()
     assert go_on(run, "--max-steps", "11") == 2
-    assert "--max-steps: got 11, but the run has done 12 steps" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "--max-steps: got 11, but the run has done 12 steps" in said.err
+    assert not said.out
     assert go_on(run, "--max-epochs", "3") == 0
     assert json.loads((run / "results.json").read_text())["steps"] > 12
 
@@ -526,8 +529,13 @@ def test_two_trainings_in_one_folder_are_refused(
     before = {p.name for p in run.iterdir()}
     for options in (["--resume"], [*text, "--overwrite"]):
         assert train.main(["--output", str(run), *options]) == 2
-        error = capsys.readouterr().err
-        assert f"another training (process {pid} on " in error and str(run) in error
+        said = capsys.readouterr()
+        assert f"another training (process {pid} on " in said.err and str(run) in said.err
+        # It is looked at before the text is read, and by what no other training comes past.
+        assert "data  " not in said.out
+    config = TrainConfig(output=OutputConfig(str(run), overwrite=True))
+    with pytest.raises(ConfigError, match=rf"another training \(process {pid} on "):
+        RunFolder.claim(run, config)
     assert before == {p.name for p in run.iterdir()}
     os.kill(pid, signal.SIGKILL)
     assert end_of(pid) == -signal.SIGKILL

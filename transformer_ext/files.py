@@ -111,11 +111,26 @@ def write_error(
     reason = error.strerror or str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         facts = [] if needed is None else [f"it needs {needed:,} bytes"]
-        free = free_bytes(path)
-        if free is not None:
+        if error.errno == errno.EFBIG:
+            # The room on its disk has nothing to do with it.
+            facts.append(_size_limit())
+        elif (free := free_bytes(path)) is not None:
             facts.append(f"{free:,} are free on its disk")
         reason += f" ({', '.join(facts)})" if facts else ""
     return WriteError(error.errno, reason, os.fspath(path))
+
+
+def _size_limit() -> str:
+    """What keeps files from growing, for people."""
+    try:
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        if limit != resource.RLIM_INFINITY:
+            return f"no file of this process may have more than {limit:,}: ulimit -f"
+    except ImportError:
+        pass
+    return "more than its file system allows"
 
 
 def free_bytes(path: str | os.PathLike[str]) -> int | None:

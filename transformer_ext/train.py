@@ -33,11 +33,13 @@ from transformer_ext.config import (
 )
 from transformer_ext.files import FileError, atomic_write, read_json
 from transformer_ext.training import distributed
+from transformer_ext.training.checkpoint import Checkpoints
 from transformer_ext.training.folder import (
     RunFolder,
     check_changes,
     choose_folder,
     newest_run,
+    refuse_held,
     restarted_run,
 )
 from transformer_ext.training.machine import Machine
@@ -88,7 +90,24 @@ def _parse(argv: Sequence[str] | None) -> TrainConfig:
     config = parse(["--config", str(file), *argv])
     # What it warns of is said when the checkpoint is compared.
     check_changes(before, config, "--resume")
+    _check_steps(config, run)
     return _going_on(config, run)
+
+
+def _check_steps(config: TrainConfig, run: Path) -> None:
+    """Whether the run has steps left to do.
+
+    Raises:
+        ConfigError: It has done more than it is to do.
+    """
+    wanted, checkpoints = config.training.max_steps, Checkpoints(run / "checkpoints")
+    # The newest may be damaged; to look at all of its bytes takes time, and is seldom needed.
+    if wanted is not None and wanted < (checkpoints.last() or 0):
+        done = checkpoints.last_good() or 0
+        if wanted < done:
+            raise ConfigError(
+                f"--max-steps: got {wanted}, but the run has done {done} steps already"
+            )
 
 
 def _read_config(file: Path) -> TrainConfig:
@@ -126,6 +145,8 @@ def _train(config: TrainConfig) -> int:
     world = machine.world
     console = Console(silent=not world.first)
     planned = None if config.output.dry_run else choose_folder(config)
+    if planned is not None and world.first:
+        refuse_held(planned)
     machine.print(console, "nothing (dry run)" if planned is None else f"{planned}/")
     machine.check_kernels(console)
     run = task.prepare(config, machine, console)

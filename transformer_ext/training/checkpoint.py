@@ -292,7 +292,7 @@ class Checkpoints:
         """A folder beside the checkpoints that is gone after the block."""
         self.directory.mkdir(parents=True, exist_ok=True)
         # Named as what a killed process leaves, and like that removed by the next save.
-        with TemporaryDirectory(prefix="step-0.tmp-", dir=self.directory) as folder:
+        with TemporaryDirectory(prefix="validation.tmp-", dir=self.directory) as folder:
             yield Path(folder)
 
     def _prune(self, best: Sequence[int], unplanned: Sequence[int]) -> None:

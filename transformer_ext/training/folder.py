@@ -6,6 +6,7 @@ back when the process ends, however it ends, so a lock is never left behind.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -19,7 +20,14 @@ from typing import Any, TextIO
 from transformer_ext.config import ConfigError, TrainConfig, options, to_dict
 from transformer_ext.files import FileError, read_json, remove_abandoned, write_error
 
-__all__ = ["RunFolder", "check_changes", "choose_folder", "newest_run", "restarted_run"]
+__all__ = [
+    "RunFolder",
+    "check_changes",
+    "choose_folder",
+    "newest_run",
+    "refuse_held",
+    "restarted_run",
+]
 
 _RUNS = Path("runs")
 _LOCK = "lock"
@@ -138,6 +146,21 @@ def choose_folder(config: TrainConfig) -> Path:
         if not any((folder / name).is_file() for name in ("config.yaml", _LOCK)):
             raise ConfigError(f"--overwrite: {folder} holds no run; nothing was removed")
     return folder
+
+
+def refuse_held(folder: Path) -> None:
+    """Looks whether another training writes to a folder, before the text is read for this one.
+
+    :meth:`RunFolder.claim` is what keeps others out.
+
+    Raises:
+        ConfigError: One does.
+    """
+    if (folder / _LOCK).is_file():
+        with contextlib.suppress(OSError):
+            held = _lock(folder)
+            if held is not None:
+                held.close()
 
 
 @dataclass

@@ -297,11 +297,6 @@ class Run(ABC):
             assert self.checkpoints is not None
             state = self.checkpoints.state(resume_from)
             start = Progress.from_dict(state["progress"]).position
-            wanted = training.max_steps
-            if wanted is not None and wanted < resume_from:
-                raise ConfigError(
-                    f"--max-steps: got {wanted}, but the run has done {resume_from} steps already"
-                )
             trained = from_dict(TrainConfig, state["config"], f"checkpoint of step {resume_from}")
             for warning in check_changes(trained, config, f"{self.folder}/config.yaml"):
                 self.console.print(f"warning: {warning}")
