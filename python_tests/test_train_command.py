@@ -57,6 +57,8 @@ def test_from_text_to_model(
     assert len(re.findall(r"^step \d+/20 ", said, re.MULTILINE)) == 4
     assert len(re.findall(r"^validation at step (?:10|20): .*BLEU", said, re.MULTILINE)) == 2
     assert f"python -m transformer_ext.translate {output / 'model'}" in said
+    # 15 of 300 pairs are held out.
+    assert re.search(r"^warning: scores of 1\d sentences say little", said, re.MULTILINE)
 
     results = json.loads((output / "results.json").read_text())
     assert results["steps"] == 20 and results["seed"] == 1 and results["target_tokens"] > 0

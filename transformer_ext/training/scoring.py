@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,6 +216,7 @@ class Decoder:
         self._length_penalty = length_penalty
         self._threads = threads
         self._refused = False
+        self._warnings: set[str] = set()
 
     @property
     def refused(self) -> bool:
@@ -252,7 +254,16 @@ class Decoder:
             compute_type="float32" if device == "cpu" else self._precision,
             device=device,
         ) as translator:
-            return [found.text for found in translator.translate(list(texts), options)]
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                found = translator.translate(list(texts), options)
+        for warning in caught:
+            message = str(warning.message)
+            # Each validation has the same texts.
+            if message not in self._warnings:
+                self._warnings.add(message)
+                self._console.print(f"warning: {message}")
+        return [translation.text for translation in found]
 
     @property
     def _precision(self) -> str:
