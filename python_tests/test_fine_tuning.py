@@ -37,7 +37,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [
         *("--src-train", str(source), "--tgt-train", str(target), "--held-out", "0.1"),
         *("--cache", str(folder / "cache"), "--max-tokens", "200"),
-        *("--precision", "float32", "--threads", "1", "--validation-sentences", "2"),
+        *("--precision", "float32", "--threads", "1", "--device", "cpu"),
+        *("--validation-sentences", "2"),
     ]
 
 

@@ -368,7 +368,16 @@ def test_a_translation_with_the_tokenizer_of_bert(folder: Path, tmp_path: Path) 
     (tmp_path / "tokenizer.json").write_bytes(content)
     options = ["--tokenizer", str(tmp_path / "tokenizer.json"), *SMALL_MODEL[:10]]
     options += ["--src-train", str(source), "--tgt-train", str(target), "--held-out", "0.1"]
-    options += ["--precision", "float32", "--threads", "1", "--max-tokens", "300"]
+    options += [
+        "--precision",
+        "float32",
+        "--threads",
+        "1",
+        "--max-tokens",
+        "300",
+        "--device",
+        "cpu",
+    ]
     options += ["--cache", str(tmp_path / "cache"), "--output", str(tmp_path / "run")]
     assert train.main([*options, *steps(1), "--prepare-workers", "2"]) == 0
     translator = Translator(tmp_path / "run" / "model")
