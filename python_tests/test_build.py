@@ -211,6 +211,9 @@ def test_console_lists_only_commands_that_exist(capsys):
         assert (f"\n  {name} " in shown) == exists
     assert console.main(["no-such-command"]) == 2
     assert "no command 'no-such-command'" in capsys.readouterr().err
+    for name in ("fill-mask", "fill_mask"):
+        with pytest.raises(SystemExit, match="0"):
+            console.main([name, "--help"])
     assert console.main(["--version"]) == 0
 
 

@@ -231,6 +231,18 @@ def test_wrong_lines_in_files_of_pairs(tmp_path, name, line, message) -> None:
     assert counts.empty + counts.undecodable + counts.malformed == 1
 
 
+def test_json_that_is_not_one_object_a_line_is_told(tmp_path) -> None:
+    pairs = [{"src": "a", "tgt": "b"}] * 2
+    for content, message in (
+        (json.dumps(pairs), "one array of all"),
+        (json.dumps(pairs, indent=1), "one array of all"),
+        (json.dumps(pairs[0], indent=1), "objects over several lines"),
+    ):
+        with pytest.raises(CorpusError, match=f"this looks like {message}") as caught:
+            list(read_pairs(pairs_file(tmp_path, "a.json", content)))
+        assert "--bad-lines" not in str(caught.value)
+
+
 def test_the_first_wrong_line_is_the_one_that_is_named(tmp_path) -> None:
     for name, content in (
         ("a.tsv", b"a\tb\n\tb\nx\n\xff\ty\n"),

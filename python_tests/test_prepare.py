@@ -596,6 +596,24 @@ def test_several_corpora(several, pairs) -> None:
     assert "corpus b: " in text and "; each 2.5 times an epoch; tag <2en>" in text
 
 
+def test_pairs_with_a_source_that_is_held_out_are_counted(tmp_path, pairs) -> None:
+    files = [write_pairs(tmp_path, name, pairs[:100]) for name in ("a.tsv", "b.tsv")]
+    data = prepare_data(
+        DataConfig(
+            corpora=[
+                CorpusConfig(name, pairs=[file]) for name, file in zip("ab", files, strict=True)
+            ],
+            vocab_size=400,
+            cache=str(tmp_path / "cache"),
+        )
+    )
+    assert len(data.dev) == 2 and data.train.skipped.held_out == 4
+    text = "\n".join(data.messages)
+    assert "(4 held out for validation)" in text
+    assert "text: 2 pairs held out of the training text, the same ones for every run" in text
+    assert "every run on it; 2 pairs more with the same source left out" in text
+
+
 def test_validation_text_without_tags_is_told(several, tmp_path, pairs) -> None:
     several.corpora[2].source_tag = "<2x>"
     lines = [("<2de> " + pairs[0][0], pairs[0][1]), ("<2de> " + pairs[1][0], "[de] a"), pairs[2]]

@@ -412,6 +412,9 @@ def test_errors_of_a_call_leave_the_translator_as_it_was(translator):
 def test_errors_of_the_folder(tmp_path, model_dir):
     with pytest.raises(FileError, match="no such model directory"):
         Translator(tmp_path / "nothing")
+    (model_dir.parent / "best").write_text(f"{model_dir.name}\n")
+    with pytest.raises(FileError, match=f"names a checkpoint, expected that: {model_dir}$"):
+        Translator(model_dir.parent / "best")
     with pytest.raises(ValueError, match="threads: got 0"):
         Translator(model_dir, threads=0)
 

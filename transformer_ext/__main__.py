@@ -64,9 +64,11 @@ def main(argv: list[str] | None = None) -> int:
 
         print(f"transformer-ext {__version__}")
         return 0
-    command, *rest = arguments
+    name, *rest = arguments
+    # Some write it as its module is called.
+    command = name.replace("_", "-")
     if command not in available():
-        print(f"transformer-ext: no command {command!r}\n\n{_usage()}", file=sys.stderr)
+        print(f"transformer-ext: no command {name!r}\n\n{_usage()}", file=sys.stderr)
         return 2
     if command == "train":
         share_cores()

@@ -938,6 +938,8 @@ def load_model_dir(
         )
     # An empty name would be the working directory.
     if not str(path) or not Path(path).is_dir():
+        if Path(path).is_file() and (named := _checkpoint_named_by(Path(path))):
+            raise FileError(f"{path}: is a file that names a checkpoint, expected that: {named}")
         raise FileError(f"{str(path) or repr('')}: no such model directory")
     path = Path(path)
     config_path = path / CONFIG_FILE
@@ -970,6 +972,16 @@ def load_model_dir(
         if elements != "F32":
             raise FileError(f"{weights.path}: {name}: got {elements}, expected F32")
     return ModelDir(path, config, weights, source, target, _training(values, config_path))
+
+
+def _checkpoint_named_by(path: Path) -> Path | None:
+    """The folder beside a file that is its one line, as for ``checkpoints/best`` of a training."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            name = file.read(100).strip()
+    except (OSError, ValueError):
+        return None
+    return path.parent / name if name and (path.parent / name / CONFIG_FILE).is_file() else None
 
 
 @contextlib.contextmanager

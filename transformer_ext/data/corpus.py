@@ -230,6 +230,18 @@ def describe_counts(what: str, used: int, read: int, reasons: dict[str, int]) ->
     return text
 
 
+def describe_held_out(what: str, held_out: int, left_out: int) -> str:
+    """How much is held out for validation, and what else is not trained on for that, for people."""
+    text = (
+        f"validation text: {counted(held_out, what)} held out of the training text, the same ones for "
+        "every run on it"
+    )
+    if left_out > held_out:
+        same = "source" if what == "pairs" else "text"
+        text += f"; {counted(left_out - held_out, what)} more with the same {same} left out"
+    return text
+
+
 def open_text(path: str) -> BinaryIO:
     """Open a plain, gzip or xz file for reading its bytes.
 
@@ -519,10 +531,8 @@ def _columns(
                 _refuse_empty(chunk, place, pairs[-1][0])
         except BadLine as error:
             if bad_lines == "error":
-                raise CorpusError(
-                    f"{chunk.paths[0]}:{chunk.first + place}: {error}; --bad-lines skip leaves such "
-                    "lines out"
-                ) from None
+                number = chunk.first + place
+                raise refused_line(chunk.paths[0], number, line, str(error)) from None
             counts.malformed += 1
             pairs.append((None, None))
     return [[pair[0] for pair in pairs], [pair[1] for pair in pairs]]
@@ -530,6 +540,20 @@ def _columns(
 
 class BadLine(ValueError):
     """A line that is not what it should be; the message does not say where."""
+
+
+def refused_line(path: str, number: int, line: str, why: str) -> CorpusError:
+    """The error for a line that is not what it should be, for who wants no bad lines."""
+    begin = "".join(line[:100].split())
+    if number == 1 and text_format(path) == "jsonl" and begin[:2] in ("[", "{", "[{"):
+        array = begin[0] == "["
+        looks = "one array of all" if array else "objects over several lines"
+        tool = "jq -c '.[]'" if array else "jq -c ."
+        return CorpusError(
+            f"{path}: expected one JSON object a line; this looks like {looks} ({tool} writes one "
+            "a line)"
+        )
+    return CorpusError(f"{path}:{number}: {why}; --bad-lines skip leaves such lines out")
 
 
 def _tsv_pair(line: str) -> tuple[str, str]:

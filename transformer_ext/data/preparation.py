@@ -33,7 +33,7 @@ from transformer_ext.data.corpus import (
     ParallelText,
     SameTextCheck,
     SkippedPairs,
-    counted,
+    describe_held_out,
     file_digest,
     pairs_format,
     parse,
@@ -700,7 +700,7 @@ class _Preparation:
                 for part, rows, weight in zip(self.parts, train.corpora, weights, strict=True)
             ]
         self.messages[:0] = summary
-        dev, dev_targets = self._dev(held_out, target)
+        dev, dev_targets = self._dev(held_out, train.skipped.held_out, target)
         test = []
         if corpus.test:
             test = [
@@ -765,8 +765,11 @@ class _Preparation:
                     f"{', '.join(text.paths)}"
                 )
 
-    def _dev(self, held_out: HeldOut, target: Tokenizer) -> tuple[list[tuple[str, str]], list[str]]:
-        """Pairs for validation, and their target texts with tags."""
+    def _dev(
+        self, held_out: HeldOut, left_out: int, target: Tokenizer
+    ) -> tuple[list[tuple[str, str]], list[str]]:
+        """Pairs for validation, and their target texts with tags; ``left_out`` pairs of the training
+        text have their sources."""
         if self.corpus.dev:
             pairs = self._read_all(self.corpus.dev, "validation")
             tags = tuple({part.source_tag for part in self.parts})
@@ -780,10 +783,7 @@ class _Preparation:
         if not held_out.pairs:
             self.messages.append("validation text: none")
             return [], []
-        self.messages.append(
-            f"validation text: {counted(len(held_out.pairs), 'pairs')} held out of the training text, the "
-            "same ones for every run on it"
-        )
+        self.messages.append(describe_held_out("pairs", len(held_out.pairs), left_out))
         parts = [self.parts[number] for number in held_out.parts]
         dev = [
             (f"{part.source_tag} {src}".removeprefix(" ") if part.source_tag else src, tgt)

@@ -15,11 +15,11 @@ import numpy as np
 from transformer_ext.data.corpus import (
     BadLine,
     BadLines,
-    CorpusError,
     describe_counts,
     json_texts,
     one_line,
     read_lines,
+    refused_line,
     text_format,
     undecodable,
 )
@@ -74,21 +74,19 @@ class _Reader:
                     raise undecodable(path, number, error, "lines") from None
                 self.counts.undecodable += 1
 
-    def malformed(self, path: str, number: int, error: BadLine) -> None:
+    def malformed(self, path: str, number: int, line: str, error: BadLine) -> None:
         """A line that is not what it should be."""
-        self._refuse(path, number, str(error))
+        self._refuse(path, number, line, str(error))
         self.counts.malformed += 1
 
     def empty(self, path: str, number: int, part: str) -> None:
         """A line without one of its parts."""
-        self._refuse(path, number, f"empty {part}")
+        self._refuse(path, number, "", f"empty {part}")
         self.counts.empty += 1
 
-    def _refuse(self, path: str, number: int, why: str) -> None:
+    def _refuse(self, path: str, number: int, line: str, why: str) -> None:
         if self._bad_lines == "error":
-            raise CorpusError(
-                f"{path}:{number}: {why}; --bad-lines skip leaves such lines out"
-            ) from None
+            raise refused_line(path, number, line, why) from None
 
 
 def read_texts(
@@ -111,7 +109,7 @@ def read_texts(
                 try:
                     text = one_line(*json_texts(line, ["text"]))
                 except BadLine as error:
-                    reader.malformed(path, number, error)
+                    reader.malformed(path, number, line, error)
                     continue
             if text.strip():
                 yield text, ""
@@ -135,7 +133,7 @@ def read_labelled(
             try:
                 label, text = split(line) if line.strip() else ("", "")
             except BadLine as error:
-                reader.malformed(path, number, error)
+                reader.malformed(path, number, line, error)
                 continue
             if label and text.strip():
                 yield text, label

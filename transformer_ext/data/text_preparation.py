@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from transformer_ext.config import DataConfig
-from transformer_ext.data.corpus import CorpusError, HeldOut, file_digest, text_format
+from transformer_ext.data.corpus import (
+    CorpusError,
+    HeldOut,
+    describe_held_out,
+    file_digest,
+    text_format,
+)
 from transformer_ext.data.dataset import (
     DATASET_VERSION,
     ParallelDataset,
@@ -215,10 +221,7 @@ def prepare_texts(
     if files.dev:
         dev = held(files.dev, "validation")
     elif dev:
-        messages.append(
-            f"validation text: {len(dev):,} {what} held out of the training text, the same ones for "
-            "every run on it"
-        )
+        messages.append(describe_held_out(what, len(dev), counts.held_out))
     else:
         messages.append("validation text: none")
     test = held(files.test, "test") if files.test else []
