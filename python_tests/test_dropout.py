@@ -2,6 +2,7 @@ import pytest
 import torch
 from kernel_testing import BACKENDS, needs_compiled, set_backend, threads
 
+from transformer_ext import ops
 from transformer_ext.ops.dropout import (
     dropout,
     dropout_reference,
@@ -10,6 +11,7 @@ from transformer_ext.ops.dropout import (
     keep_mask,
     philox4x32,
 )
+from transformer_ext.packed import Packed
 
 DTYPES = (torch.float32, torch.bfloat16)
 RNGS = [(0, 0, 0), (-5, 3, 1), (2**62 + 12345, 2**33 + 7, 65535), (-(2**63), -1, 1 << 20)]
@@ -124,10 +126,27 @@ def test_seed_step_microstep_site_and_row_each_draw_anew():
 def test_off(backend):
     x = torch.randn(3, 4)
     with set_backend(backend):
-        assert dropout(x, 0.5, None) is x
-        assert dropout(x, 0.0, torch.tensor([1, 2, 3])) is x
+        assert dropout(x, 0.0, None) is x and dropout(x, 1e-6, None) is x
         assert dropout(x, 1e-6, torch.tensor([1, 2, 3])) is x
     assert keep_mask(torch.tensor([1, 2, 3]), 0, 2, 5, 0.0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_op_takes_a_missing_state_for_no_dropout(backend):
+    x = torch.ones(4, 6)
+    packed = Packed.from_lengths([3, 1])
+    calls = [
+        lambda **rest: ops.attention(*[x.view(2, 1, 2, 6)] * 3, **rest),
+        lambda **rest: ops.self_attention_packed(x, 1, 1, packed, **rest),
+        lambda **rest: ops.residual_dropout(x, None, **rest),
+        lambda **rest: ops.residual_norm(x, x, **rest),
+        lambda **rest: ops.activation(x, **rest),
+        lambda **rest: ops.embedding(torch.tensor([1, 2]), x, **rest),
+    ]
+    with set_backend(backend):
+        for call in calls:
+            with pytest.raises(ValueError, match=r"^rng: expected an int64 .* of 0\.5, got None$"):
+                call(dropout_p=0.5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

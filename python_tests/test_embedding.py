@@ -242,6 +242,9 @@ def test_compiles_to_one_graph():
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     expected = torch.autograd.grad(loss(*inputs, RNG), inputs)
     got = torch.autograd.grad(compiled(*inputs, RNG), inputs)
+    ids[1, 2] = 23
+    with pytest.raises(IndexError, match="^ids: got 23 at position 7"):
+        compiled(*inputs, RNG)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -252,10 +255,10 @@ def test_an_id_outside_the_table_is_an_error(bad):
     ids, weight, positions, table, _ = case((7,), 5)
     ids[3] = bad
     with set_backend("compiled"):
-        with pytest.raises(RuntimeError, match=f"ids: got {bad} at position 3, expected 0 to 22"):
+        with pytest.raises(IndexError, match=f"^ids: got {bad} at position 3, expected 0 to 22"):
             embedding(ids, weight)
         positions[2] = 19
-        with pytest.raises(RuntimeError, match="positions: got 19 at position 2"):
+        with pytest.raises(IndexError, match="^positions: got 19 at position 2"):
             embedding(ids.clamp(0, 22), weight, positions=positions, position_table=table)
 
 

@@ -263,11 +263,30 @@ def test_step_by_step_equals_teacher_forcing() -> None:
 def test_pooling_is_what_it_is_called() -> None:
     ids = some_ids([6, 2, 9])
     sequences = Packed.from_lengths([6, 2, 9])
+    slack = Packed.from_lengths([6, 2, 9], 20)
     for pooling in ("first", "mean"):
         model = build("labels", pooling=pooling).eval()
         states = model.encode_packed(sequences.pack(ids), sequences).split([6, 2, 9])
         expected = torch.stack([s[0] if pooling == "first" else s.mean(0) for s in states])
         torch.testing.assert_close(model(ids), expected, rtol=1e-5, atol=1e-6)
+        hidden = torch.full((20, model.config.d_model), torch.nan)
+        hidden[:17] = torch.cat(states)
+        hidden.requires_grad_()
+        pooled = model._pool(hidden, slack)
+        torch.testing.assert_close(pooled, expected, rtol=1e-5, atol=1e-6)
+        (grad,) = torch.autograd.grad(pooled.sum(), hidden)
+        share = [[1 / n] * n if pooling == "mean" else [1.0] + [0.0] * (n - 1) for n in (6, 2, 9)]
+        torch.testing.assert_close(grad[:, 0], torch.tensor([*sum(share, []), 0.0, 0.0, 0.0]))
+
+
+def test_a_model_in_training_takes_no_state_for_no_dropout() -> None:
+    model = build("labels", dropout=0.5).eval()
+    sequences = Packed.from_lengths([5])
+    ids = torch.arange(4, 9)
+    expected = model.encode_packed(ids, sequences)
+    model.train()
+    assert torch.equal(model.encode_packed(ids, sequences), expected)
+    assert not torch.equal(model.encode_packed(ids, sequences, rng=model.rng), expected)
 
 
 def test_bert_parts() -> None:

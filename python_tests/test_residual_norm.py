@@ -303,6 +303,7 @@ def test_compiles_to_one_graph(p):
         ((torch.zeros(2, 3), None, torch.ones(2)), {}, r"weight: expected shape \[3\]"),
         ((torch.zeros(2, 3), None, None, torch.ones(4)), {}, r"bias: expected shape \[3\]"),
         ((torch.zeros(2, 3),), {"kind": "batch"}, "kind: expected one of layer, rms, got 'batch'"),
+        ((torch.zeros(2, 3),), {"eps": -1.0}, "eps: expected a number from 0, got -1.0"),
         ((torch.zeros(2, 3),), {"dropout_p": 2.0, "rng": RNG}, "from 0 to 1, got 2.0"),
     ],
 )

@@ -17,14 +17,14 @@ struct ActivationShape {
 
 inline ActivationShape activation_shape(const Tensor& x, const std::optional<Tensor>& bias,
                                         int64_t kind) {
-  STD_TORCH_CHECK(kind >= 0 && kind < kActivations, "kind: got ", kind, ", expected 0 to ",
-                  kActivations - 1);
+  CHECK_ARGUMENT(kind >= 0 && kind < kActivations, "kind: got ", kind, ", expected 0 to ",
+                 kActivations - 1);
   const Activation activation = static_cast<Activation>(kind);
-  STD_TORCH_CHECK(x.dim() >= 1, "x: got a scalar, expected at least one dimension");
+  CHECK_ARGUMENT(x.dim() >= 1, "x: got a scalar, expected at least one dimension");
   check_contiguous(x, "x");
   const int64_t x_columns = x.size(x.dim() - 1);
-  STD_TORCH_CHECK(!is_gated(activation) || x_columns % 2 == 0, "x: got shape ",
-                  shape_string(sizes_of(x)), ", expected an even number of columns");
+  CHECK_ARGUMENT(!is_gated(activation) || x_columns % 2 == 0, "x: got shape ",
+                 shape_string(sizes_of(x)), ", expected an even number of columns");
   if (bias) {
     check_shape(*bias, "bias", {x_columns});
     check_contiguous(*bias, "bias");
@@ -42,9 +42,9 @@ inline Tensor activation_result(const Tensor& x, const ActivationShape& shape) {
 inline void check_activation_gradient(const Tensor& grad, const Tensor& saved,
                                       const ActivationShape& shape) {
   check_contiguous(grad, "grad");
-  STD_TORCH_CHECK(grad.numel() == shape.rows * shape.columns, "grad: got shape ",
-                  shape_string(sizes_of(grad)), ", expected that of the result for saved of shape ",
-                  shape_string(sizes_of(saved)));
+  CHECK_ARGUMENT(grad.numel() == shape.rows * shape.columns, "grad: got shape ",
+                 shape_string(sizes_of(grad)), ", expected that of the result for saved of shape ",
+                 shape_string(sizes_of(saved)));
 }
 
 }  // namespace transformer_ext

@@ -35,9 +35,9 @@ inline AttentionTensor attention_view(const Tensor& x, const char* argument, con
   check_dim(x, argument, query.dim());
   const bool padded = x.dim() == 4;
   const int64_t last = x.dim() - 1;
-  STD_TORCH_CHECK(x.size(last) <= 1 || x.numel() == 0 || x.stride(last) == 1, argument,
-                  ": got strides ", shape_string({x.strides().data(), x.strides().size()}),
-                  ", expected 1 for the last");
+  CHECK_ARGUMENT(x.size(last) <= 1 || x.numel() == 0 || x.stride(last) == 1, argument,
+                 ": got strides ", shape_string({x.strides().data(), x.strides().size()}),
+                 ", expected 1 for the last");
   AttentionTensor result;
   result.data = writable ? x.mutable_data_ptr() : const_cast<void*>(x.const_data_ptr());
   result.batch_stride = padded ? x.stride(0) : 0;
@@ -49,8 +49,8 @@ inline AttentionTensor attention_view(const Tensor& x, const char* argument, con
 inline void check_shape_of(const Tensor& x, const char* argument, const Tensor& like) {
   bool same = x.dim() == like.dim();
   for (int64_t i = 0; same && i < x.dim(); ++i) same = x.size(i) == like.size(i);
-  STD_TORCH_CHECK(same, argument, ": got shape ", shape_string(sizes_of(x)), ", expected ",
-                  shape_string(sizes_of(like)));
+  CHECK_ARGUMENT(same, argument, ": got shape ", shape_string(sizes_of(x)), ", expected ",
+                 shape_string(sizes_of(like)));
 }
 
 // Strides of a [1 or batch, 1 or heads, 1 or queries, 1 or keys] tensor, 0 where it is broadcast.
@@ -59,9 +59,9 @@ inline void broadcast_strides(const Tensor& x, const char* argument, const Atten
   check_dim(x, argument, 4);
   const int64_t sizes[4] = {a.batch, a.heads, a.query_length, a.key_length};
   for (int i = 0; i < 4; ++i) {
-    STD_TORCH_CHECK(x.size(i) == sizes[i] || x.size(i) == 1, argument, ": got shape ",
-                    shape_string(sizes_of(x)), ", expected one that broadcasts to ",
-                    shape_string(sizes));
+    CHECK_ARGUMENT(x.size(i) == sizes[i] || x.size(i) == 1, argument, ": got shape ",
+                   shape_string(sizes_of(x)), ", expected one that broadcasts to ",
+                   shape_string(sizes));
     strides[i] = x.size(i) == 1 ? 0 : x.stride(i);
   }
 }
@@ -71,10 +71,10 @@ inline void fill_attention(AttentionArgs& a, const Tensor& query, const Tensor& 
                            const Tensor& value, const AttentionOptions& options) {
   const bool packed = options.cu_seqlens_q.has_value();
   const int64_t dim = packed ? 3 : 4;
-  STD_TORCH_CHECK(packed == options.cu_seqlens_k.has_value(),
-                  "cu_seqlens_q, cu_seqlens_k: expected both or neither");
-  STD_TORCH_CHECK(!packed || !(options.key_lengths || options.mask || options.bias),
-                  "key_lengths, mask, bias: expected none with packed sequences");
+  CHECK_ARGUMENT(packed == options.cu_seqlens_k.has_value(),
+                 "cu_seqlens_q, cu_seqlens_k: expected both or neither");
+  CHECK_ARGUMENT(!packed || !(options.key_lengths || options.mask || options.bias),
+                 "key_lengths, mask, bias: expected none with packed sequences");
   check_dim(query, "query", dim);
   a.query = attention_view(query, "query", query, false);
   a.key = attention_view(key, "key", query, false);
@@ -85,13 +85,13 @@ inline void fill_attention(AttentionArgs& a, const Tensor& query, const Tensor& 
   a.head_dim = query.size(dim - 1);
   a.query_length = query.size(dim - 3 + (packed ? 0 : 1));
   a.key_length = key.size(dim - 3 + (packed ? 0 : 1));
-  STD_TORCH_CHECK(key.size(dim - 1) == a.head_dim, "key: got shape ", shape_string(sizes_of(key)),
-                  ", expected the query's head_dim ", a.head_dim);
-  STD_TORCH_CHECK(a.kv_heads > 0 && a.heads % a.kv_heads == 0, "key: got ", a.kv_heads,
-                  " heads, expected a number that divides the query's ", a.heads);
+  CHECK_ARGUMENT(key.size(dim - 1) == a.head_dim, "key: got shape ", shape_string(sizes_of(key)),
+                 ", expected the query's head_dim ", a.head_dim);
+  CHECK_ARGUMENT(a.kv_heads > 0 && a.heads % a.kv_heads == 0, "key: got ", a.kv_heads,
+                 " heads, expected a number that divides the query's ", a.heads);
   if (packed) {
     a.batch = options.cu_seqlens_q->numel() - 1;
-    STD_TORCH_CHECK(a.batch >= 0, "cu_seqlens_q: expected at least one value");
+    CHECK_ARGUMENT(a.batch >= 0, "cu_seqlens_q: expected at least one value");
     a.max_query_length = options.max_q;
     a.max_key_length = options.max_k;
     const auto table = [&](const Tensor& ends, const char* argument) {
@@ -104,14 +104,14 @@ inline void fill_attention(AttentionArgs& a, const Tensor& query, const Tensor& 
     a.cu_seqlens_k = table(*options.cu_seqlens_k, "cu_seqlens_k");
   } else {
     a.batch = query.size(0);
-    STD_TORCH_CHECK(key.size(0) == a.batch, "key: got shape ", shape_string(sizes_of(key)),
-                    ", expected the query's batch size ", a.batch);
+    CHECK_ARGUMENT(key.size(0) == a.batch, "key: got shape ", shape_string(sizes_of(key)),
+                   ", expected the query's batch size ", a.batch);
     a.max_query_length = a.query_length;
     a.max_key_length = a.key_length;
   }
   for (const int64_t most : {a.max_query_length, a.max_key_length}) {
-    STD_TORCH_CHECK(most >= 0 && most <= INT32_MAX, "max_q, max_k: got ", most,
-                    ", expected 0 to 2147483647");
+    CHECK_ARGUMENT(most >= 0 && most <= INT32_MAX, "max_q, max_k: got ", most,
+                   ", expected 0 to 2147483647");
   }
   if (options.key_lengths) {
     check_device(*options.key_lengths, "key_lengths", query);
@@ -187,13 +187,13 @@ inline void fill_attention_gradients(AttentionBackwardArgs& a, const Tensor& que
   a.grad_key = attention_view(g.grad_key, "grad_key", query, true);
   a.grad_value = attention_view(g.grad_value, "grad_value", query, true);
   if (g.grad_bias) {
-    STD_TORCH_CHECK(a.bias != nullptr, "grad_bias: expected none without bias");
+    CHECK_ARGUMENT(a.bias != nullptr, "grad_bias: expected none without bias");
     check_device(*g.grad_bias, "grad_bias", query);
     check_shape_of(*g.grad_bias, "grad_bias", *bias);
     int64_t strides[4];
     broadcast_strides(*g.grad_bias, "grad_bias", a, strides);
     for (int i = 0; i < 4; ++i) {
-      STD_TORCH_CHECK(strides[i] == a.bias_strides[i], "grad_bias: expected the strides of bias");
+      CHECK_ARGUMENT(strides[i] == a.bias_strides[i], "grad_bias: expected the strides of bias");
     }
     a.grad_bias = mutable_data<float>(*g.grad_bias, "grad_bias");
   }

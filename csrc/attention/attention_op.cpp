@@ -12,8 +12,8 @@ void check_sequences(const int32_t* ends, const char* argument, int64_t batch, i
   for (int64_t b = 0; ok && b < batch; ++b) {
     ok = ends[b] <= ends[b + 1] && ends[b + 1] - ends[b] <= longest;
   }
-  STD_TORCH_CHECK(ok, argument, ": expected ascending values from 0 to at most ", rows,
-                  " (the rows), in steps of at most ", longest, " (the longest sequence)");
+  CHECK_ARGUMENT(ok, argument, ": expected ascending values from 0 to at most ", rows,
+                 " (the rows), in steps of at most ", longest, " (the longest sequence)");
 }
 
 void fill(AttentionArgs& a, const Tensor& query, const Tensor& key, const Tensor& value,
@@ -27,8 +27,8 @@ void fill(AttentionArgs& a, const Tensor& query, const Tensor& key, const Tensor
     check_sequences(a.cu_seqlens_k, "cu_seqlens_k", a.batch, a.key_length, a.max_key_length);
   }
   for (int64_t b = 0; a.key_lengths != nullptr && b < a.batch; ++b) {
-    STD_TORCH_CHECK(a.key_lengths[b] >= 0 && a.key_lengths[b] <= a.key_length, "key_lengths: got ",
-                    a.key_lengths[b], ", expected 0 to ", a.key_length);
+    CHECK_ARGUMENT(a.key_lengths[b] >= 0 && a.key_lengths[b] <= a.key_length, "key_lengths: got ",
+                   a.key_lengths[b], ", expected 0 to ", a.key_length);
   }
   if (options.rng) {
     check_shape(*options.rng, "rng", {3});

@@ -12,8 +12,8 @@ constexpr char kOtherKernels[] = "TRANSFORMER_EXT_CUDA_ATTENTION=simple takes si
 void fill(AttentionArgs& a, const Tensor& query, const Tensor& key, const Tensor& value,
           const AttentionOptions& options) {
   fill_attention(a, query, key, value, options);
-  STD_TORCH_CHECK(a.head_dim <= kAttentionCudaMaxHeadDim, "query: got head_dim ", a.head_dim,
-                  ", expected at most ", kAttentionCudaMaxHeadDim, " on CUDA");
+  CHECK_ARGUMENT(a.head_dim <= kAttentionCudaMaxHeadDim, "query: got head_dim ", a.head_dim,
+                 ", expected at most ", kAttentionCudaMaxHeadDim, " on CUDA");
 }
 
 std::tuple<Tensor, Tensor> attention_forward(
@@ -43,7 +43,7 @@ void attention_backward(const Tensor& grad, const Tensor& query, const Tensor& k
                         double scale, double dropout_p, const OptionalTensor& rng, int64_t site,
                         Tensor grad_query, Tensor grad_key, Tensor grad_value,
                         const OptionalTensor& grad_bias, bool tensor_cores) {
-  STD_TORCH_CHECK(!grad_bias, "grad_bias: expected none on CUDA, where bias has no gradient");
+  CHECK_ARGUMENT(!grad_bias, "grad_bias: expected none on CUDA, where bias has no gradient");
   const CudaContext context(query);
   AttentionBackwardArgs a;
   fill(a, query, key, value,

@@ -15,6 +15,8 @@
 #include <mutex>
 #include <optional>
 #include <span>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <type_traits>
 
@@ -72,6 +74,23 @@ class TorchParallel final : public Parallel {
   };
 };
 
+// ---- Errors ---------------------------------------------------------------------------------
+
+template <class... Parts>
+std::string joined(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  return text.str();
+}
+
+// Python sees std::invalid_argument as a ValueError, std::out_of_range as an IndexError and
+// std::runtime_error as a RuntimeError, with the text as it stands here; that of STD_TORCH_CHECK
+// would begin with the path of the source, and always be a RuntimeError.
+#define CHECK_AS(Exception, condition, ...) \
+  if (C10_UNLIKELY(!(condition))) throw Exception(::transformer_ext::joined(__VA_ARGS__))
+
+#define CHECK_ARGUMENT(condition, ...) CHECK_AS(std::invalid_argument, condition, __VA_ARGS__)
+
 // ---- Types ----------------------------------------------------------------------------------
 
 template <class T>
@@ -94,8 +113,8 @@ struct TypeTag {
 template <class F>
 auto dispatch_float(const Tensor& x, const char* argument, F&& f) {
   const ScalarType type = x.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, argument, ": got ",
-                  torch::headeronly::toString(type), ", expected float32 or bfloat16");
+  CHECK_ARGUMENT(type == ScalarType::Float || type == ScalarType::BFloat16, argument, ": got ",
+                 torch::headeronly::toString(type), ", expected float32 or bfloat16");
   return type == ScalarType::Float ? f(TypeTag<float>{}) : f(TypeTag<bfloat16>{});
 }
 
@@ -114,14 +133,14 @@ inline std::span<const int64_t> sizes_of(const Tensor& x) {
 }
 
 inline void check_type(const Tensor& x, const char* argument, ScalarType expected) {
-  STD_TORCH_CHECK(x.scalar_type() == expected, argument, ": got ",
-                  torch::headeronly::toString(x.scalar_type()), ", expected ",
-                  torch::headeronly::toString(expected));
+  CHECK_ARGUMENT(x.scalar_type() == expected, argument, ": got ",
+                 torch::headeronly::toString(x.scalar_type()), ", expected ",
+                 torch::headeronly::toString(expected));
 }
 
 inline void check_dim(const Tensor& x, const char* argument, int64_t expected) {
-  STD_TORCH_CHECK(x.dim() == expected, argument, ": got shape ", shape_string(sizes_of(x)),
-                  ", expected ", expected, " dimensions");
+  CHECK_ARGUMENT(x.dim() == expected, argument, ": got shape ", shape_string(sizes_of(x)),
+                 ", expected ", expected, " dimensions");
 }
 
 // -1 stands for any size.
@@ -132,14 +151,14 @@ inline void check_shape(const Tensor& x, const char* argument,
     const int64_t want = expected.begin()[i];
     ok = want == -1 || x.size(static_cast<int64_t>(i)) == want;
   }
-  STD_TORCH_CHECK(ok, argument, ": got shape ", shape_string(sizes_of(x)), ", expected ",
-                  shape_string({expected.begin(), expected.size()}), " (-1: any)");
+  CHECK_ARGUMENT(ok, argument, ": got shape ", shape_string(sizes_of(x)), ", expected ",
+                 shape_string({expected.begin(), expected.size()}), " (-1: any)");
 }
 
 inline void check_contiguous(const Tensor& x, const char* argument) {
-  STD_TORCH_CHECK(x.is_contiguous(), argument, ": got strides ",
-                  shape_string({x.strides().data(), x.strides().size()}),
-                  ", expected a contiguous tensor");
+  CHECK_ARGUMENT(x.is_contiguous(), argument, ": got strides ",
+                 shape_string({x.strides().data(), x.strides().size()}),
+                 ", expected a contiguous tensor");
 }
 
 // "cpu", "cuda:1", "another device".
@@ -150,8 +169,8 @@ inline std::string device_string(const Tensor& x) {
 }
 
 inline void check_device(const Tensor& x, const char* argument, const Tensor& like) {
-  STD_TORCH_CHECK(x.device() == like.device(), argument, ": is on ", device_string(x),
-                  ", expected ", device_string(like), ", the device of the others");
+  CHECK_ARGUMENT(x.device() == like.device(), argument, ": is on ", device_string(x), ", expected ",
+                 device_string(like), ", the device of the others");
 }
 
 // ---- Memory ---------------------------------------------------------------------------------
@@ -178,7 +197,7 @@ const T* data_or_null(const std::optional<Tensor>& x, const char* argument) {
 // stable::new_empty, which goes boxed through the dispatcher (0.5 us against 1.5 us).
 inline Tensor empty(std::span<const int64_t> sizes, ScalarType type, const Tensor& like) {
   constexpr size_t kMaxDim = 16;
-  STD_TORCH_CHECK(sizes.size() <= kMaxDim, "a tensor of more than 16 dimensions");
+  CHECK_ARGUMENT(sizes.size() <= kMaxDim, "a tensor of more than 16 dimensions");
   int64_t strides[kMaxDim];
   int64_t stride = 1;
   for (size_t i = sizes.size(); i-- > 0;) {
@@ -220,7 +239,7 @@ inline Tensor empty(std::span<const int64_t> sizes, ScalarType type, const Tenso
       dtype = aoti_torch_dtype_bool();
       break;
     default:
-      STD_TORCH_CHECK(false, "empty: type ", torch::headeronly::toString(type));
+      CHECK_ARGUMENT(false, "empty: type ", torch::headeronly::toString(type));
   }
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
                                                   strides, dtype, device_type, device_index,

@@ -20,7 +20,8 @@ namespace transformer_ext {
 // be launched on cuda:0), and `stream` is torch's current stream there: a cudaStream_t.
 struct CudaContext {
   explicit CudaContext(const Tensor& x) : guard(checked_index(x)) {
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
+    CHECK_AS(std::runtime_error, aoti_torch_get_current_cuda_stream != nullptr,
+             "this torch has no CUDA");
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   }
 
@@ -30,8 +31,8 @@ struct CudaContext {
  private:
   // The dispatcher comes here with any tensor on a GPU.
   static int32_t checked_index(const Tensor& x) {
-    STD_TORCH_CHECK(x.is_cuda(), "got tensors on ", device_string(x),
-                    " and on a GPU, expected one device");
+    CHECK_ARGUMENT(x.is_cuda(), "got tensors on ", device_string(x),
+                   " and on a GPU, expected one device");
     return x.get_device_index();
   }
 };
@@ -45,8 +46,8 @@ inline FloatType float_type_of(const Tensor& x, const char* argument) {
     case ScalarType::Half:
       return FloatType::float16;
     default:
-      STD_TORCH_CHECK(false, argument, ": got ", torch::headeronly::toString(x.scalar_type()),
-                      ", expected float32, bfloat16 or float16");
+      CHECK_ARGUMENT(false, argument, ": got ", torch::headeronly::toString(x.scalar_type()),
+                     ", expected float32, bfloat16 or float16");
   }
 }
 
@@ -62,17 +63,17 @@ const T* data_or_null(const std::optional<Tensor>& x, const char* argument, cons
 // Off without rng, or when p rounds to 0. rng is on the device of `like` and is read there.
 inline CudaDropout cuda_dropout_argument(double p, const std::optional<Tensor>& rng, int64_t site,
                                          const Tensor& like) {
-  STD_TORCH_CHECK(p >= 0.0 && p <= 1.0, "dropout_p: got ", p, ", expected a number from 0 to 1");
-  STD_TORCH_CHECK(site >= 0 && site < 65536, "site: got ", site,
-                  ", expected a number from 0 to 65535");
+  CHECK_ARGUMENT(p >= 0.0 && p <= 1.0, "dropout_p: got ", p, ", expected a number from 0 to 1");
+  CHECK_ARGUMENT(site >= 0 && site < 65536, "site: got ", site,
+                 ", expected a number from 0 to 65535");
   if (rng) check_shape(*rng, "rng", {3});
   return cuda_dropout(data_or_null<int64_t>(rng, "rng", like), site, p);
 }
 
 // The launchers return an error's text, or nullptr where all is well.
 inline void check_launch(const char* error, const char* op, const char* others = "") {
-  STD_TORCH_CHECK(error == nullptr, op, ": ", error, ". ", others,
-                  "TRANSFORMER_EXT_BACKEND=reference computes it in plain PyTorch");
+  CHECK_AS(std::runtime_error, error == nullptr, op, ": ", error, ". ", others,
+           "TRANSFORMER_EXT_BACKEND=reference computes it in plain PyTorch");
 }
 
 }  // namespace transformer_ext

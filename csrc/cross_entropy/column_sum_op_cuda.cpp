@@ -8,8 +8,8 @@ namespace {
 void column_sum_(const Tensor& out, const Tensor& x, bool accumulate) {
   const CudaContext context(x);
   check_dim(x, "x", 2);
-  STD_TORCH_CHECK(x.size(1) <= 1 || x.stride(1) == 1, "x: got stride ", x.stride(1),
-                  " in the last dimension, expected 1");
+  CHECK_ARGUMENT(x.size(1) <= 1 || x.stride(1) == 1, "x: got stride ", x.stride(1),
+                 " in the last dimension, expected 1");
   check_device(out, "out", x);
   check_shape(out, "out", {x.size(1)});
   check_contiguous(out, "out");

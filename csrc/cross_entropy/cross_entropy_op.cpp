@@ -8,8 +8,8 @@ namespace {
 
 double scalar(const std::optional<Tensor>& x, const char* argument, double otherwise) {
   if (!x) return otherwise;
-  STD_TORCH_CHECK(x->numel() == 1, argument, ": got shape ", shape_string(sizes_of(*x)),
-                  ", expected one element");
+  CHECK_ARGUMENT(x->numel() == 1, argument, ": got shape ", shape_string(sizes_of(*x)),
+                 ", expected one element");
   return *data<float>(*x, argument);
 }
 
@@ -17,8 +17,8 @@ template <class T>
 void check_matrix(const Tensor& x, const char* argument) {
   check_dim(x, argument, 2);
   check_type(x, argument, scalar_type_of<T>());
-  STD_TORCH_CHECK(x.stride(1) == 1 || x.size(1) <= 1, argument, ": got stride ", x.stride(1),
-                  " in the last dimension, expected 1");
+  CHECK_ARGUMENT(x.stride(1) == 1 || x.size(1) <= 1, argument, ": got stride ", x.stride(1),
+                 " in the last dimension, expected 1");
 }
 
 // [loss, nll, correct] of the rows, float64 [3]. grad: null, or where the gradient goes.
@@ -47,9 +47,9 @@ Tensor run(const Tensor& logits, const std::optional<Tensor>& bias, const Tensor
   }
   for (int64_t r = 0; r < a.rows; ++r) {
     const int64_t target = a.targets[r];
-    STD_TORCH_CHECK(target == ignore_index || (target >= 0 && target < a.columns), "targets: got ",
-                    target, " in row ", r, ", expected [0, ", a.columns, ") or ignore_index ",
-                    ignore_index);
+    CHECK_AS(std::out_of_range, target == ignore_index || (target >= 0 && target < a.columns),
+             "targets: got ", target, " in row ", r, ", expected [0, ", a.columns,
+             ") or ignore_index ", ignore_index);
   }
   TorchParallel parallel;
   CrossEntropySums sums;

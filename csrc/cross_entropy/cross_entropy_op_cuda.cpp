@@ -13,15 +13,15 @@ Tensor run(const Tensor& logits, const std::optional<Tensor>& bias, const Tensor
            void* grad, int64_t grad_stride) {
   const CudaContext context(logits);
   check_dim(logits, "logits", 2);
-  STD_TORCH_CHECK(logits.stride(1) == 1 || logits.size(1) <= 1, "logits: got stride ",
-                  logits.stride(1), " in the last dimension, expected 1");
+  CHECK_ARGUMENT(logits.stride(1) == 1 || logits.size(1) <= 1, "logits: got stride ",
+                 logits.stride(1), " in the last dimension, expected 1");
   check_shape(targets, "targets", {logits.size(0)});
   check_contiguous(targets, "targets");
   check_device(targets, "targets", logits);
   if (bias) check_shape(*bias, "bias", {logits.size(1)});
-  STD_TORCH_CHECK(!scale || scale->numel() == 1, "scale: got shape ",
-                  shape_string(scale ? sizes_of(*scale) : sizes_of(logits)),
-                  ", expected one element");
+  CHECK_ARGUMENT(!scale || scale->numel() == 1, "scale: got shape ",
+                 shape_string(scale ? sizes_of(*scale) : sizes_of(logits)),
+                 ", expected one element");
   CrossEntropyCuda a;
   a.logits = logits.const_data_ptr();
   a.logits_stride = logits.stride(0);

@@ -10,9 +10,9 @@ namespace transformer_ext {
 
 // Off without rng, or when p rounds to 0. Reads rng, so it must be on the CPU.
 inline Dropout dropout_argument(double p, const std::optional<Tensor>& rng, int64_t site) {
-  STD_TORCH_CHECK(p >= 0.0 && p <= 1.0, "dropout_p: got ", p, ", expected a number from 0 to 1");
-  STD_TORCH_CHECK(site >= 0 && site < 65536, "site: got ", site,
-                  ", expected a number from 0 to 65535");
+  CHECK_ARGUMENT(p >= 0.0 && p <= 1.0, "dropout_p: got ", p, ", expected a number from 0 to 1");
+  CHECK_ARGUMENT(site >= 0 && site < 65536, "site: got ", site,
+                 ", expected a number from 0 to 65535");
   if (!rng) return {};
   check_shape(*rng, "rng", {3});
   check_contiguous(*rng, "rng");

@@ -11,15 +11,15 @@ namespace {
 Indices indices_of(const Tensor& x, const char* argument, int64_t rows) {
   check_contiguous(x, argument);
   const bool wide = x.scalar_type() == ScalarType::Long;
-  STD_TORCH_CHECK(wide || x.scalar_type() == ScalarType::Int, argument, ": got ",
-                  torch::headeronly::toString(x.scalar_type()), ", expected int64 or int32");
+  CHECK_ARGUMENT(wide || x.scalar_type() == ScalarType::Int, argument, ": got ",
+                 torch::headeronly::toString(x.scalar_type()), ", expected int64 or int32");
   const Indices indices{wide ? data<int64_t>(x, argument) : nullptr,
                         wide ? nullptr : data<int32_t>(x, argument)};
   const int64_t count = x.numel();
   for (int64_t i = 0; i < count; ++i) {
     const int64_t value = wide ? indices.wide[i] : indices.narrow[i];
-    STD_TORCH_CHECK(value >= 0 && value < rows, argument, ": got ", value, " at position ", i,
-                    ", expected 0 to ", rows - 1);
+    CHECK_AS(std::out_of_range, value >= 0 && value < rows, argument, ": got ", value,
+             " at position ", i, ", expected 0 to ", rows - 1);
   }
   return indices;
 }
@@ -36,14 +36,14 @@ Tensor embedding_forward(const Tensor& ids, const Tensor& weight, double scale,
   if (position_table) {
     check_shape(*position_table, "position_table", {-1, columns});
     check_contiguous(*position_table, "position_table");
-    STD_TORCH_CHECK(positions && positions->numel() == ids.numel(),
-                    "positions: expected as many as ids");
+    CHECK_ARGUMENT(positions && positions->numel() == ids.numel(),
+                   "positions: expected as many as ids");
     position_data = indices_of(*positions, "positions", position_table->size(0));
   }
   const Dropout dropout = dropout_argument(dropout_p, rng, site);
   std::vector<int64_t> sizes(sizes_of(ids).begin(), sizes_of(ids).end());
   sizes.push_back(columns);
-  STD_TORCH_CHECK(type == 0 || type == 1, "type: got ", type, ", expected 0 or 1 on a CPU");
+  CHECK_ARGUMENT(type == 0 || type == 1, "type: got ", type, ", expected 0 or 1 on a CPU");
   Tensor out = empty(sizes, type == 1 ? ScalarType::BFloat16 : ScalarType::Float, weight);
   TorchParallel parallel;
   dispatch_float(out, "out", [&](auto tag) {
@@ -68,12 +68,12 @@ Tensor embedding_forward(const Tensor& ids, const Tensor& weight, double scale,
 
 Tensor embedding_backward(const Tensor& grad, const Tensor& ids, int64_t rows, double scale,
                           double dropout_p, const std::optional<Tensor>& rng, int64_t site) {
-  STD_TORCH_CHECK(grad.dim() >= 1, "grad: got a scalar, expected at least one dimension");
+  CHECK_ARGUMENT(grad.dim() >= 1, "grad: got a scalar, expected at least one dimension");
   check_contiguous(grad, "grad");
   const int64_t columns = grad.size(grad.dim() - 1);
-  STD_TORCH_CHECK(grad.numel() == ids.numel() * columns, "grad: got shape ",
-                  shape_string(sizes_of(grad)), ", expected one row for each id of shape ",
-                  shape_string(sizes_of(ids)));
+  CHECK_ARGUMENT(grad.numel() == ids.numel() * columns, "grad: got shape ",
+                 shape_string(sizes_of(grad)), ", expected one row for each id of shape ",
+                 shape_string(sizes_of(ids)));
   const Indices id_data = indices_of(ids, "ids", rows);
   const Dropout dropout = dropout_argument(dropout_p, rng, site);
   Tensor grad_weight = empty({rows, columns}, ScalarType::Float, grad);

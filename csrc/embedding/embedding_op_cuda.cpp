@@ -12,8 +12,8 @@ Indices indices_of(const Tensor& x, const char* argument, const Tensor& like) {
   check_contiguous(x, argument);
   check_device(x, argument, like);
   const bool wide = x.scalar_type() == ScalarType::Long;
-  STD_TORCH_CHECK(wide || x.scalar_type() == ScalarType::Int, argument, ": got ",
-                  torch::headeronly::toString(x.scalar_type()), ", expected int64 or int32");
+  CHECK_ARGUMENT(wide || x.scalar_type() == ScalarType::Int, argument, ": got ",
+                 torch::headeronly::toString(x.scalar_type()), ", expected int64 or int32");
   return {wide ? data<int64_t>(x, argument) : nullptr, wide ? nullptr : data<int32_t>(x, argument)};
 }
 
@@ -33,15 +33,15 @@ Tensor embedding_forward(const Tensor& ids, const Tensor& weight, double scale,
   a.scale = static_cast<float>(scale);
   if (position_table) {
     check_shape(*position_table, "position_table", {-1, a.columns});
-    STD_TORCH_CHECK(positions && positions->numel() == ids.numel(),
-                    "positions: expected as many as ids");
+    CHECK_ARGUMENT(positions && positions->numel() == ids.numel(),
+                   "positions: expected as many as ids");
     a.positions = indices_of(*positions, "positions", weight);
     a.position_table = data_or_null<float>(position_table, "position_table", weight);
     a.position_rows = position_table->size(0);
   }
   a.dropout = cuda_dropout_argument(dropout_p, rng, site, weight);
   constexpr ScalarType kTypes[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
-  STD_TORCH_CHECK(type >= 0 && type < 3, "type: got ", type, ", expected 0 to 2");
+  CHECK_ARGUMENT(type >= 0 && type < 3, "type: got ", type, ", expected 0 to 2");
   std::vector<int64_t> sizes(sizes_of(ids).begin(), sizes_of(ids).end());
   sizes.push_back(a.columns);
   Tensor out = empty(sizes, kTypes[type], weight);
@@ -54,15 +54,15 @@ Tensor embedding_forward(const Tensor& ids, const Tensor& weight, double scale,
 Tensor embedding_backward(const Tensor& grad, const Tensor& ids, int64_t rows, double scale,
                           double dropout_p, const std::optional<Tensor>& rng, int64_t site) {
   const CudaContext context(grad);
-  STD_TORCH_CHECK(grad.dim() >= 1, "grad: got a scalar, expected at least one dimension");
+  CHECK_ARGUMENT(grad.dim() >= 1, "grad: got a scalar, expected at least one dimension");
   check_contiguous(grad, "grad");
   const FloatType type = float_type_of(grad, "grad");
   EmbeddingBackwardCuda a;
   a.columns = grad.size(grad.dim() - 1);
   a.tokens = ids.numel();
-  STD_TORCH_CHECK(grad.numel() == a.tokens * a.columns, "grad: got shape ",
-                  shape_string(sizes_of(grad)), ", expected one row for each id of shape ",
-                  shape_string(sizes_of(ids)));
+  CHECK_ARGUMENT(grad.numel() == a.tokens * a.columns, "grad: got shape ",
+                 shape_string(sizes_of(grad)), ", expected one row for each id of shape ",
+                 shape_string(sizes_of(ids)));
   a.grad = grad.const_data_ptr();
   a.ids = indices_of(ids, "ids", grad);
   a.scale = static_cast<float>(scale);

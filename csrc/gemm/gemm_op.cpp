@@ -9,15 +9,15 @@ GemmType type_of(const Tensor& x, const char* argument) {
     using T = typename decltype(tag)::type;
     return std::is_same_v<T, float> ? GemmType::float32 : GemmType::bfloat16;
   });
-  STD_TORCH_CHECK(gemm_has(type), argument, ": got bfloat16, which the instruction set in use (",
-                  isa_name(active_isa()), ") cannot multiply");
+  CHECK_ARGUMENT(gemm_has(type), argument, ": got bfloat16, which the instruction set in use (",
+                 isa_name(active_isa()), ") cannot multiply");
   return type;
 }
 
 void check_type_is(GemmType type, GemmType expected, const char* argument) {
-  STD_TORCH_CHECK(type == expected, argument, ": got ",
-                  type == GemmType::float32 ? "float32" : "bfloat16", ", expected ",
-                  expected == GemmType::float32 ? "float32" : "bfloat16");
+  CHECK_ARGUMENT(type == expected, argument, ": got ",
+                 type == GemmType::float32 ? "float32" : "bfloat16", ", expected ",
+                 expected == GemmType::float32 ? "float32" : "bfloat16");
 }
 
 int64_t gemm_packed_elements(int64_t n, int64_t k, bool bfloat16) {
@@ -44,8 +44,8 @@ void gemm_pack_op(const Tensor& out, const Tensor& weight, bool transposed) {
 
 // The leading dimension of a matrix with its columns side by side.
 int64_t leading_dimension(const Tensor& x, const char* argument) {
-  STD_TORCH_CHECK(x.size(1) <= 1 || x.stride(1) == 1, argument, ": got a column stride of ",
-                  x.stride(1), ", expected 1");
+  CHECK_ARGUMENT(x.size(1) <= 1 || x.stride(1) == 1, argument, ": got a column stride of ",
+                 x.stride(1), ", expected 1");
   return x.stride(0);
 }
 

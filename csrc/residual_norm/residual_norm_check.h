@@ -11,7 +11,7 @@ struct Matrix {
 };
 
 inline Matrix matrix_of(const Tensor& x, const char* argument) {
-  STD_TORCH_CHECK(x.dim() >= 1, argument, ": got a scalar, expected at least one dimension");
+  CHECK_ARGUMENT(x.dim() >= 1, argument, ": got a scalar, expected at least one dimension");
   check_contiguous(x, argument);
   const int64_t columns = x.size(x.dim() - 1);
   return {columns == 0 ? 0 : x.numel() / columns, columns};
@@ -24,8 +24,8 @@ inline void check_like(const Tensor& x, const char* argument, const Tensor& like
   const auto expected = sizes_of(like);
   bool same = sizes.size() == expected.size();
   for (size_t i = 0; same && i < sizes.size(); ++i) same = sizes[i] == expected[i];
-  STD_TORCH_CHECK(same, argument, ": got shape ", shape_string(sizes), ", expected ",
-                  shape_string(expected));
+  CHECK_ARGUMENT(same, argument, ": got shape ", shape_string(sizes), ", expected ",
+                 shape_string(expected));
 }
 
 inline const float* parameter(const std::optional<Tensor>& x, const char* argument,

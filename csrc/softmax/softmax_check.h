@@ -12,9 +12,9 @@ inline SoftmaxForward softmax_forward_arguments(const Tensor& x, const std::opti
                                                 bool causal, bool log, const Tensor& out) {
   check_contiguous(x, "x");
   const int64_t dims = x.dim() - 1;
-  STD_TORCH_CHECK(dims >= (causal || key_lengths ? 1 : 0) && dims <= kSoftmaxMaxDims,
-                  "x: got shape ", shape_string(sizes_of(x)), ", expected 1 to ",
-                  kSoftmaxMaxDims + 1, " dimensions (2 with causal or key_lengths)");
+  CHECK_ARGUMENT(dims >= (causal || key_lengths ? 1 : 0) && dims <= kSoftmaxMaxDims,
+                 "x: got shape ", shape_string(sizes_of(x)), ", expected 1 to ",
+                 kSoftmaxMaxDims + 1, " dimensions (2 with causal or key_lengths)");
   SoftmaxForward a;
   a.x = x.const_data_ptr();
   a.out = out.mutable_data_ptr();
@@ -29,14 +29,14 @@ inline SoftmaxForward softmax_forward_arguments(const Tensor& x, const std::opti
     check_device(*mask, "mask", x);
     bool same = mask->dim() == x.dim();
     for (int64_t d = 0; same && d < x.dim(); ++d) same = mask->size(d) == x.size(d);
-    STD_TORCH_CHECK(same, "mask: got shape ", shape_string(sizes_of(*mask)),
-                    ", expected that of x, ", shape_string(sizes_of(x)));
+    CHECK_ARGUMENT(same, "mask: got shape ", shape_string(sizes_of(*mask)),
+                   ", expected that of x, ", shape_string(sizes_of(x)));
     a.keep.mask = reinterpret_cast<const uint8_t*>(data<bool>(*mask, "mask"));
     for (int64_t d = 0; d < dims; ++d) a.keep.strides[d] = mask->stride(d);
     a.keep.column_stride = mask->stride(dims);
-    STD_TORCH_CHECK(a.columns <= 1 || a.keep.column_stride == 0 || a.keep.column_stride == 1,
-                    "mask: got stride ", a.keep.column_stride,
-                    " in the last dimension, expected 0 or 1");
+    CHECK_ARGUMENT(a.columns <= 1 || a.keep.column_stride == 0 || a.keep.column_stride == 1,
+                   "mask: got stride ", a.keep.column_stride,
+                   " in the last dimension, expected 0 or 1");
   }
   if (key_lengths) {
     check_device(*key_lengths, "key_lengths", x);
@@ -55,8 +55,8 @@ inline SoftmaxBackward softmax_backward_arguments(const Tensor& grad, const Tens
   check_device(output, "output", grad);
   bool same = grad.dim() == output.dim() && grad.dim() >= 1;
   for (int64_t d = 0; same && d < grad.dim(); ++d) same = grad.size(d) == output.size(d);
-  STD_TORCH_CHECK(same, "grad: got shape ", shape_string(sizes_of(grad)),
-                  ", expected that of output, ", shape_string(sizes_of(output)));
+  CHECK_ARGUMENT(same, "grad: got shape ", shape_string(sizes_of(grad)),
+                 ", expected that of output, ", shape_string(sizes_of(output)));
   SoftmaxBackward a;
   a.grad = grad.const_data_ptr();
   a.output = output.const_data_ptr();

@@ -15,8 +15,8 @@ SoftmaxType type_of(const Tensor& x, const char* argument) {
     case ScalarType::Half:
       return SoftmaxType::float16;
     default:
-      STD_TORCH_CHECK(false, argument, ": got ", torch::headeronly::toString(x.scalar_type()),
-                      ", expected float32, bfloat16 or float16");
+      CHECK_ARGUMENT(false, argument, ": got ", torch::headeronly::toString(x.scalar_type()),
+                     ", expected float32, bfloat16 or float16");
   }
 }
 

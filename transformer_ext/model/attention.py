@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from transformer_ext import ops
 from transformer_ext.model.cache import DecoderCache
-from transformer_ext.model.layers import Linear, Sites, xavier_per_projection
+from transformer_ext.model.layers import Linear, Sites, dropout_p, xavier_per_projection
 from transformer_ext.model.trace import AttentionTrace, Trace
 from transformer_ext.packed import Packed
 
@@ -105,7 +105,7 @@ class _Attention(nn.Module):
             value,
             mask=attend.mask,
             causal=attend.causal,
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=dropout_p(self.dropout, self, rng),
             rng=rng,
             site=self.site,
             return_scores=attend.trace is not None,
@@ -161,7 +161,7 @@ class SelfAttention(_Attention):
                 self.num_kv_heads,
                 attend.query,
                 causal=attend.causal,
-                dropout_p=self.dropout if self.training else 0.0,
+                dropout_p=dropout_p(self.dropout, self, rng),
                 rng=rng,
                 site=self.site,
             )
@@ -226,7 +226,7 @@ class CrossAttention(_Attention):
                 self.num_kv_heads,
                 attend.query,
                 attend.key,
-                dropout_p=self.dropout if self.training else 0.0,
+                dropout_p=dropout_p(self.dropout, self, rng),
                 rng=rng,
                 site=self.site,
             )

@@ -87,7 +87,7 @@ class Model(nn.Module):
             return stack.embed(ids, table.weight, positions, max_length, rng, dtype, token_types)
         try:
             return stack.embed(ids, table.weight, positions, max_length, rng, dtype, token_types)
-        except (IndexError, RuntimeError):
+        except IndexError:
             check_vocabulary(self._ids_name(stack), ids, table.weight.shape[0])
             if stack.token_types is not None and token_types is not None:
                 check_vocabulary("token_types", token_types, stack.token_types.weight.shape[0])

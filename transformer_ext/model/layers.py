@@ -22,6 +22,11 @@ class Sites:
         return self._last
 
 
+def dropout_p(p: float, module: nn.Module, rng: Tensor | None) -> float:
+    """``p`` in training; 0 in evaluation, and without a state of dropout."""
+    return p if module.training and rng is not None else 0.0
+
+
 class Linear(nn.Linear):
     """``x W^T + b``: parameters in float32, activations in whatever type ``x`` has."""
 
@@ -106,7 +111,7 @@ class FeedForward(nn.Module):
             inner,
             self.in_projection.bias,
             kind=self.activation,
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=dropout_p(self.dropout, self, rng),
             rng=rng,
             site=self.site,
         )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformer_ext import ops
 from transformer_ext.model.attention import Attend, CrossAttention, SelfAttention, trace_state
 from transformer_ext.model.config import ModelConfig, TransformerConfig
-from transformer_ext.model.layers import Embedding, FeedForward, Norm, Positions, Sites
+from transformer_ext.model.layers import Embedding, FeedForward, Norm, Positions, Sites, dropout_p
 
 
 class _Layer(nn.Module):
@@ -43,7 +43,7 @@ class _Layer(nn.Module):
         rng: Tensor | None,
         site: int,
     ) -> Tensor:
-        p = self.dropout if self.training else 0.0
+        p = dropout_p(self.dropout, self, rng)
         if self.norm_first:
             return ops.residual_dropout(sublayer(norm(x)), x, dropout_p=p, rng=rng, site=site)
         return norm.after_residual(sublayer(x), x, p, rng, site)[1]
@@ -181,7 +181,7 @@ class Stack(nn.Module):
 
         ``token_types`` of the same shape are read by a stack that has them; None: all are 0.
         """
-        p = self.dropout if self.training else 0.0
+        p = dropout_p(self.dropout, self, rng)
         alone = self.embedding_norm is None and self.token_types is None
         table = self.positions.up_to(max_length)
         x = ops.embedding(

@@ -11,7 +11,7 @@ from transformer_ext import ops
 from transformer_ext.model.attention import PackedAttention
 from transformer_ext.model.base import Model, check_ids, check_read, check_tensor, pack_ids
 from transformer_ext.model.config import TextEncoderConfig
-from transformer_ext.model.layers import Embedding, Generator, Linear, Norm, Sites
+from transformer_ext.model.layers import Embedding, Generator, Linear, Norm, Sites, dropout_p
 from transformer_ext.model.stacks import SelfAttentionStack
 from transformer_ext.model.trace import Trace
 from transformer_ext.packed import Packed
@@ -93,22 +93,17 @@ class TextEncoder(Model):
             pooled = torch.tanh(self.pooler(pooled))
         if self.config.normalize:
             pooled = functional.normalize(pooled, dim=-1)
-        p = self.config.dropout if self.training else 0.0
+        p = dropout_p(self.config.dropout, self, rng)
         return ops.dropout(pooled, p, rng, self.pooled_site)
 
     def _pool(self, hidden: Tensor, sequences: Packed) -> Tensor:
         starts = sequences.cu_seqlens[:-1]
         if self.config.pooling == "first":
             return hidden[starts]
-        # The sum over a text is a difference of running sums, which float32 does not hold well
-        # enough: each row is added to the text that it belongs to. Slack rows have a text of
-        # their own.
-        texts = sequences.batch_size
-        rows = torch.arange(sequences.capacity, dtype=torch.int32, device=hidden.device)
-        ends = sequences.cu_seqlens[1:].contiguous()
-        owner = torch.bucketize(rows, ends, right=True)
         wide = hidden if hidden.dtype == torch.float64 else hidden.float()
-        sums = wide.new_zeros(texts + 1, hidden.shape[1]).index_add(0, owner, wide)[:texts]
+        # On a GPU index_add would add in any order. unsafe: the host does not wait to look at the
+        # offsets.
+        sums = torch.segment_reduce(wide, "sum", offsets=sequences.cu_seqlens, axis=0, unsafe=True)
         return (sums / sequences.lengths[:, None]).to(hidden.dtype)
 
     def forward(

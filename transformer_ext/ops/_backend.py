@@ -13,6 +13,7 @@ import sys
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from transformer_ext._native import (
     asked_backend,
@@ -127,6 +128,17 @@ def use_compiled(op: str, *tensors: Tensor | None) -> bool:
     if not torch.compiler.is_compiling():
         _say_once(reason)
     return False
+
+
+def has_numbers(tensor: Tensor) -> bool:
+    """Whether a tensor holds numbers that a decision in Python may depend on."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or is_in_torch_dispatch_mode()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or type(tensor) not in (Tensor, torch.nn.Parameter)
+    )
 
 
 def refuse(op: str, device_type: str, reason: str) -> None:

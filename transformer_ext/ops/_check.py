@@ -442,7 +442,7 @@ def _compare(case: Case, device: torch.device, row: Row) -> None:
             got = {name: x.cpu() for name, x in got.items()}
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as failed:
+    except (IndexError, RuntimeError, ValueError) as failed:
         row.problem = row.problem or f"{where}: {(str(failed) or repr(failed)).splitlines()[0]}"
         row.device_lost = _is_lost(device)
         return

@@ -20,7 +20,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from transformer_ext.ops._backend import has_numbers
 
 __all__ = ["HEAD_DIMS", "allowed", "exist_on", "only", "settle"]
 
@@ -94,14 +95,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def _can_wait(query: Tensor) -> bool:
     """Whether this is a call with numbers, whose device may be waited for."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or is_in_torch_dispatch_mode()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or type(query) not in (Tensor, torch.nn.Parameter)
-        or _is_recorded(query)
-    )
+    return has_numbers(query) and not _is_recorded(query)
 
 
 def _is_recorded(query: Tensor) -> bool:

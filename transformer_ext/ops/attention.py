@@ -18,7 +18,7 @@ What all of them share:
 - Dropout falls on the attention weights (section 5.4), drawn by
   :func:`transformer_ext.ops.dropout.keep_mask` with row = query token * heads + head, where query
   token is the row in the packed batch (padded: batch index * query length + position), and column
-  = position of the key in its sequence. ``rng=None`` or ``dropout_p=0`` turns it off.
+  = position of the key in its sequence. ``dropout_p=0`` turns it off.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from transformer_ext._native import load_ops
 from transformer_ext.ops import _tensor_cores
 from transformer_ext.ops._backend import use_compiled
 from transformer_ext.ops.dropout import check_dropout, dropout_scale, keep_mask
-from transformer_ext.ops.masks import key_padding_mask
+from transformer_ext.ops.masks import check_lengths, key_padding_mask
 from transformer_ext.packed import Packed
 
 __all__ = [
@@ -460,7 +460,8 @@ def _attend(
         weights = weights.masked_fill(~allowed, 0)
 
     dropped = weights
-    if rng is not None and check_dropout(dropout_p, rng, site):
+    if check_dropout(dropout_p, rng, site):
+        assert rng is not None
         head = torch.arange(heads, device=query.device).view(1, heads, 1)
         rows = token * heads + head
         keep = keep_mask(rng, site, rows.flatten(), key.shape[2], dropout_p)
@@ -482,6 +483,7 @@ def _allowed(
     """The conjunction of all masks, with 4 dimensions; None if there is none."""
     masks = []
     if key_lengths is not None:
+        check_lengths("key_lengths", key_lengths, key.shape[2])
         masks.append(key_padding_mask(key_lengths.to(query.device), key.shape[2]))
     if causal:
         query_position = torch.arange(query.shape[2], device=query.device)

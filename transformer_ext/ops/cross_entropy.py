@@ -8,6 +8,7 @@ reduction="sum")``, and so are value and gradients here.
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import Any, NamedTuple
 
@@ -67,7 +68,7 @@ def linear_cross_entropy(
         label_smoothing: in [0, 1].
         ignore_index: rows with this target count for nothing, neither value nor gradient.
         normalizer: the sum is divided by it (target tokens over all accumulation steps and ranks):
-            a number or a 0-dim tensor. None: not divided.
+            a number greater than 0 or a 0-dim tensor. None: not divided.
 
     Returns:
         `LossOutput`. Gradients reach ``x`` (in its dtype), ``weight`` and ``bias`` (float32).
@@ -235,6 +236,8 @@ def _divisor(normalizer: float | Tensor | None, like: Tensor) -> Tensor | None:
                 f"normalizer: expected one element, got shape {list(normalizer.shape)}"
             )
         return normalizer.detach().to(device=like.device, dtype=dtype).reshape(())
+    if not 0.0 < normalizer < math.inf:
+        raise ValueError(f"normalizer: expected a number greater than 0, got {normalizer}")
     # A fill, not a copy from the host, for which a GPU would be waited for.
     return torch.full((), float(normalizer), dtype=dtype, device=like.device)
 

@@ -44,15 +44,19 @@ def dropout_scale(p: float) -> float:
 
 
 def check_dropout(p: float, rng: Tensor | None, site: int) -> bool:
-    """Whether dropout is on (``p`` rounds to more than 0 and ``rng`` is given).
+    """Whether dropout is on (``p`` rounds to more than 0).
 
     Raises:
-        ValueError: ``p`` is outside [0, 1], ``rng`` is not an int64 tensor of three numbers, or
-            ``site`` is outside [0, 65536).
+        ValueError: ``p`` is outside [0, 1]; or it is on, and ``rng`` is not an int64 tensor of
+            three numbers, or ``site`` is outside [0, 65536).
     """
-    threshold = dropout_threshold(p)
-    if rng is None or threshold == 0:
+    if dropout_threshold(p) == 0:
         return False
+    if rng is None:
+        raise ValueError(
+            f"rng: expected an int64 tensor of shape (3,) = (seed, step, microstep) for a dropout "
+            f"probability of {p}, got None"
+        )
     if rng.dtype != torch.int64 or rng.shape != (3,):
         raise ValueError(
             "rng: expected an int64 tensor of shape (3,) = (seed, step, microstep), "
@@ -136,7 +140,7 @@ def dropout(x: Tensor, p: float, rng: Tensor | None, site: int = 0) -> Tensor:
     Args:
         x: ``[..., columns]``; all dimensions but the last are flattened into rows.
         p: probability that an element is dropped.
-        rng: int64 ``[3]`` (seed, step, microstep), or None for no dropout.
+        rng: int64 ``[3]`` (seed, step, microstep); not read with ``p`` = 0.
         site: number of the call site; two sites of one step draw different masks.
 
     Returns:

@@ -184,7 +184,7 @@ def embedding(
     Raises:
         ValueError, TypeError: shapes or dtypes that do not fit; see also
             :func:`transformer_ext.ops.dropout.check_dropout`.
-        RuntimeError, IndexError: an id or a position outside its table. A GPU cannot tell without
+        IndexError: an id or a position outside its table. A GPU cannot tell without
             being waited for: there the token's row is NaN, and it has no gradient.
     """
     dtype = weight.dtype if dtype is None else dtype

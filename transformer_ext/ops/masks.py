@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from transformer_ext.ops._backend import has_numbers
+
 __all__ = [
     "causal_mask",
     "from_torch_mask",
@@ -30,18 +32,41 @@ def key_padding_mask(lengths: Tensor, length: int) -> Tensor:
 
     Returns:
         bool ``[batch, 1, 1, length]`` on the device of ``lengths``.
+
+    Raises:
+        ValueError: lengths of another shape or type, or, on a CPU, outside ``[0, length]``.
     """
     if lengths.dim() != 1 or lengths.is_floating_point():
         raise ValueError(
             f"lengths: expected an integer tensor [batch], got {lengths.dtype} "
             f"{list(lengths.shape)}"
         )
+    check_lengths("lengths", lengths, length)
     keys = torch.arange(length, device=lengths.device)
     return (keys < lengths[:, None])[:, None, None, :]
 
 
+def check_lengths(name: str, lengths: Tensor, longest: int) -> None:
+    """Look for lengths outside ``[0, longest]``, on a CPU: a GPU would have to be waited for.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if lengths.device.type != "cpu" or not has_numbers(lengths):
+        return
+    wrong = lengths[(lengths < 0) | (lengths > longest)]
+    if len(wrong):
+        raise ValueError(f"{name}: got {int(wrong[0])}, expected 0 to {longest}")
+
+
 def causal_mask(length: int, *, device: torch.device | str | None = None) -> Tensor:
-    """True where key <= query: bool ``[length, length]`` (queries, keys)."""
+    """True where key <= query: bool ``[length, length]`` (queries, keys).
+
+    Raises:
+        ValueError: ``length`` is negative, or not an integer.
+    """
+    if isinstance(length, float) or length < 0:
+        raise ValueError(f"length: expected an integer from 0, got {length!r}")
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()
 
 

@@ -31,11 +31,15 @@ __all__ = [
 KINDS = ("layer", "rms")
 
 
-def _check_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str) -> None:
+def _check_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str, eps: float
+) -> None:
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
     if x.dim() == 0:
         raise ValueError("x: expected at least one dimension, got a scalar")
+    if not eps >= 0.0:
+        raise ValueError(f"eps: expected a number from 0, got {eps}")
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None and parameter.shape != x.shape[-1:]:
             raise ValueError(
@@ -67,7 +71,7 @@ def norm_reference(
     eps: float = 1e-5,
 ) -> Tensor:
     """:func:`norm` in plain PyTorch: any device, any floating dtype."""
-    _check_norm(x, weight, bias, kind)
+    _check_norm(x, weight, bias, kind, eps)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     if kind == "layer":
         wide = wide - wide.mean(-1, keepdim=True)
@@ -236,11 +240,11 @@ def norm(
         are float32.
 
     Raises:
-        ValueError: unknown ``kind``, or a parameter whose shape does not fit.
+        ValueError: unknown ``kind``, a negative ``eps``, or a parameter whose shape does not fit.
     """
     if not use_compiled("residual_norm_forward", x):
         return norm_reference(x, weight, bias, kind, eps)
-    _check_norm(x, weight, bias, kind)
+    _check_norm(x, weight, bias, kind, eps)
     return _Norm.apply(x.contiguous(), weight, bias, kind == "rms", eps)
 
 
@@ -322,7 +326,7 @@ def residual_norm(
         if residual is None:
             return x, norm(x, weight, bias, kind, eps)
         dropout_p, rng, site = 0.0, None, 0
-    _check_norm(x, weight, bias, kind)
+    _check_norm(x, weight, bias, kind, eps)
     _check_residual(x, residual)
     x, residual = _same_dtype(x, residual)
     if residual is not None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from transformer_ext._native import load_ops
 from transformer_ext.ops._backend import use_compiled
+from transformer_ext.ops.masks import check_lengths
 
 __all__ = [
     "masked_log_softmax",
@@ -45,7 +46,7 @@ def masked_softmax(
 
     Raises:
         TypeError, ValueError: a mask that is not bool or does not broadcast, key_lengths of another
-            shape, ``causal`` on a tensor without two dimensions.
+            shape or, on a CPU, outside ``[0, n]``, ``causal`` on a tensor without two dimensions.
     """
     _check(x, mask, key_lengths, causal)
     if use_compiled("masked_softmax", x):
@@ -188,3 +189,5 @@ def _check(x: Tensor, mask: Tensor | None, key_lengths: Tensor | None, causal: b
             f"key_lengths: expected an integer tensor [{x.shape[0]}], got {key_lengths.dtype} "
             f"{list(key_lengths.shape)}"
         )
+    if key_lengths is not None:
+        check_lengths("key_lengths", key_lengths, x.shape[-1])
