@@ -166,3 +166,18 @@ def test_wrong_input_is_one_clear_error(tmp_path, tokenizer) -> None:
         TextClassifier(tmp_path / "plain")
     with pytest.raises(ValueError, match="compute_type: got 'float8'"):
         TextClassifier(tmp_path / "m", compute_type="float8")
+
+
+def test_vectors_and_scores_of_a_damaged_model_are_an_error(tmp_path, tokenizer) -> None:
+    model = save(tmp_path / "m", tokenizer, labels=["a", "b"])
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    weights["encoder.layers.1.feed_forward_norm.weight"][5] = torch.nan
+    save_model_dir(tmp_path / "nan", model.config, weights, tokenizer, tokenizer, {})
+    vectors = SentenceEncoder(tmp_path / "nan")
+    calls = (TextClassifier(tmp_path / "nan"), vectors.encode, vectors.states)
+    for call in calls:
+        with pytest.raises(
+            FileError,
+            match=r"nan/model.safetensors: encoder.layers.1.feed_forward_norm.weight: 1 of its 24 n",
+        ):
+            call(["be"])

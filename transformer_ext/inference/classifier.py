@@ -86,4 +86,5 @@ class TextClassifier(TextModel):
         Raises:
             TypeError, ValueError: see :meth:`TextModel.sequences`.
         """
-        return self.encoder.label_scores(*self.sequences(texts, pairs, truncation=truncation))
+        sequences = self.sequences(texts, pairs, truncation=truncation)
+        return self.numbers(self.encoder.label_scores(*sequences))

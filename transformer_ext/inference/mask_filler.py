@@ -118,7 +118,7 @@ class MaskFiller(TextModel):
         found: list[list[list[Filling]]] = []
         for begin in range(0, len(sequences), _TEXTS):
             part = slice(begin, begin + _TEXTS)
-            scores = self.encoder.token_scores(sequences[part], positions[part])
+            scores = self.numbers(self.encoder.token_scores(sequences[part], positions[part]))
             found += [
                 [
                     self._fillings(ids, place, row, top_k, allowed, alone=len(places) == 1)

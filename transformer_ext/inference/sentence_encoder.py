@@ -90,7 +90,7 @@ class SentenceEncoder(TextModel):
             vector: NDArray[np.float32] = self.encode([texts], truncation=truncation)[0]
             return vector
         found = self.sequences(texts, truncation=truncation, longest=self.max_length)
-        return self.encoder.pooled(*found)
+        return self.numbers(self.encoder.pooled(*found))
 
     def states(
         self, texts: Iterable[str], *, truncation: bool = False
@@ -99,4 +99,4 @@ class SentenceEncoder(TextModel):
 
         Arguments and errors as of :meth:`encode`; the positions are the limit.
         """
-        return self.encoder.states(*self.sequences(texts, truncation=truncation))
+        return self.numbers(self.encoder.states(*self.sequences(texts, truncation=truncation)))

@@ -6,9 +6,9 @@ import argparse
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from transformer_ext.files import load_model_dir
+from transformer_ext.files import load_model_dir, naming_damage
 from transformer_ext.inference.lines import TextLines, input_blocks
 from transformer_ext.inference.options import add_engine_arguments
 from transformer_ext.inference.shared import Closing, device_name, torch_compute_type
@@ -73,6 +73,9 @@ class TextModel(Closing):
             than the CPU.
     """
 
+    #: Of the model; None for one in memory.
+    _folder: Path | None = None
+
     def __init__(
         self,
         folder: str | Path,
@@ -82,6 +85,7 @@ class TextModel(Closing):
         device: str | int | torch.device = "cpu",
     ) -> None:
         saved = load_model_dir(folder, TextEncoderConfig)
+        self._folder = saved.path
         saved = dataclasses.replace(saved, config=self._configure(saved))
         self.config: TextEncoderConfig = saved.config
         self.tokenizer: Tokenizer = saved.source_tokenizer
@@ -111,6 +115,22 @@ class TextModel(Closing):
     def _configure(self, saved: ModelDir[TextEncoderConfig]) -> TextEncoderConfig:
         """The configuration to be used; raises a FileError for a model without the needed head."""
         return saved.config
+
+    def numbers(self, found: _Result) -> _Result:
+        """What the encoder found, an array or several.
+
+        Raises:
+            FileError: it is NaN, as the weights of the folder are.
+            ValueError: it is NaN though they are not.
+        """
+        import numpy as np
+
+        arrays = [found] if isinstance(found, np.ndarray) else cast("list[np.ndarray]", found)
+        # In training, scores of a model that has failed are figures like others.
+        if self._folder is not None and any(np.isnan(array).any() for array in arrays):
+            with naming_damage([self._folder]):
+                raise ValueError(f"{self._folder}: what the model computes is NaN")
+        return found
 
     def sequences(
         self,
