@@ -79,8 +79,8 @@ def _directories(names: Sequence[str], last: int) -> list[Path]:
     """The model directories meant: those named, or the newest checkpoints of a run."""
     from transformer_ext.training.checkpoint import Checkpoints
 
-    if len(names) == 1 and not (Path(names[0]) / "config.json").is_file():
-        run = Path(names[0])
+    run = Path(names[0])
+    if len(names) == 1 and not run.is_file() and not (run / "config.json").is_file():
         folder = run / "checkpoints" if (run / "checkpoints").is_dir() else run
         found = Checkpoints(folder).newest(last)
         if not found:

@@ -988,7 +988,8 @@ def _checkpoint_named_by(path: Path) -> Path | None:
 def naming_damage(folders: Iterable[str | Path]) -> Iterator[None]:
     """Where the block fails because weights of these model directories are no numbers, says which.
 
-    To look for that beforehand would take longer than all else that opening a model does.
+    To look for that in every model would take 20 ms for 250 MB, and numpy, which decoding does not
+    need.
 
     Raises:
         FileError: in place of the block's ValueError, see :meth:`Weights.check_finite`.
