@@ -215,6 +215,7 @@ def test_compiles_to_one_graph():
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
@@ -227,9 +228,9 @@ def test_compiles_to_one_graph():
         ((torch.zeros(2, 3).int(),), {}, TypeError, "x: expected a floating-point"),
     ],
 )
-def test_wrong_arguments_are_named(arguments, options, error, message):
+def test_wrong_arguments_are_named(arguments, options, error, message, backend):
     for face, _, _ in FACES.values():
-        with pytest.raises(error, match=message):
+        with set_backend(backend), pytest.raises(error, match=message):
             face(*arguments, **options)
 
 

@@ -26,10 +26,7 @@ void fill(AttentionArgs& a, const Tensor& query, const Tensor& key, const Tensor
     check_sequences(a.cu_seqlens_q, "cu_seqlens_q", a.batch, a.query_length, a.max_query_length);
     check_sequences(a.cu_seqlens_k, "cu_seqlens_k", a.batch, a.key_length, a.max_key_length);
   }
-  for (int64_t b = 0; a.key_lengths != nullptr && b < a.batch; ++b) {
-    CHECK_ARGUMENT(a.key_lengths[b] >= 0 && a.key_lengths[b] <= a.key_length, "key_lengths: got ",
-                   a.key_lengths[b], ", expected 0 to ", a.key_length);
-  }
+  check_lengths(a.key_lengths, "key_lengths", a.batch, a.key_length);
   if (options.rng) {
     check_shape(*options.rng, "rng", {3});
     check_contiguous(*options.rng, "rng");

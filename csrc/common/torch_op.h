@@ -161,6 +161,15 @@ inline void check_contiguous(const Tensor& x, const char* argument) {
                  ", expected a contiguous tensor");
 }
 
+// On the CPU: a GPU would have to be waited for.
+inline void check_lengths(const int64_t* lengths, const char* argument, int64_t count,
+                          int64_t longest) {
+  for (int64_t i = 0; lengths != nullptr && i < count; ++i) {
+    CHECK_ARGUMENT(lengths[i] >= 0 && lengths[i] <= longest, argument, ": got ", lengths[i],
+                   ", expected 0 to ", longest);
+  }
+}
+
 // "cpu", "cuda:1", "another device".
 inline std::string device_string(const Tensor& x) {
   const auto device = x.device();

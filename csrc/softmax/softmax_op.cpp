@@ -18,6 +18,7 @@ Tensor masked_softmax(const Tensor& x, const std::optional<Tensor>& mask,
   Tensor out = empty_like(x);
   const SoftmaxForward arguments =
       softmax_forward_arguments(x, mask, key_lengths, causal, log, out);
+  check_lengths(arguments.keep.key_lengths, "key_lengths", x.size(0), arguments.columns);
   TorchParallel parallel;
   with_type(x, "x",
             [&](SoftmaxType type) { softmax_kernels().forward(arguments, type, parallel); });

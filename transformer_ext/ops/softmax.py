@@ -106,6 +106,7 @@ def _masked_scores(
         keep = keep & mask
     columns = torch.arange(x.shape[-1], device=x.device)
     if key_lengths is not None:
+        check_lengths("key_lengths", key_lengths, x.shape[-1])
         keep = keep & (columns < key_lengths.reshape(-1, *[1] * (x.dim() - 1)))
     if causal:
         keep = keep & (columns <= torch.arange(x.shape[-2], device=x.device)[:, None])
@@ -189,5 +190,3 @@ def _check(x: Tensor, mask: Tensor | None, key_lengths: Tensor | None, causal: b
             f"key_lengths: expected an integer tensor [{x.shape[0]}], got {key_lengths.dtype} "
             f"{list(key_lengths.shape)}"
         )
-    if key_lengths is not None:
-        check_lengths("key_lengths", key_lengths, x.shape[-1])
