@@ -61,7 +61,10 @@ class TextEncoder(Model):
         token_types: Tensor | None = None,
         rng: Tensor | None = None,
     ) -> Tensor:
-        """Ids ``[capacity]`` -> a state for each token, ``[capacity, d_model]``."""
+        """Ids ``[capacity]`` -> a state for each token, ``[capacity, d_model]``.
+
+        ``rng`` is the state of dropout; without it there is none, in training mode too.
+        """
         x = self._embed(
             self.encoder,
             self.embedding,

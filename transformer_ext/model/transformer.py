@@ -57,7 +57,10 @@ class Transformer(Model):
     # --- packed: what the trainer calls ---------------------------------------------------------
 
     def encode_packed(self, src_ids: Tensor, src: Packed, rng: Tensor | None = None) -> Tensor:
-        """Source ids ``[capacity]`` int64 -> memory ``[capacity, d_model]``."""
+        """Source ids ``[capacity]`` int64 -> memory ``[capacity, d_model]``.
+
+        ``rng`` is the state of dropout; without it there is none, in training mode too.
+        """
         x = self._embed(
             self.encoder, self.source_embedding, src_ids, src.positions, src.max_length, rng
         )
@@ -66,7 +69,10 @@ class Transformer(Model):
     def decode_packed(
         self, tgt_ids: Tensor, tgt: Packed, memory: Tensor, src: Packed, rng: Tensor | None = None
     ) -> Tensor:
-        """Target ids ``[capacity]`` int64 and the memory -> states ``[capacity, d_model]``."""
+        """Target ids ``[capacity]`` int64 and the memory -> states ``[capacity, d_model]``.
+
+        ``rng`` as of :meth:`encode_packed`.
+        """
         x = self._embed(
             self.decoder, self.target_embedding, tgt_ids, tgt.positions, tgt.max_length, rng
         )
