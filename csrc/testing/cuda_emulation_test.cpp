@@ -8,7 +8,6 @@
 #include <set>
 #include <string>
 
-#include "common/device_cuda.h"
 #include "testing/broken_kernels_cuda.h"
 #include "testing/cuda_emulation/cuda_bf16.h"
 #include "testing/cuda_emulation/cuda_fp16.h"
@@ -239,20 +238,6 @@ TEST(CudaEmulation, AMissingWaitForCopiesIsSeen) {
   }
 }
 #endif
-
-TEST(CudaDevice, SaysWhyNoKernelRunsThereAndLeavesTheDevice) {
-  cuda_emulation::set_device(3);
-  EXPECT_EQ(transformer_ext_cuda_problem(1), nullptr);
-  cuda_emulation::fail_next(35);  // cudaErrorInsufficientDriver
-  const char* const problem = transformer_ext_cuda_problem(1);
-  ASSERT_NE(problem, nullptr);
-  EXPECT_NE(std::string(problem).find("(cuda:1, compute capability 9.0; "), std::string::npos)
-      << problem;
-  EXPECT_NE(std::string(problem).find(" by CUDA 13.0"), std::string::npos) << problem;
-  EXPECT_EQ(transformer_ext_cuda_problem(1), nullptr);
-  EXPECT_EQ(cuda_emulation::device(), 3);
-  cuda_emulation::set_device(0);
-}
 
 }  // namespace
 }  // namespace transformer_ext
