@@ -12,8 +12,8 @@ void check_sequences(const int32_t* ends, const char* argument, int64_t batch, i
   for (int64_t b = 0; ok && b < batch; ++b) {
     ok = ends[b] <= ends[b + 1] && ends[b + 1] - ends[b] <= longest;
   }
-  CHECK_ARGUMENT(ok, argument, ": expected ascending values from 0 to at most ", rows,
-                 " (the rows), in steps of at most ", longest, " (the longest sequence)");
+  CHECK_AS(std::out_of_range, ok, argument, ": expected ascending values from 0 to at most ", rows,
+           " (the rows), in steps of at most ", longest, " (the longest sequence)");
 }
 
 void fill(AttentionArgs& a, const Tensor& query, const Tensor& key, const Tensor& value,

@@ -7,7 +7,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
 #include <exception>
@@ -83,11 +82,12 @@ std::string joined(const Parts&... parts) {
   return text.str();
 }
 
-// Python sees std::invalid_argument as a ValueError, std::out_of_range as an IndexError and
-// std::runtime_error as a RuntimeError, with the text as it stands here; that of STD_TORCH_CHECK
-// would begin with the path of the source, and always be a RuntimeError.
+// Python sees std::out_of_range (what a tensor holds) as an IndexError, std::invalid_argument (all
+// else about arguments) as a ValueError, from torch 2.15 on as a RuntimeError, with the text as it
+// stands here; that of STD_TORCH_CHECK would begin with the path of the source.
 #define CHECK_AS(Exception, condition, ...) \
-  if (C10_UNLIKELY(!(condition))) throw Exception(::transformer_ext::joined(__VA_ARGS__))
+  if (!(condition)) [[unlikely]]            \
+  throw Exception(::transformer_ext::joined(__VA_ARGS__))
 
 #define CHECK_ARGUMENT(condition, ...) CHECK_AS(std::invalid_argument, condition, __VA_ARGS__)
 
@@ -165,8 +165,8 @@ inline void check_contiguous(const Tensor& x, const char* argument) {
 inline void check_lengths(const int64_t* lengths, const char* argument, int64_t count,
                           int64_t longest) {
   for (int64_t i = 0; lengths != nullptr && i < count; ++i) {
-    CHECK_ARGUMENT(lengths[i] >= 0 && lengths[i] <= longest, argument, ": got ", lengths[i],
-                   ", expected 0 to ", longest);
+    CHECK_AS(std::out_of_range, lengths[i] >= 0 && lengths[i] <= longest, argument, ": got ",
+             lengths[i], ", expected 0 to ", longest);
   }
 }
 

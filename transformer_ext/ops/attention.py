@@ -90,6 +90,7 @@ def attention(
 
     Raises:
         ValueError, TypeError: shapes or dtypes that do not fit.
+        IndexError: on a CPU, a length in ``key_lengths`` beyond the keys.
     """
     _check_padded(query, key, value, key_lengths, mask, bias)
     plain = return_weights or return_scores

@@ -34,7 +34,8 @@ def key_padding_mask(lengths: Tensor, length: int) -> Tensor:
         bool ``[batch, 1, 1, length]`` on the device of ``lengths``.
 
     Raises:
-        ValueError: lengths of another shape or type, or, on a CPU, outside ``[0, length]``.
+        ValueError: lengths of another shape or type.
+        IndexError: on a CPU, a length outside ``[0, length]``.
     """
     if lengths.dim() != 1 or lengths.is_floating_point():
         raise ValueError(
@@ -50,13 +51,13 @@ def check_lengths(name: str, lengths: Tensor, longest: int) -> None:
     """Look for lengths outside ``[0, longest]``, on a CPU: a GPU would have to be waited for.
 
     Raises:
-        ValueError: there is one.
+        IndexError: there is one.
     """
     if lengths.device.type != "cpu" or not has_numbers(lengths):
         return
     wrong = lengths[(lengths < 0) | (lengths > longest)]
     if len(wrong):
-        raise ValueError(f"{name}: got {int(wrong[0])}, expected 0 to {longest}")
+        raise IndexError(f"{name}: got {int(wrong[0])}, expected 0 to {longest}")
 
 
 def causal_mask(length: int, *, device: torch.device | str | None = None) -> Tensor:

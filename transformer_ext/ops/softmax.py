@@ -46,7 +46,8 @@ def masked_softmax(
 
     Raises:
         TypeError, ValueError: a mask that is not bool or does not broadcast, key_lengths of another
-            shape or, on a CPU, outside ``[0, n]``, ``causal`` on a tensor without two dimensions.
+            shape, ``causal`` on a tensor without two dimensions.
+        IndexError: on a CPU, a length outside ``[0, n]``.
     """
     _check(x, mask, key_lengths, causal)
     if use_compiled("masked_softmax", x):
