@@ -192,7 +192,7 @@ def test_steps_in_fixed_shapes_compute_the_same(kind: str) -> None:
     # Sums over more rows may be added up in another order.
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-    assert 1 <= len(other._device_step._recorded) <= 3 and other._device_step.graphs
+    assert 1 <= len(other._device_step._entries) <= 3 and other._device_step.graphs
 
 
 @needs_compiled
@@ -289,7 +289,7 @@ def test_layouts_beyond_the_most_run_in_the_loaders_shapes(
     monkeypatch.setattr("transformer_ext.training.device_step._MOST_GRAPHS", 0)
     trainer = fixed(trainer_for(small_model(), Numbers().stream(), Plan(max_steps=9)))
     trainer.train_step()
-    assert not trainer._device_step._recorded and trainer.progress.step == 1
+    assert not trainer._device_step._entries and trainer.progress.step == 1
 
 
 def test_a_layout_that_came_once_gives_way_to_another(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,14 +297,14 @@ def test_a_layout_that_came_once_gives_way_to_another(monkeypatch: pytest.Monkey
     monkeypatch.setattr(module, "_MOST_GRAPHS", 2)
     monkeypatch.setattr(Layout, "of", lambda batches, longest: batches[0])
     monkeypatch.setattr(
-        module._Recorded, "make", lambda *_: SimpleNamespace(recorded=module._Graph())
+        module._LayoutEntry, "make", lambda *_: SimpleNamespace(part=module._Part())
     )
     step = fixed(trainer_for(small_model(), Numbers().stream(), Plan(max_steps=1)))._device_step
     for name, held in (("a", "a"), ("b", "ab"), ("b", "ab"), ("c", "bc"), ("c", "bc"), ("d", "bc")):
         entry = step._entry([name])
         if entry is not None:
-            step._queue(entry.recorded, lambda: None)
-        assert "".join(layout for layout, _ in step._recorded) == held
+            step._queue(entry.part, lambda: None)
+        assert "".join(layout for layout, _ in step._entries) == held
     assert entry is None and step.graphs == 2
 
 

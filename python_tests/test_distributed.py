@@ -256,7 +256,7 @@ def test_recorded_steps_are_those_of_ddp(tmp_path: Path) -> None:
                 with contextlib.redirect_stderr(io.StringIO()) as error:
                     made._say_no_graphs("why not")
                 assert error.getvalue() == "rank 1: warning: why not; it runs op by op\n"
-            assert (made._device_step._update_graph.graph is None) == fails
+            assert (made._device_step._update_part.graph is None) == fails
             for a, b in zip([*state(made), made._sums], expected, strict=True):
                 assert torch.equal(a, b), part
 

@@ -200,6 +200,10 @@ def test_translations_that_cannot_be_written(files, monkeypatch, capsys):
         (["--compare", "hyp"], "--compare: got one system, expected two or more"),
         (["--compare", "hyp", "short"], "--compare: files of translations need --ref FILE"),
         (
+            ["--compare", "hyp", "best"],
+            "best: is a file that names a checkpoint, expected that: model",
+        ),
+        (
             ["--compare", "hyp", "src", "--src", "src", "--ref", "ref"],
             "--src FILE needs a model to translate it with",
         ),
@@ -208,7 +212,7 @@ def test_translations_that_cannot_be_written(files, monkeypatch, capsys):
             "--compare: hyp and ./hyp are the same",
         ),
         (["--compare", "hyp", "ref", "--ref", "ref"], "ref is given as translations and as ref"),
-        (["--compare", "hyp", "short", "--ref", "ref"], "short has 1 lines, ref has 3"),
+        (["--compare", "hyp", "short", "--ref", "ref"], "short has 1 line, ref has 3"),
         (
             ["--compare", "hyp", "nothing", "--src", "src", "--ref", "ref"],
             "nothing: no such model directory",
@@ -246,7 +250,7 @@ def test_translations_that_cannot_be_written(files, monkeypatch, capsys):
             ["model", "--output", "no/such/x"],
             "--output no/such/x: its folder is not there",
         ),
-        (["--hyp", "short", "--ref", "ref"], "short has 1 lines, ref has 3"),
+        (["--hyp", "short", "--ref", "ref"], "short has 1 line, ref has 3"),
         (["--hyp", "hyp", "--ref", "empty"], "empty: has no lines"),
         (["--hyp", "nothing", "--ref", "ref"], "nothing: cannot be read"),
         (["nothing", "--src", "src", "--ref", "ref"], "nothing: no such model directory"),
@@ -260,6 +264,7 @@ def test_wrong_arguments(files, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(files)
     (files / "folder").mkdir()
     save_random_model(files / "model")
+    (files / "best").write_text("model\n")
     try:
         status = main(arguments)
     except SystemExit as stop:

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import sys
 
-from transformer_ext._command import share_cores
+from transformer_ext._command import limit_openmp_spin
 
 COMMANDS = {
     "train": "train a model: on the shipped corpus, or on your own text",
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"transformer-ext: no command {name!r}\n\n{_usage()}", file=sys.stderr)
         return 2
     if command == "train":
-        share_cores()
+        limit_openmp_spin()
     return importlib.import_module(_module(command)).main(rest) or 0
 
 

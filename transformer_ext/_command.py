@@ -13,9 +13,9 @@ _FULL = (errno.ENOSPC, errno.EFBIG, errno.EIO, errno.EBADF)
 
 #: What GNU's OpenMP reads of how its threads wait for each other.
 _WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-#: Pauses of the processor, of 20 to 100 ns each. Fewer cost a step of training up to a tenth on a quiet
-#: machine (`small`; 1,000: 4 to 10 %, 200: 20 %), where no cost of these is seen; but a wait of
-#: the default, 300,000 (30 ms), takes the core from the thread that is waited for if others want it.
+#: Pauses of the processor. A wait of the default, 300,000 (30 ms), takes the core from the thread that
+#: is waited for if others want it. These cost no time on a quiet machine; 1,000 do: docs/training.md,
+#: "Beside other work".
 SPIN_COUNT = "2000"
 
 Main = Callable[[Sequence[str] | None], int]
@@ -61,11 +61,13 @@ def command(main: Main) -> Callable[..., int]:
     return run
 
 
-def share_cores() -> None:
+def limit_openmp_spin() -> None:
     """Lets the threads of torch go to sleep soon when they wait for each other, unless it is set.
 
     For a command that computes with torch, in a process of its own: the OpenMP that torch brings
-    reads it once, when torch is imported, and after that nothing is changed.
+    reads it once, when torch is imported, and after that nothing is changed. It is in the
+    environment, so processes that this one starts have it too: workers that read data, for which it
+    changes nothing.
     """
     if "torch" not in sys.modules and not any(name in os.environ for name in _WAITING):
         os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT

@@ -20,7 +20,7 @@ from typing import Any
 
 from transformer_ext._command import command
 from transformer_ext.config import ArgumentParser, ConfigError, add_arguments, from_dict, given
-from transformer_ext.inference.lines import TextLines
+from transformer_ext.inference.lines import TextLines, check_as_many
 from transformer_ext.inference.options import (
     SearchOptions,
     add_batch_arguments,
@@ -106,6 +106,12 @@ def _options(parser: ArgumentParser, arguments: Any) -> SearchOptions:
         parser.error("--hyp FILE needs --ref FILE, and no --src")
     if arguments.compare is not None and len(arguments.compare) < 2:
         parser.error("--compare: got one system, expected two or more")
+    if arguments.compare is not None:
+        from transformer_ext.files import refuse_pointer
+
+        # Any other file is taken for one of translations.
+        for system in arguments.compare:
+            refuse_pointer(system)
     if arguments.compare is None:
         for name in _BOOTSTRAP:
             if getattr(arguments, name) != parser.get_default(name):
@@ -325,11 +331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"{reference_path}: has no lines")
     given_lines = {path: text.read(path) for path in _texts_read(systems, sources_path)}
     for path, lines in given_lines.items():
-        if len(lines) != len(references):
-            raise ValueError(
-                f"{path} has {len(lines)} lines, {reference_path} has {len(references)}: "
-                "expected as many"
-            )
+        check_as_many(path, lines, reference_path, references)
     if text.undecodable:
         print(
             f"warning: lines with bytes that are not UTF-8, replaced by U+FFFD: {text.undecodable}",

@@ -411,7 +411,7 @@ class Weights(Mapping[str, "np.ndarray"]):
         return None
 
     def check_finite(self) -> None:
-        """Reads all weights (0.1 s a GB) and looks for what no training that succeeds writes.
+        """Reads all weights and looks for what no training that succeeds writes.
 
         Raises:
             FileError: a weight holds NaN or an infinity; the message names it.
@@ -938,8 +938,7 @@ def load_model_dir(
         )
     # An empty name would be the working directory.
     if not str(path) or not Path(path).is_dir():
-        if Path(path).is_file() and (named := _checkpoint_named_by(Path(path))):
-            raise FileError(f"{path}: is a file that names a checkpoint, expected that: {named}")
+        refuse_pointer(path)
         raise FileError(f"{str(path) or repr('')}: no such model directory")
     path = Path(path)
     config_path = path / CONFIG_FILE
@@ -974,21 +973,30 @@ def load_model_dir(
     return ModelDir(path, config, weights, source, target, _training(values, config_path))
 
 
-def _checkpoint_named_by(path: Path) -> Path | None:
-    """The folder beside a file that is its one line, as for ``checkpoints/best`` of a training."""
+def refuse_pointer(path: str | Path) -> None:
+    """For what is to be a model or a text.
+
+    Raises:
+        FileError: it is a file whose one line names a checkpoint beside it, as ``checkpoints/best``
+            of a training.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return
     try:
         with open(path, encoding="utf-8") as file:
             name = file.read(100).strip()
     except (OSError, ValueError):
-        return None
-    return path.parent / name if name and (path.parent / name / CONFIG_FILE).is_file() else None
+        return
+    if name and (named := path.parent / name / CONFIG_FILE).is_file():
+        raise FileError(f"{path}: is a file that names a checkpoint, expected that: {named.parent}")
 
 
 @contextlib.contextmanager
 def naming_damage(folders: Iterable[str | Path]) -> Iterator[None]:
     """Where the block fails because weights of these model directories are no numbers, says which.
 
-    To look for that in every model would take 20 ms for 250 MB, and numpy, which decoding does not
+    To look for that in every model would mean to read all of it, and numpy, which decoding does not
     need.
 
     Raises:

@@ -67,17 +67,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--return-attention and --return-alignment: expected --format jsonl with them")
     if arguments.attention_layer is not None and not attends:
         parser.error("--attention-layer: expected --return-attention or --return-alignment with it")
-    from transformer_ext.inference.lines import TextLines
+    from transformer_ext.inference.lines import TextLines, check_as_many
     from transformer_ext.inference.shared import alignment_of
     from transformer_ext.inference.translator import open_translator
 
     text = TextLines()
     sources, targets = text.read(arguments.src), text.read(arguments.tgt)
-    if len(sources) != len(targets):
-        raise ValueError(
-            f"{arguments.src} has {len(sources)} lines, {arguments.tgt} has {len(targets)}: "
-            "expected as many"
-        )
+    check_as_many(arguments.src, sources, arguments.tgt, targets)
     with open_translator(arguments) as translator:
         batches = dict(batch_size=arguments.batch_size, batch_tokens=arguments.batch_tokens)
         attentions: list[Any] = [None] * len(sources)

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from transformer_ext import __version__
-from transformer_ext._command import command, share_cores
+from transformer_ext._command import command, limit_openmp_spin
 
 if __name__ == "__main__":
-    share_cores()  # What is imported below imports torch.
+    limit_openmp_spin()  # What is imported below imports torch.
 
 from transformer_ext.config import (
     ArgumentParser,

@@ -132,6 +132,21 @@ def _ready(descriptor: int) -> bool:
         return False
 
 
+def check_as_many(path: str, lines: Sequence[str], other: str, others: Sequence[str]) -> None:
+    """For two texts that belong together line by line.
+
+    Raises:
+        ValueError: one has more lines than the other.
+    """
+    if len(lines) != len(others):
+        from transformer_ext.data.corpus import counted
+
+        raise ValueError(
+            f"{path} has {counted(len(lines), 'lines')}, {other} has {len(others):,}: "
+            "expected as many"
+        )
+
+
 def count_lines(files: Sequence[str]) -> int | None:
     """How many lines there are, or None where they can be read only once.
 

@@ -96,8 +96,8 @@ class Numbers:
 
 
 @dataclass
-class _Graph:
-    """Work that steps queue again and again, on the same memory.
+class _Part:
+    """A part of a step that is queued again and again, on the same memory.
 
     Attributes:
         seen: Whether it has run, op by op.
@@ -111,28 +111,28 @@ class _Graph:
 
 
 @dataclass
-class _Recorded:
-    """The memory that the batches of a layout are filled into, and its graph.
+class _LayoutEntry:
+    """The memory that the batches of a layout are filled into, and what is done there.
 
     Attributes:
         layout: Of each micro-batch.
         blocks: One for each micro-batch.
         batches: What lies in the blocks.
         numbers: Of the step.
-        recorded: What is done with them.
+        part: The work on them.
     """
 
     layout: Layout
     blocks: list[Tensor]
     batches: list[DeviceBatch]
     numbers: Numbers
-    recorded: _Graph = field(default_factory=_Graph)
+    part: _Part = field(default_factory=_Part)
 
     @staticmethod
-    def make(layout: Layout, count: int, device: torch.device) -> _Recorded:
+    def make(layout: Layout, count: int, device: torch.device) -> _LayoutEntry:
         blocks = [layout.block(device) for _ in range(count)]
         views = [layout.views(block) for block in blocks]
-        return _Recorded(layout, blocks, views, Numbers.zeros(count, device))
+        return _LayoutEntry(layout, blocks, views, Numbers.zeros(count, device))
 
 
 class CudaGraphs:
@@ -247,16 +247,16 @@ class DeviceStep:
         #: What goes from the first part of a step to the second, the same for all layouts.
         self._rate = torch.zeros((), device=device)
         self._step_sums = torch.zeros_like(self.sums)
-        self._update_graph = _Graph()
+        self._update_part = _Part()
         self._rng: Tensor | None = getattr(losses.model, "rng", None)
-        self._recorded: dict[tuple[Layout, int], _Recorded] = {}
+        self._entries: dict[tuple[Layout, int], _LayoutEntry] = {}
         #: Weights that the model reads in another type, and that type.
         self._converted: list[tuple[Tensor, torch.dtype]] = []
 
     @property
     def graphs(self) -> int:
         """Number of graphs recorded."""
-        return sum(entry.recorded.graph is not None for entry in self._recorded.values())
+        return sum(entry.part.graph is not None for entry in self._entries.values())
 
     def __call__(
         self,
@@ -278,7 +278,7 @@ class DeviceStep:
         if self._gradients is not None:
             # Not within what falls back to op by op: an exchange that fails is another rank's end.
             self._gradients.exchange()
-            self._queue(self._update_graph, self._apply)
+            self._queue(self._update_part, self._apply)
 
     def _queue_batches(
         self,
@@ -303,38 +303,38 @@ class DeviceStep:
             host = entry.layout.block("cpu", pinned=pinned)
             block.copy_(entry.layout.fill(batch, host), non_blocking=True)
         numbers.copied_to(entry.numbers)
-        self._queue(entry.recorded, lambda: work(entry.batches, entry.numbers))
+        self._queue(entry.part, lambda: work(entry.batches, entry.numbers))
 
-    def _entry(self, batches: Sequence[Any]) -> _Recorded | None:
+    def _entry(self, batches: Sequence[Any]) -> _LayoutEntry | None:
         """Where the batches are filled in; None for those that get no graph."""
         if self._graphs is None:
             return None
         layout = Layout.of(batches, self.losses.longest)
         key = (layout, len(batches))
-        if key not in self._recorded:
-            if len(self._recorded) >= _MOST_GRAPHS:
+        if key not in self._entries:
+            if len(self._entries) >= _MOST_GRAPHS:
                 # One that has come once may never come again.
-                entries = self._recorded.items()
-                once = next((k for k, entry in entries if entry.recorded.graph is None), None)
+                entries = self._entries.items()
+                once = next((k for k, entry in entries if entry.part.graph is None), None)
                 if once is None:
                     return None
-                del self._recorded[once]
-            self._recorded[key] = _Recorded.make(layout, len(batches), self.device)
-        return self._recorded[key]
+                del self._entries[once]
+            self._entries[key] = _LayoutEntry.make(layout, len(batches), self.device)
+        return self._entries[key]
 
-    def _queue(self, recorded: _Graph, work: Callable[[], None]) -> None:
+    def _queue(self, part: _Part, work: Callable[[], None]) -> None:
         """Queues work op by op, or as its graph."""
         if self._graphs is None:
             work()
-        elif recorded.graph is not None or self._prepare(recorded, work):
-            recorded.graph.replay()
+        elif part.graph is not None or self._prepare(part, work):
+            part.graph.replay()
             # The weights have changed, and their versions have not.
             forget_copies()
 
-    def _prepare(self, recorded: _Graph, work: Callable[[], None]) -> bool:
+    def _prepare(self, part: _Part, work: Callable[[], None]) -> bool:
         """Queues work for the first time, or records it, returning True: to be replayed."""
         assert self._graphs is not None
-        first, recorded.seen = not recorded.seen, True
+        first, part.seen = not part.seen, True
         try:
             if first:
                 self._graphs.run(work)
@@ -347,8 +347,8 @@ class DeviceStep:
                 return False
             # A copy of a weight must be made by the graph that reads it.
             forget_copies()
-            recorded.graph = self._graphs.record(work)
-            recorded.kept = tuple(self.losses.buffers())
+            part.graph = self._graphs.record(work)
+            part.kept = tuple(self.losses.buffers())
             return True
         except torch.OutOfMemoryError as error:
             # What the graphs hold is not to be had for anything else.
@@ -376,8 +376,8 @@ class DeviceStep:
         self._tell(f"the step cannot be a CUDA graph ({reason})")
 
     def _forget(self) -> None:
-        self._recorded.clear()
-        self._update_graph = _Graph()
+        self._entries.clear()
+        self._update_part = _Part()
 
     def _compute(self, batches: Sequence[DeviceBatch], numbers: Numbers) -> None:
         """The step itself: only work for the device."""

@@ -188,7 +188,7 @@ class GradientSum:
         ]
 
     def collect(self) -> None:
-        """Takes the gradients of this rank from the parameters.
+        """Flattens the gradients of this rank: moves them from the parameters into one tensor.
 
         Raises:
             RuntimeError: A parameter has none.
@@ -206,7 +206,10 @@ class GradientSum:
         torch._foreach_copy_(self._parts, gradients)
 
     def exchange(self) -> None:
-        """Queues the sum over all ranks; the only part that the ranks do together."""
+        """Queues the all-reduce of the flattened gradients: their sum over all ranks.
+
+        The only part that the ranks do together.
+        """
         dist.all_reduce(self._all)
 
     def hand_out(self) -> None:
