@@ -74,10 +74,23 @@ def test_isa_override_lowers_or_fails_loudly(isa):
 
 def test_isa_override_refuses_unknown_names():
     result = run_python(
-        "from transformer_ext._native import native; native().isa()", TRANSFORMER_EXT_ISA="sse9"
+        "from transformer_ext import info; raise SystemExit(info.main([]))",
+        TRANSFORMER_EXT_ISA="sse9",
     )
-    assert result.returncode != 0
-    assert "expected one of baseline, avx2, avx512, avx512_bf16" in result.stderr
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == (
+        "error: TRANSFORMER_EXT_ISA=sse9: expected one of baseline, avx2, avx512, avx512_bf16\n"
+    )
+
+
+def test_train_without_torch_names_the_cure():
+    result = run_python(
+        "import sys, runpy; sys.modules['torch'] = None; sys.argv[1:] = ['--help']; "
+        "runpy.run_module('transformer_ext.train', run_name='__main__')"
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: torch does not import (")
+    assert result.stderr.endswith("). To mend it: pip install 'torch>=2.11'\n")
 
 
 def test_stamp_changes_with_a_source_and_not_with_a_test(tmp_path):

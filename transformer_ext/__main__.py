@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import sys
 
-from transformer_ext._command import limit_openmp_spin
+from transformer_ext._command import import_ops, limit_openmp_spin
 
 COMMANDS = {
     "train": "train a model: on the shipped corpus, or on your own text",
@@ -72,6 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if command == "train":
         limit_openmp_spin()
+        import_ops()
     return importlib.import_module(_module(command)).main(rest) or 0
 
 

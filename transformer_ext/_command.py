@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import errno
 import functools
+import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+
+from transformer_ext._native import why_no_torch
 
 #: Why a write can fail: no room, a limit, or a broken or read-only descriptor.
 _FULL = (errno.ENOSPC, errno.EFBIG, errno.EIO, errno.EBADF)
@@ -51,6 +54,8 @@ def command(main: Main) -> Callable[..., int]:
             if os.environ.get("TRANSFORMER_EXT_TRACEBACK"):
                 raise
             message = str(error)
+            if isinstance(error, ImportError) and (error.name or "").split(".")[0] == "torch":
+                message = why_no_torch(error)
             # Other files that cannot be written are in the error by name.
             if isinstance(error, OSError) and error.errno in _FULL and error.filename is None:
                 discard_output()
@@ -71,6 +76,21 @@ def limit_openmp_spin() -> None:
     """
     if "torch" not in sys.modules and not any(name in os.environ for name in _WAITING):
         os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
+
+
+def import_ops() -> None:
+    """For a command whose own imports import torch: where that fails, it ends as by :func:`command`.
+
+    So it does where a variable of the environment that is read at import is wrong.
+    """
+
+    @command
+    def run(_: Sequence[str] | None) -> int:
+        importlib.import_module("transformer_ext.ops")
+        return 0
+
+    if status := run():
+        sys.exit(status)
 
 
 def discard_output() -> None:

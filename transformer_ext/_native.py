@@ -148,9 +148,9 @@ def native() -> ModuleType:
     """The module `_C`: everything compiled that does not need torch.
 
     Raises:
-        NativeError: it is missing, or does not load in this Python; TRANSFORMER_EXT_ISA asks for an
-            instruction set that there is not.
-        ValueError: TRANSFORMER_EXT_BACKEND, which says nothing to this module, is wrong.
+        NativeError: it is missing, or does not load in this Python.
+        ValueError: TRANSFORMER_EXT_ISA asks for an instruction set that there is not, or
+            TRANSFORMER_EXT_BACKEND, which says nothing to this module, is wrong.
     """
     # It cannot be loaded twice, as by two threads that come first.
     with _loading:
@@ -182,13 +182,20 @@ def _native() -> ModuleType:
         module.isa()
     except RuntimeError as error:
         sys.modules.pop(name, None)
-        raise NativeError(str(error)) from None
+        # A build with the kernels of one instruction set says so where this is not the machine's.
+        kind = ValueError if os.environ.get("TRANSFORMER_EXT_ISA") else NativeError
+        raise kind(str(error)) from None
     except ImportError as error:
         sys.modules.pop(name, None)
         raise NativeError(
             f"transformer_ext: {path} does not load: {error}\nTo build it anew: {repair_command()}"
         ) from error
     return module
+
+
+def why_no_torch(error: Exception) -> str:
+    """What to say of an `import torch` that failed: the cause, and what mends it."""
+    return f"torch does not import ({error}). To mend it: pip install 'torch>=2.11'"
 
 
 @dataclass(frozen=True)
@@ -207,7 +214,7 @@ def loaded_ops() -> LoadedOps:
     try:
         import torch
     except (ImportError, OSError) as error:
-        why = f"torch does not import ({error}). To mend it: pip install 'torch>=2.11'"
+        why = why_no_torch(error)
         return LoadedOps(False, False, why, why)
     try:
         folder = _compiled().folder

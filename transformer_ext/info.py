@@ -112,7 +112,7 @@ def _cpu(problems: list[str]) -> dict[str, Any]:
     try:
         native = _native.native()
         best, isa = native.best_isa(), native.isa()
-    except (ImportError, RuntimeError, ValueError) as error:
+    except (ImportError, RuntimeError) as error:
         if _native.find_compiled() is not None:
             problems.append(str(error))
         return {}
@@ -161,7 +161,7 @@ def _torch(problems: list[str]) -> dict[str, Any]:
     try:
         import torch
     except Exception as error:  # a broken torch can raise anything
-        problems.append(f"torch does not import ({error}). To mend it: pip install 'torch>=2.11'")
+        problems.append(_native.why_no_torch(error))
         return {"version": _version("torch")}
     ops = _native.loaded_ops()
     if not ops.cpu and _native.find_compiled() is not None:
@@ -187,7 +187,11 @@ def _torch(problems: list[str]) -> dict[str, Any]:
 
 
 def collect() -> dict[str, Any]:
-    """All that :func:`main` prints, as one dict; `problems` lists what hinders work, and the cure."""
+    """All that :func:`main` prints, as one dict; `problems` lists what hinders work, and the cure.
+
+    Raises:
+        ValueError: a variable of the environment is none of its values.
+    """
     problems: list[str] = []
     compiled = _compiled(problems)
     cpu = _cpu(problems)

@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from transformer_ext import __version__
-from transformer_ext._command import command, limit_openmp_spin
+from transformer_ext._command import command, import_ops, limit_openmp_spin
 
 if __name__ == "__main__":
     limit_openmp_spin()  # What is imported below imports torch.
+    import_ops()
 
 from transformer_ext.config import (
     ArgumentParser,

@@ -105,7 +105,8 @@ class Machine:
             for entry in torch_facts.get("gemm") or []
             if entry["dtype"] == self.precision
         )
-        return f"compiled, {cpu['isa']}" + (f"; matrix products: {products}" if products else "")
+        isa = f", {cpu['isa']}" if cpu else ""  # The ops may load where the engine does not.
+        return f"compiled{isa}" + (f"; matrix products: {products}" if products else "")
 
     def print(self, console: Console, output: str) -> None:
         """Says what is used, and where the results go."""
