@@ -403,19 +403,33 @@ def test_errors():
         ([[5, 37, 3]], "got 37, expected integers from 0 to 36"),
         ([[5] * 1000 + [2**40]], "got 1099511627776, expected integers from 0 to 36"),
         ([[5.5, 3]], "got 5.5, expected integers from 0 to 36"),
-        (["abc"], "got 'a', expected integers from 0 to 36"),
-        ([5, 6, 3], "got 5, expected a sequence of integers for each text"),
+        ([["a"]], "got 'a', expected integers from 0 to 36"),
+        ([[True]], "got True, expected integers from 0 to 36"),
         (np.array([[5.0, 3.0]]), "got 5.0, expected integers from 0 to 36"),
+        *(
+            (given, f"got {shown}, expected a sequence of integers for each text")
+            for given, shown in (
+                (None, "None"),
+                (["abc"], "'abc'"),
+                ([b"abc"], "b'abc'"),
+                ([5, 6, 3], "5"),
+                ([{7, 5}], r"\{5, 7\}"),
+                ([{5: 6}], r"\{5: 6\}"),
+                ({5: [6]}, r"\{5: \[6\]\}"),
+                (np.array(5), r"array\(5\)"),
+            )
+        ),
     ):
         for call in (
             engine.search,
             lambda ids: engine.score(ids, [[3]]),
             lambda ids: engine.align(ids, [[3]]),
         ):
-            with pytest.raises(ValueError, match=f"^sources: {message}$"):
+            kind = TypeError if message.endswith("text") else ValueError
+            with pytest.raises(kind, match=f"^sources: {message}$"):
                 call(sources)
     with pytest.raises(ValueError, match="^prefixes: got 'a', expected integers from 0 to"):
-        engine.search([[5, 3]], prefixes=["ab"])
+        engine.search([[5, 3]], prefixes=[["a"]])
     with pytest.raises(ValueError, match="^numbers: got -1, expected integers from 0 to"):
         engine.search([[5, 3]], numbers=[-1])
     with pytest.raises(TypeError, match=r"^options: got dict, expected SearchOptions \(single"):

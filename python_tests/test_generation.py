@@ -544,8 +544,6 @@ def test_wrong_arguments_are_named():
         ([[2**31]], {}, "prompts: got 2147483648, expected integers from 0 to 36"),
         ([[1.5]], {}, "prompts: got 1.5, expected integers from 0 to 36"),
         ([["x"]], {}, "prompts: got 'x', expected integers from 0 to 36"),
-        ([1], {}, "prompts: got 1, expected a sequence of integers for each text"),
-        (1, {}, "prompts: got 1, expected a sequence of integers for each text"),
         ([[4] * 25], {}, "prompts: number 0 .* has 25 tokens .* learned positions for 24"),
         ([[4]], {"return_alignment": True}, "return_alignment: got True, but a language"),
         ([[4]], {"max_length_a": 2.0}, "max_length_a: got 2.0, but a language model has no source"),
@@ -559,12 +557,15 @@ def test_wrong_arguments_are_named():
         message = f"numbers: got {got}, expected integers from 0 to {2**64 - 1}$"
         with pytest.raises(ValueError, match=message):
             engine.search([[4]], numbers=numbers)
-    with pytest.raises(ValueError, match="numbers: got 3, expected a sequence of integers"):
+    for prompts in ([1], 1):
+        with pytest.raises(TypeError, match="prompts: got 1, expected a sequence of integers for"):
+            engine.search(prompts)
+    with pytest.raises(TypeError, match="numbers: got 3, expected a sequence of integers"):
         engine.search([[4]], numbers=3)
     for text, got in (([40], "40"), ([2**31], str(2**31)), ([1.5], "1.5"), (["x"], "'x'")):
         with pytest.raises(ValueError, match=f"texts: got {got}, expected integers from 0 to 36"):
             engine.score([text])
-    with pytest.raises(ValueError, match="texts: got 1, expected a sequence of integers for each"):
+    with pytest.raises(TypeError, match="texts: got 1, expected a sequence of integers for each"):
         engine.score([1, 2])
     # Integers of numpy are integers, and so in options.
     given = SearchOptions(

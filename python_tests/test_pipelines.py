@@ -512,6 +512,11 @@ def test_inputs_and_options_of_a_wrong_kind_are_one_error(bert: Path, tmp_path: 
         ours("[MASK]", truncation="longest_first")
     with pytest.raises(TypeError, match="fill-mask: unknown option 'max_length'; its options are"):
         ours("[MASK]", max_length=3)
+    with pytest.raises(TypeError, match="unknown option 'thread'; did you mean 'threads'"):
+        pipeline("fill-mask", bert, thread=1)
+    for given in ({"[MASK]"}, b"[MASK]", np.array("[MASK]")):
+        with pytest.raises(TypeError, match="inputs: got .*, expected a text, or a list or an"):
+            ours(given)
     for size in (0, True, "2"):
         with pytest.raises(ValueError, match="batch_size: got .*, expected an integer"):
             ours("[MASK]", batch_size=size)
@@ -534,6 +539,7 @@ def test_many_inputs_come_one_after_the_other(bert: Path) -> None:
     assert next(found) == expected[0]
     assert read == texts[:2]
     assert [expected[0], *found] == expected
+    assert ours(np.array(texts)) == expected
     assert ours([]) == [] and list(ours(iter([]))) == []
     with pytest.raises(TypeError, match="got int at position 3"):
         list(ours(iter([*texts[:3], 3])))

@@ -174,7 +174,9 @@ def test_target_prefix(translator):
         translator.translate(SENTENCES[:2], target_prefix="a")
     with pytest.raises(TypeError, match="target_prefix: got int at position 0"):
         translator.translate(SENTENCES[:1], target_prefix=[3])
-    with pytest.raises(ValueError, match="prefixes: got 1, expected one for each of the 2 sources"):
+    with pytest.raises(TypeError, match="target_prefix: got set, expected a text or a sequence"):
+        translator.translate(SENTENCES[:1], target_prefix={"a"})
+    with pytest.raises(ValueError, match="target_prefix: got 1, expected one for each of the 2"):
         translator.translate(SENTENCES[:2], target_prefix=["a"])
 
 

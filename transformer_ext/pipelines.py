@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformer_ext.config import ConfigError, nearest
-from transformer_ext.inference.shared import Closing
+from transformer_ext.inference.shared import Closing, is_many
 from transformer_ext.inference.text_model import TextError, check_texts, softmax
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class Pipeline(Closing):
         batch_size: int,
         options: Mapping[str, Any],
     ) -> None:
-        self._check_options(options)
+        self._check_options(options, (*engine, "batch_size"))
         self._batch_size = batch_size
         self._given = dict(options)
         self._opened = self._open(model, **engine)
@@ -122,7 +122,7 @@ class Pipeline(Closing):
         """Results of one input or of many.
 
         Args:
-            inputs: one input, a list or tuple of them, or an iterator, which is read only as its
+            inputs: one input, a sequence of them, or an iterator, which is read only as its
                 results are asked for.
             batch_size: most inputs worked on at once; it has no influence on the results.
             options: those of the task.
@@ -135,17 +135,18 @@ class Pipeline(Closing):
             ValueError: an input or an option with a wrong value.
         """
         size = self._batch_size if batch_size is None else _batch_size(batch_size)
-        self._check_options(options)
+        self._check_options(options, ("batch_size",))
         options = {**self._given, **options}
         if self._is_one(inputs):
             (result,) = self._run([inputs], 0, {**self.defaults, **options})
             return self._alone(inputs, result, options)
-        if isinstance(inputs, (list, tuple)):
-            # All of them before work begins on the first.
-            self._check(inputs, 0)
-            return list(self._stream(iter(inputs), size, options))
         if isinstance(inputs, Iterator):
             return self._stream(inputs, size, options)
+        if is_many(inputs):
+            # All of them before work begins on the first.
+            several = list(inputs)
+            self._check(several, 0)
+            return list(self._stream(iter(several), size, options))
         raise TypeError(
             f"inputs: got {_shown(inputs)}, expected {self._expected}, or a list or an iterator of "
             "such"
@@ -170,12 +171,14 @@ class Pipeline(Closing):
                     f"inputs: got {_shown(value)} at position {number}, expected {self._expected}"
                 )
 
-    def _check_options(self, options: Mapping[str, Any]) -> None:
+    def _check_options(self, options: Mapping[str, Any], others: tuple[str, ...]) -> None:
+        """Raise a TypeError for what is none; ``others`` may be said beside those of the task."""
         for name, value in options.items():
             if name not in self.defaults:
+                known = [*self.defaults, *others]
                 raise TypeError(
-                    f"{self.task}: unknown option {name!r}{nearest(name, list(self.defaults))}; "
-                    f"its options are {', '.join(self.defaults)}"
+                    f"{self.task}: unknown option {name!r}{nearest(name, known)}; its options are "
+                    f"{', '.join(known)}"
                 )
             if isinstance(self.defaults[name], bool) and not isinstance(value, bool):
                 raise TypeError(f"{name}: got {value!r:.60}, expected True or False")

@@ -14,7 +14,7 @@ from transformer_ext.inference.options import (
     MOST_AT_ONCE,
     check_at_once,
 )
-from transformer_ext.inference.shared import Closing
+from transformer_ext.inference.shared import Closing, is_many
 from transformer_ext.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -199,10 +199,11 @@ def integer_rows(
         largest: of the integers.
 
     Raises:
-        ValueError: something else.
+        TypeError: no sequences.
+        ValueError: something else in them than such integers.
     """
-    if not isinstance(values, Iterable):
-        raise ValueError(
+    if not is_many(values):
+        raise TypeError(
             f"{name}: got {values!r:.60}, expected a sequence of integers for each text"
         )
     return [integers(name, row, largest, "a sequence of integers for each text") for row in values]
@@ -216,12 +217,12 @@ def integers(
 ) -> list[int]:
     """One of :func:`integer_rows`; ``expected`` is said of what is no sequence."""
     row = values.tolist() if hasattr(values, "tolist") else values
-    if not isinstance(row, Iterable):
-        raise ValueError(f"{name}: got {row!r:.60}, expected {expected}")
+    if not is_many(row):
+        raise TypeError(f"{name}: got {row!r:.60}, expected {expected}")
     found = []
     for value in row:
         try:
-            number = operator.index(value)
+            number = -1 if value is True or value is False else operator.index(value)
         except TypeError:
             number = -1
         if not 0 <= number <= largest:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from transformer_ext.inference.compiled import batches_by_length, integers
+from transformer_ext.inference.shared import is_many
 from transformer_ext.model.config import TextEncoderConfig
 
 
@@ -52,7 +53,7 @@ def checked_batches(
         batch_tokens: see there.
 
     Raises:
-        ValueError: what :class:`~transformer_ext.inference.encoder_engine.EncoderEngine` says.
+        TypeError, ValueError: what :class:`~transformer_ext.inference.encoder_engine.EncoderEngine` says.
     """
     _check_rows("texts", texts)
     for name, values in (("token_types", token_types), ("positions", positions)):
@@ -102,12 +103,11 @@ def checked_batches(
 def _check_rows(name: str, values: Any) -> None:
     expected = "expected a sequence of integers for each text"
     if not _is_sequence(values):
-        raise ValueError(f"{name}: got {values!r:.60}, {expected}")
+        raise TypeError(f"{name}: got {values!r:.60}, {expected}")
     for row in values:
         if not _is_sequence(row):
-            raise ValueError(f"{name}: got {row!r:.60}, {expected}")
+            raise TypeError(f"{name}: got {row!r:.60}, {expected}")
 
 
 def _is_sequence(value: Any) -> bool:
-    # An array without dimensions has a length that only raises.
-    return hasattr(value, "__len__") and getattr(value, "ndim", 1) > 0
+    return hasattr(value, "__len__") and is_many(value)

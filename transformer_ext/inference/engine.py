@@ -136,6 +136,7 @@ class Engine(CompiledModel[TransformerConfig]):
             have no influence on it.
 
         Raises:
+            TypeError: no sequences of integers.
             ValueError: an id that is not in the vocabulary, a source longer than the model's
                 positions or ``max_source_length``, a prefix as long as the longest output, numbers
                 of prefixes and sources that differ, or weights that give NaN.
@@ -206,7 +207,7 @@ class Engine(CompiledModel[TransformerConfig]):
             for each target, natural logarithms, one a token; none where the source is empty.
 
         Raises:
-            ValueError: as :meth:`search`, and where the numbers of sources and targets differ.
+            TypeError, ValueError: as :meth:`search`, and where the numbers of sources and targets differ.
         """
         return [
             log_probs
@@ -236,7 +237,7 @@ class Engine(CompiledModel[TransformerConfig]):
             over the heads.
 
         Raises:
-            ValueError: as :meth:`score`, and for a layer that the model does not have.
+            TypeError, ValueError: as :meth:`score`, and for a layer that the model does not have.
         """
         import numpy as np
 

@@ -67,6 +67,7 @@ class LanguageModelEngine(CompiledModel[LanguageModelConfig]):
             on it.
 
         Raises:
+            TypeError: no sequences of integers.
             ValueError: an id that is not in the vocabulary, a prompt longer than the model's
                 positions, options that need a source, numbers of prompts and ``numbers`` that
                 differ, or weights that give NaN.
@@ -122,7 +123,7 @@ class LanguageModelEngine(CompiledModel[LanguageModelConfig]):
             without a start token (``prepend_bos`` is False) has none, as nothing comes before it.
 
         Raises:
-            ValueError: as :meth:`search`.
+            TypeError, ValueError: as :meth:`search`.
         """
         engine = self._open()
         start_id = self.config.bos_id if self.config.prepend_bos else -1

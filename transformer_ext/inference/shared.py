@@ -6,7 +6,7 @@ Without numpy, which takes longer to import than the rest of what a translation 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from transformer_ext.inference.options import (
@@ -23,6 +23,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _Self = TypeVar("_Self", bound="Closing")
+
+
+def is_many(value: Any) -> bool:
+    """Whether this is several of something, in order: neither a text nor without an order."""
+    if isinstance(value, (str, bytes, bytearray, Mapping, set, frozenset)):
+        return False
+    # An array without dimensions can be iterated over only to an error.
+    return isinstance(value, Iterable) and getattr(value, "ndim", 1) != 0
 
 
 class Closing(ABC):

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from transformer_ext.files import load_model_dir, naming_damage
 from transformer_ext.inference.lines import TextLines, input_blocks
 from transformer_ext.inference.options import add_engine_arguments
-from transformer_ext.inference.shared import Closing, device_name, torch_compute_type
+from transformer_ext.inference.shared import (
+    Closing,
+    device_name,
+    is_many,
+    torch_compute_type,
+)
 from transformer_ext.model.config import TextEncoderConfig
 
 if TYPE_CHECKING:
@@ -228,8 +233,8 @@ def check_texts(name: str, texts: Iterable[Any], first: int = 0) -> list[str]:
 
 
 def check_iterable(name: str, texts: Any, expected: str) -> None:
-    """Raise a TypeError for what cannot be many texts."""
-    if isinstance(texts, (str, bytes, Mapping)) or not isinstance(texts, Iterable):
+    """Raise a TypeError for what cannot be many texts in order."""
+    if not is_many(texts):
         got = "a text" if isinstance(texts, str) else type(texts).__name__
         raise TypeError(f"{name}: got {got}, expected {expected}")
 

@@ -387,14 +387,14 @@ class TorchEngine(_TorchModels[Transformer]):
         options = chosen_options(options)
         config = self.config
         given = integer_rows("sources", sources, config.src_vocab_size - 1)
-        for name, values in (("prefixes", prefixes), ("numbers", numbers)):
-            if values is not None and len(values) != len(given):
-                raise ValueError(
-                    f"{name}: got {len(values)}, expected one for each of the {len(given)} sources"
-                )
         begins = [[] for _ in given] if prefixes is None else prefixes
         begins = integer_rows("prefixes", begins, config.tgt_vocab_size - 1)
         numbers = range(len(given)) if numbers is None else integers("numbers", numbers, 2**64 - 1)
+        for name, values in (("prefixes", begins), ("numbers", numbers)):
+            if len(values) != len(given):
+                raise ValueError(
+                    f"{name}: got {len(values)}, expected one for each of the {len(given)} sources"
+                )
         _check_suppressed(options, config.tgt_vocab_size)
         layers = [attention_layer(options, config) for config in self._configs]
         check_source_lengths(given, options.max_source_length)

@@ -321,6 +321,11 @@ class Translator(Closing):
                     "sequence"
                 )
             prefixes = self.encode_prefixes(_texts("target_prefix", target_prefix))
+            if len(prefixes) != len(texts):
+                raise ValueError(
+                    f"target_prefix: got {len(prefixes)}, expected one for each of the "
+                    f"{len(texts)} texts"
+                )
         sources = self.encode(texts, source_tag)
         over_long = self.count_over_long(sources)
         if over_long:
@@ -457,6 +462,7 @@ class Translator(Closing):
             for each source, hypotheses of ids; an empty source gives one empty hypothesis.
 
         Raises:
+            TypeError: no sequences of integers.
             ConfigError, ValueError: see :meth:`translate`; an id that is not in the vocabulary.
         """
         options = chosen_options(options, self.options, **changes)
