@@ -250,7 +250,7 @@ def test_an_ensemble_has_the_mean_of_the_probabilities():
 
     # A call that has begun goes on, with all members.
     assert together.score(closing(), targets, batch_size=1) == expected
-    with pytest.raises(ValueError, match="closed"):
+    with pytest.raises(ValueError, match="^this Engine is closed$"):
         together.score(sources, targets)
 
 

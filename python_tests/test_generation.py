@@ -532,7 +532,7 @@ def test_texts_of_a_wrong_kind_are_named(folder):
     assert generator(iter(["Open"]), options) == expected
     with generator:
         assert [generator("Open", max_length=2)] == expected
-    with pytest.raises(ValueError, match="is closed"):
+    with pytest.raises(ValueError, match="^this TextGenerator is closed$"):
         generator("Open")
 
 

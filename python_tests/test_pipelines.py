@@ -499,8 +499,15 @@ def test_inputs_and_options_of_a_wrong_kind_are_one_error(bert: Path, tmp_path: 
     for device in (-1, torch.device("cpu")):
         with pipeline("fill-mask", bert, device=device) as ours:
             assert isinstance(ours.filler.encoder, EncoderEngine)
-        with pytest.raises(ValueError, match="is closed"):
-            ours("[MASK]")
+        for call in (lambda: ours("[MASK]"), ours.__enter__):
+            with pytest.raises(ValueError, match="^this FillMaskPipeline is closed$"):
+                call()
+        with pytest.raises(ValueError, match="^this FillMaskPipeline is closed$"):
+            ours.filler(["[MASK]"])
+    ours = pipeline("fill-mask", bert)
+    ours.filler.close()
+    with pytest.raises(ValueError, match="^this MaskFiller is closed$"), ours:
+        pass
     ours = pipeline("fill-mask", bert)
     with pytest.raises(ValueError, match=r"texts: number 1 \(from 0\) has half a character"):
         ours(["[MASK]", "[MASK] \ud800"])

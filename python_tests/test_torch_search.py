@@ -397,7 +397,7 @@ def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="NaN among them"):
         engine.score([[5, 3]], [[5, 3]])
     engine.close()
-    with pytest.raises(ValueError, match="closed"):
+    with pytest.raises(ValueError, match="^this TorchEngine is closed$"):
         engine.search([[5, 3]])
     with pytest.raises(ValueError, match="got none"):
         TorchEngine([])

@@ -322,8 +322,10 @@ def test_eight_threads_on_one_translator(tmp_path):
 def test_closing(model_dir):
     with Translator(model_dir) as translator:
         translator.translate("the")
-    with pytest.raises(ValueError, match="closed"):
-        translator.translate("the")
+    for call in (lambda: translator.translate("the"), translator.__enter__):
+        with pytest.raises(ValueError, match="^this Translator is closed$"):
+            call()
+    translator.close()
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="memory is read from /proc")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import re
 import warnings
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -90,7 +90,7 @@ def _batch_size(value: Any) -> int:
     return value
 
 
-class Pipeline(Closing):
+class Pipeline(Closing, ABC):
     """Base of the pipelines: one input or a list in, one result or a list out.
 
     Attributes:
@@ -115,8 +115,8 @@ class Pipeline(Closing):
         self._given = dict(options)
         self._opened = self._open(model, **engine)
 
-    def close(self) -> None:
-        self._opened.close()
+    def _part(self) -> Closing:
+        return self._opened
 
     def __call__(self, inputs: Any, *, batch_size: int | None = None, **options: Any) -> Any:
         """Results of one input or of many.

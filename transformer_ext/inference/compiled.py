@@ -174,18 +174,20 @@ class CompiledModel(Closing, Generic[ConfigT]):
             f"{type(self).__name__}: a model cannot be pickled or copied; open it in each process"
         )
 
-    def close(self) -> None:
-        if self._engine is not None:
-            self._forget()
+    def _close(self, name: str) -> None:
+        was_open = self._closed is None
+        super()._close(name)
+        if was_open:
             native().release_memory()
 
     def _forget(self) -> None:
         self._engine = None
 
     def _open(self) -> Any:
-        if self._engine is None:
-            raise ValueError("this engine (or translator) is closed")
-        return self._engine
+        # Taken once: another thread may close it meanwhile.
+        engine = self._engine
+        self._check_open()
+        return engine
 
 
 def integer_rows(

@@ -283,5 +283,5 @@ class TextGenerator(Closing):
             return self.generate(beginnings, options, **arguments)[0].text
         return [texts[0].text for texts in self.generate(beginnings, options, **arguments)]
 
-    def close(self) -> None:
-        self._engine.close()
+    def _part(self) -> Closing:
+        return self._engine

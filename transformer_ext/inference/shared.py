@@ -5,7 +5,6 @@ Without numpy, which takes longer to import than the rest of what a translation 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -33,18 +32,43 @@ def is_many(value: Any) -> bool:
     return isinstance(value, Iterable) and getattr(value, "ndim", 1) != 0
 
 
-class Closing(ABC):
+class Closing:
     """What holds the memory of a model until it is closed, by hand or at the end of a ``with``."""
 
-    @abstractmethod
+    #: Class of what was closed, this or what it belongs to; None: it is open.
+    _closed: str | None = None
+
     def close(self) -> None:
         """Give the memory back; calls that begin afterwards are errors.
 
         On the CPU calls that other threads are in go on to their end, and the memory is given back
         with the last of them; on another device there may be none.
         """
+        self._close(type(self).__name__)
+
+    def _close(self, name: str) -> None:
+        """:meth:`close`, where ``name`` is the class of what the caller closes."""
+        self._closed = self._closed or name
+        if (part := self._part()) is not None:
+            part._close(name)
+        self._forget()
+
+    def _part(self) -> Closing | None:
+        """What is closed with this."""
+        return None
+
+    def _forget(self) -> None:
+        """Let go of the memory that this holds itself, more than once too."""
+
+    def _check_open(self) -> None:
+        """Raise a ValueError where this, or what it works with, is closed."""
+        if self._closed is not None:
+            raise ValueError(f"this {self._closed} is closed")
+        if (part := self._part()) is not None:
+            part._check_open()
 
     def __enter__(self: _Self) -> _Self:
+        self._check_open()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -98,8 +98,8 @@ class TextModel(Closing):
             saved, threads, compute_type, device_name(device)
         )
 
-    def close(self) -> None:
-        self.encoder.close()
+    def _part(self) -> Closing:
+        return self.encoder
 
     @classmethod
     def from_model(cls: type[_Self], model: TextEncoder, tokenizer: Tokenizer) -> _Self:

@@ -47,11 +47,12 @@ class TorchEncoder(Closing):
     @property
     def model(self) -> TextEncoder:
         """The model."""
-        if self._model is None:
-            raise ValueError("this engine (or translator) is closed")
-        return self._model
+        model = self._model
+        self._check_open()
+        assert model is not None
+        return model
 
-    def close(self) -> None:
+    def _forget(self) -> None:
         self._model = None
 
     def states(

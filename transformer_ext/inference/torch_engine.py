@@ -177,14 +177,13 @@ class _TorchModels(Closing, Generic[ModelT]):
         """Of the activations."""
         return str(self.models[0].activation_dtype).removeprefix("torch.")
 
-    def close(self) -> None:
+    def _forget(self) -> None:
         self.models = []
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:
         """In evaluation mode, without gradients."""
-        if not self.models:
-            raise ValueError("this engine (or translator) is closed")
+        self._check_open()
         training = [model.training for model in self.models]
         for model in self.models:
             model.eval()

@@ -214,8 +214,8 @@ class Translator(Closing):
         """Longest source that can be translated, in tokens; None: any."""
         return self._engine.positions
 
-    def close(self) -> None:
-        self._engine.close()
+    def _part(self) -> Closing:
+        return self._engine
 
     def encode(self, texts: Sequence[str], source_tag: str | None = None) -> list[list[int]]:
         """Source ids of each text, end of sentence included; none for empty text or white space.
