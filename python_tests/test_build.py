@@ -1,5 +1,6 @@
 """Build, loading of the compiled files, `info`, the console script."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -199,20 +200,48 @@ def test_a_gpu_that_no_kernel_was_built_for_takes_pytorch(monkeypatch, capsys):
         "transformer_ext: the compiled ops do not run on cuda:1: no kernel image; running the "
         "plain PyTorch reference instead"
     ]
-    gpu = SimpleNamespace(major=7, minor=5, name="T4", total_memory=2**34)
-    cuda = SimpleNamespace(device_count=lambda: 2, get_device_properties=lambda index: gpu)
-    monkeypatch.setattr(_native, "cuda_problem", problems.get)
+    gpus = [
+        SimpleNamespace(major=major, minor=0, name="a GPU", total_memory=2**34)
+        for major in (9, 7, 9)
+    ]
+    asked = []
+    cuda = SimpleNamespace(
+        device_count=lambda: 3, current_device=lambda: 2, get_device_properties=gpus.__getitem__
+    )
+    monkeypatch.setattr(
+        _native, "cuda_problem", lambda index: asked.append(index) or problems.get(index, "")
+    )
     devices = info._cuda_devices(SimpleNamespace(cuda=cuda), _native.LoadedOps(True, True))
     assert [device["compiled_kernels"] for device in devices] == [
         "yes",
         "no, plain PyTorch instead: no kernel image",
+        "yes",
     ]
+    # No context on a GPU that is another process's.
+    assert asked == [2, 1]
     x.device = torch.device("cuda:1")
     with (
         _backend.set_backend("compiled"),
         pytest.raises(RuntimeError, match="cuda:1: no kernel image"),
     ):
         _backend.use_compiled("masked_softmax", x)
+
+
+def test_a_gpu_that_failed_for_the_moment_is_asked_again(monkeypatch):
+    answers = [(b"out of memory", 0), (b"no kernel image", 1)]
+
+    def ask(lasts):
+        text, lasts._obj.value = answers.pop(0)
+        return text
+
+    library = SimpleNamespace(transformer_ext_cuda_problem=ask)
+    monkeypatch.setattr(_native, "_cuda_problems", {})
+    monkeypatch.setattr(_native, "loaded_ops", lambda: _native.LoadedOps(True, True))
+    monkeypatch.setattr(_native, "_compiled", lambda: _native.Compiled(Path()))
+    monkeypatch.setattr(_native.ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    said = [_native.cuda_problem(1) for _ in range(3)]
+    assert said == ["out of memory", "no kernel image", "no kernel image"] and not answers
 
 
 def test_console_lists_only_commands_that_exist(capsys):

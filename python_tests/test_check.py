@@ -210,6 +210,52 @@ def test_what_fails_before_a_training_runs_on_its_twin(only, monkeypatch, capsys
         ops.activation(x)
     with ops.set_backend("reference"):
         assert _check.guard(CPU, torch.float16) == ""
+    # What no longer runs agrees with nothing.
+    _check._guarded.clear()
+    assert _check.guard(CPU, torch.bfloat16).startswith("1 of 1 compiled ops failed their check (")
+    assert "): activation_forward: the compiled kernel has failed its" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("why", ["the backend", "the device"])
+def test_a_failed_check_without_a_way_out_ends_the_run(only, monkeypatch, capsys, why):
+    only("activation")
+    monkeypatch.setattr(_check, "_guarded", set())
+    monkeypatch.setattr(_check, "_GUARDED", "cpu")
+    monkeypatch.setattr(_backend, "_refused", {})
+
+    def fails(*_):
+        raise RuntimeError("activation_forward: unspecified launch failure")
+
+    plant(monkeypatch, "activation._forward", lambda function: fails)
+    if why == "the device":
+        monkeypatch.setattr(_check, "_is_lost", lambda device: True)
+    ended = r": activation_forward: unspecified launch failure\. TRANSFORMER_EXT_BACKEND=reference "
+    with (
+        ops.set_backend("compiled" if why == "the backend" else "auto"),
+        pytest.raises(RuntimeError, match=ended),
+    ):
+        _check.guard(CPU, torch.bfloat16)
+    assert capsys.readouterr().err == ""
+
+
+def test_info_says_that_nothing_was_checked(monkeypatch, capsys):
+    for module in (_backend, _check):
+        monkeypatch.setattr(module, "problem_on", lambda device: "the ops do not run: no image")
+    assert info.main(["--check", "--device", "cpu"]) == 1
+    out = capsys.readouterr().out
+    assert out.endswith("PROBLEM: --check: nothing was checked: the ops do not run: no image\n")
+    assert "0 of 0 agree" in out and " ok, " not in out
+
+
+def test_many_small_errors_are_found_where_no_single_one_is_great():
+    exact, noise = torch.randn(2, 1000, generator=torch.Generator().manual_seed(1)).double()
+    peer = (exact + 0.1 * noise).bfloat16()
+    for factor, agree in ((1.5, True), (3, False)):
+        errors = _check._errors((exact + 0.1 * factor * noise), exact, peer, "bfloat16")
+        error, limit = errors["an error"]
+        assert error <= limit
+        error, limit = errors["a root mean square error"]
+        assert (error <= limit) is agree
 
 
 # --- attention on the tensor cores, with the CPU's kernels in the place of a GPU's ----------------
@@ -241,6 +287,7 @@ def cpu_for_gpu(monkeypatch):
     monkeypatch.delenv(_tensor_cores.VARIABLE, raising=False)
     monkeypatch.setattr(_tensor_cores, "_DEVICE", "cpu")
     monkeypatch.setattr(_tensor_cores, "_verdicts", {})
+    monkeypatch.setattr(_tensor_cores, "_waits", {})
     monkeypatch.setattr(_tensor_cores, "exist_on", lambda device: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
@@ -346,6 +393,27 @@ def test_tensor_cores_that_fail_their_trial_are_left_alone(kernels, monkeypatch,
             "transformer_ext: attention on the tensor cores, heads of 32 (bfloat16) on cpu"
         )
         assert said.endswith("; the simple kernels compute this attention from now on\n")
+    monkeypatch.setattr(_tensor_cores, "_verdicts", {})
+    monkeypatch.setattr(_check, "_is_lost", lambda device: True)
+    with pytest.raises(RuntimeError, match="for launch. TRANSFORMER_EXT_CUDA_ATTENTION=simple in"):
+        attend(kernels)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_words_are_those_of_the_kernels_in_use(monkeypatch, capsys):
+    row = _check.Row("attention", "bfloat16", problem="it is wrong")
+    monkeypatch.setattr(_check, "_GUARDED", "cpu")
+    monkeypatch.setattr(_check, "check", lambda device, dtypes: [row])
+    for choice, words in (
+        ("auto", "the simple kernels take its place"),
+        ("simple", "nothing changes, TRANSFORMER_EXT_CUDA_ATTENTION=simple never takes it"),
+        ("tensor", "TRANSFORMER_EXT_CUDA_ATTENTION=tensor takes it nevertheless, =simple takes"),
+    ):
+        monkeypatch.setattr(_check, "_guarded", set())
+        monkeypatch.setenv(_tensor_cores.VARIABLE, choice)
+        _check.guard(CPU, torch.bfloat16)
+        said = capsys.readouterr().err
+        assert said.startswith(f"transformer_ext: warning: it is wrong; {words}"), choice
 
 
 def test_the_environment_decides_without_a_trial(kernels, monkeypatch):
@@ -371,12 +439,19 @@ def test_no_trial_where_the_device_cannot_be_waited_for(kernels, monkeypatch):
     with _tensor_cores._trial:  # A thread in its trial.
         untried()
     with monkeypatch.context() as patch:
+        calls, attempts = [], []
 
         def full(*_):
+            attempts.append(len(calls))
             raise torch.OutOfMemoryError
 
         patch.setattr(_check, "attention_on_tensor_cores", full)
-        untried()
+        # Each attempt waits for twice as many calls as the one before.
+        while len(calls) < 13:
+            untried()
+            calls.append(None)
+        assert attempts == [0, 2, 5, 10]
+    _tensor_cores._waits.clear()
     with FakeTensorMode():
         assert not _tensor_cores.allowed(torch.empty(4, 32, dtype=torch.bfloat16), 32)
     assert not _tensor_cores._verdicts

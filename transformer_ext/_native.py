@@ -238,18 +238,38 @@ def loaded_ops() -> LoadedOps:
     return LoadedOps(True, True)
 
 
-@functools.cache
+_cuda_problems: dict[int, str] = {}
+
+
 def cuda_problem(device: int) -> str:
-    """Why the compiled CUDA ops do not run on a GPU; empty where they do, or are not loaded."""
+    """Why the compiled CUDA ops do not run on a GPU; empty where they do, or are not loaded.
+
+    What may pass, such as a GPU whose memory is all taken, is asked for again by the next call.
+    """
+    known = _cuda_problems.get(device)
+    if known is not None:
+        return known
+    problem, lasts = _ask_for_cuda_problem(device)
+    if lasts:
+        _cuda_problems[device] = problem
+    return problem
+
+
+def _ask_for_cuda_problem(device: int) -> tuple[str, bool]:
     if not loaded_ops().cuda:
-        return ""
+        return "", True
+    import torch
+
     try:
         ask = ctypes.CDLL(str(_compiled().folder / "_ops_cuda.so")).transformer_ext_cuda_problem
     except (AttributeError, OSError) as error:
-        return str(error)
+        return str(error), True
     ask.restype = ctypes.c_char_p
-    problem = ask(ctypes.c_int(device))
-    return problem.decode() if problem else ""
+    lasts = ctypes.c_int(0)
+    # Not by cudaSetDevice in there: to come back with it would make a context on the former device.
+    with torch.cuda.device(device):
+        problem = ask(ctypes.byref(lasts))
+    return problem.decode() if problem else "", bool(lasts.value)
 
 
 def load_ops() -> bool:

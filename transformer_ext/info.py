@@ -131,15 +131,20 @@ def _cpu(problems: list[str]) -> dict[str, Any]:
 
 def _cuda_devices(torch: Any, ops: _native.LoadedOps) -> list[dict[str, Any]]:
     devices = []
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
+    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    problems: dict[tuple[int, int], str] = {}
+    if ops.cuda and found:
+        # To ask makes a context there, of hundreds of MB: on this process's own GPU, and no other
+        # of its kind, since for those the answer is the same.
+        own = torch.cuda.current_device()
+        for index in (own, *range(len(found))):
+            kind = (found[index].major, found[index].minor)
+            if kind not in problems:
+                problems[kind] = _native.cuda_problem(index)
+    for properties in found:
         capability = (properties.major, properties.minor)
-        if not ops.cuda:
-            kernels = f"no, plain PyTorch instead: {ops.why_not_cuda}"
-        elif problem := _native.cuda_problem(index):
-            kernels = f"no, plain PyTorch instead: {problem}"
-        else:
-            kernels = "yes"
+        problem = problems[capability] if ops.cuda else ops.why_not_cuda
+        kernels = f"no, plain PyTorch instead: {problem}" if problem else "yes"
         devices.append(
             {
                 "name": properties.name,
@@ -214,7 +219,7 @@ def _check(wanted: str, problems: list[str]) -> dict[str, Any]:
     """
     if not _native.load_ops():
         return {"device": wanted, "rows": []}  # A problem says why.
-    from transformer_ext.ops import _check
+    from transformer_ext.ops import _backend, _check
     from transformer_ext.training.environment import choose_device
 
     device = choose_device(wanted)
@@ -223,8 +228,13 @@ def _check(wanted: str, problems: list[str]) -> dict[str, Any]:
         if not row.agrees:
             problems.append(f"{row.problem}. {row.cure}")
     if not rows:
-        why = _native.loaded_ops().why_not_cuda if device.type == "cuda" else "only CPU and CUDA"
-        problems.append(f"--check: there are no compiled ops for {device} ({why})")
+        why = _backend.problem_on(device)
+        if not why:
+            cause = (
+                _native.loaded_ops().why_not_cuda if device.type == "cuda" else "only CPU and CUDA"
+            )
+            why = f"there are no compiled ops for {device} ({cause})"
+        problems.append(f"--check: nothing was checked: {why}")
     return {"device": str(device), "rows": [_check_row(row) for row in rows]}
 
 

@@ -10,14 +10,11 @@ __global__ void probe() {}
 }  // namespace
 }  // namespace transformer_ext
 
-const char* transformer_ext_cuda_problem(int device) {
+const char* transformer_ext_cuda_problem(int* lasts) {
   using namespace transformer_ext;
-  int former = 0;
-  cudaError_t error = cudaGetDevice(&former);
-  if (error == cudaSuccess) error = cudaSetDevice(device);
   cudaFuncAttributes attributes{};
-  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, probe);
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, probe);
+  *lasts = error == cudaSuccess || is_about_the_build(error);
   if (error != cudaSuccess) fail(error, "the attributes of a kernel");
-  cudaSetDevice(former);
   return launch_error();
 }

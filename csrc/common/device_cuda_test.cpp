@@ -9,17 +9,22 @@
 namespace transformer_ext {
 namespace {
 
-TEST(CudaDevice, SaysWhyNoKernelRunsThereAndLeavesTheDevice) {
+TEST(CudaDevice, SaysWhyNoKernelRunsThereAndWhetherThatLasts) {
   cuda_emulation::set_device(3);
-  EXPECT_EQ(transformer_ext_cuda_problem(1), nullptr);
+  int lasts = 0;
+  EXPECT_EQ(transformer_ext_cuda_problem(&lasts), nullptr);
+  EXPECT_EQ(lasts, 1);
+  cuda_emulation::fail_next(2);  // cudaErrorMemoryAllocation
+  EXPECT_NE(transformer_ext_cuda_problem(&lasts), nullptr);
+  EXPECT_EQ(lasts, 0);
   cuda_emulation::fail_next(35);  // cudaErrorInsufficientDriver
-  const char* const problem = transformer_ext_cuda_problem(1);
+  const char* const problem = transformer_ext_cuda_problem(&lasts);
   ASSERT_NE(problem, nullptr);
-  EXPECT_NE(std::string(problem).find("(cuda:1, compute capability 9.0; "), std::string::npos)
+  EXPECT_EQ(lasts, 1);
+  EXPECT_NE(std::string(problem).find("(cuda:3, compute capability 9.0; "), std::string::npos)
       << problem;
   EXPECT_NE(std::string(problem).find(" by CUDA 13.0"), std::string::npos) << problem;
-  EXPECT_EQ(transformer_ext_cuda_problem(1), nullptr);
-  EXPECT_EQ(cuda_emulation::device(), 3);
+  EXPECT_EQ(transformer_ext_cuda_problem(&lasts), nullptr);
   cuda_emulation::set_device(0);
 }
 

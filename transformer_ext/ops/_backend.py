@@ -93,6 +93,25 @@ def _problem_on(device: int) -> str:
     return problem and f"the compiled ops do not run on cuda:{device}: {problem}"
 
 
+def why_not(op: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Why the raw op ``transformer_ext::<op>`` does not run there, whatever was chosen, or nothing."""
+    kind = device.type
+    if not has_kernel(op, kind):
+        return _why_no_kernel(op, kind)
+    if kind == "cuda" and (reason := _problem_on(device.index)):
+        return reason
+    if (op, kind) in _refused:
+        return _refused[op, kind]
+    return "" if dtype in _DTYPES[kind] else f"{op}: no compiled kernel for {dtype} on {kind}"
+
+
+def problem_on(device: torch.device) -> str:
+    """Why none of the compiled ops runs on a device, though this build has them, or nothing."""
+    if device.type != "cuda":
+        return ""
+    return _problem_on(torch.cuda.current_device() if device.index is None else device.index)
+
+
 def use_compiled(op: str, *tensors: Tensor | None) -> bool:
     """Whether the raw op ``transformer_ext::<op>`` is to be used for these tensors.
 
@@ -107,19 +126,7 @@ def use_compiled(op: str, *tensors: Tensor | None) -> bool:
         return False
     reason = ""
     for tensor in tensors:
-        if tensor is None:
-            continue
-        device = tensor.device.type
-        if not has_kernel(op, device):
-            reason = _why_no_kernel(op, device)
-            break
-        if device == "cuda" and (reason := _problem_on(tensor.device.index)):
-            break
-        if (op, device) in _refused:
-            reason = _refused[op, device]
-            break
-        if tensor.dtype not in _DTYPES[device]:
-            reason = f"{op}: no compiled kernel for {tensor.dtype} on {device}"
+        if tensor is not None and (reason := why_not(op, tensor.device, tensor.dtype)):
             break
     if not reason:
         return True

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from transformer_ext.ops._backend import has_numbers
 
-__all__ = ["HEAD_DIMS", "allowed", "exist_on", "only", "settle"]
+__all__ = ["HEAD_DIMS", "allowed", "exist_on", "only", "settle", "what_takes_their_place"]
 
 VARIABLE = "TRANSFORMER_EXT_CUDA_ATTENTION"
 #: What there are such kernels for.
@@ -33,6 +33,9 @@ _DEVICE = "cuda"
 
 # By device index, type and head_dim: whether the class is taken.
 _verdicts: dict[tuple[int, str, int], bool] = {}
+# Of those without room for their trial: how many calls to let go by before the next, and how many
+# are left of them. An attempt makes torch give its cached memory back.
+_waits: dict[tuple[int, str, int], tuple[int, int]] = {}
 _trial = threading.Lock()
 _thread = threading.local()
 
@@ -75,6 +78,16 @@ def settle(device: torch.device, dtype: torch.dtype, head_dim: int, agrees: bool
     _verdicts[index, _name(dtype), head_dim] = agrees
 
 
+def what_takes_their_place() -> str:
+    """Where they have failed, for people."""
+    choice = os.environ.get(VARIABLE) or "auto"
+    if choice == "tensor":
+        return f"{VARIABLE}=tensor takes it nevertheless, =simple takes the simple kernels"
+    if choice == "simple":
+        return f"nothing changes, {VARIABLE}=simple never takes it"
+    return "the simple kernels take its place"
+
+
 # torch.compile cannot trace it; what is not known when a graph is made stays off in it.
 @torch.compiler.assume_constant_result
 def _known(index: int, dtype: str, head_dim: int) -> bool | None:
@@ -115,14 +128,23 @@ def _try(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
         if not exist_on(device):
             settle(device, dtype, head_dim, False)
             return False
+        key = (device.index, _name(dtype), head_dim)
+        wait, left = _waits.get(key, (0, 0))
+        if left:
+            _waits[key] = wait, left - 1
+            return False
         # It imports all ops, this one's too.
         from transformer_ext.ops import _check
 
         try:
             row = _check.attention_on_tensor_cores(device, dtype, head_dim)
         except torch.OutOfMemoryError:
+            wait = 2 * wait or 1
+            _waits[key] = wait, wait
             return False
         settle(device, dtype, head_dim, row.agrees)
+        if row.device_lost:
+            raise RuntimeError(f"{row.problem}. {row.cure}")
         if not row.agrees:
             print(
                 f"transformer_ext: {row.problem}; the simple kernels compute this attention from "

@@ -50,11 +50,13 @@ class Machine:
             ValueError: A device or a precision that is not to be had here.
         """
         keep_freed_memory()
+        device = choose_device(config.training.device, distributed.local_rank())
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         system = info.collect()
         threads = config.training.threads or system["cpu"].get("default_threads")
         if threads:
             torch.set_num_threads(threads)
-        device = choose_device(config.training.device, distributed.local_rank())
         precision = choose_precision(
             config.training.precision, device, system["cpu"].get("features")
         )
