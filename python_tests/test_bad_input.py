@@ -46,6 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "empty.en": b"",
         "empty.de": b"",
         "blank.en": b"\n\n\n",
+        "array.json": b'[{"src": "a", "tgt": "b"}]',
         "blank.de": b"\n \n\n",
         "one.en": lines_of(en[0]),
         "one.de": lines_of(de[0]),
@@ -91,6 +92,7 @@ DATA = [
     ("--src-train empty.en --tgt-train empty.de", "no usable sentence pair"),
     ("--src-train text.en --tgt-train empty.de", "text.en has 200 lines and empty.de has 0"),
     ("--src-train blank.en --tgt-train blank.de --bad-lines skip", "no usable sentence pair"),
+    ("--pairs-train array.json --bad-lines skip", "array.json: expected one JSON object a line"),
     ("--src-train one.en --tgt-train one.de", "too few to hold some out for validation; give"),
     ("--src-train long.en --tgt-train long.de", "max_length: with 256 tokens none of 19 pairs is"),
     (

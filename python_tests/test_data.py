@@ -211,6 +211,7 @@ def test_json_keys(tmp_path) -> None:
         ("a.tsv", b"\ty", "empty source"),
         ("a.tsv", b"x\t\xffy", "not UTF-8: byte 0xff at byte 3 of the line"),
         ("a.jsonl", b"x", "not a JSON object: Expecting value"),
+        ("a.jsonl", b"", "got an empty line, expected a JSON object"),
         ("a.jsonl", b"[1]", "got list, expected an object with the key 'src'"),
         ("a.jsonl", b'{"src": "x", "target": "y"}', "'tgt' is not there, only 'src', 'target'"),
         ("a.jsonl", b'{"src": "x", "tgt": 3}', "tgt: got int, expected a text"),
@@ -236,11 +237,18 @@ def test_json_that_is_not_one_object_a_line_is_told(tmp_path) -> None:
     for content, message in (
         (json.dumps(pairs), "one array of all"),
         (json.dumps(pairs, indent=1), "one array of all"),
+        ("\n\n " + json.dumps(pairs), "one array of all"),
+        ("[]", "one array of all"),
+        (json.dumps(["a", "b"]), "one array of texts"),
         (json.dumps(pairs[0], indent=1), "objects over several lines"),
     ):
         with pytest.raises(CorpusError, match=f"this looks like {message}") as caught:
             list(read_pairs(pairs_file(tmp_path, "a.json", content)))
         assert "--bad-lines" not in str(caught.value)
+    # An array a line is no such file.
+    rows = pairs_file(tmp_path, "rows.json", '["a", "b"]\n["c", "d"]\n')
+    with pytest.raises(CorpusError, match=r"rows\.json:1: got list"):
+        list(read_pairs(rows))
 
 
 def test_the_first_wrong_line_is_the_one_that_is_named(tmp_path) -> None:

@@ -431,6 +431,14 @@ def test_the_folder_of_a_training_names_its_model(model) -> None:
     model.rename(run / "model")
     with pytest.raises(FileError, match=f"its model is {run / 'model'}"):
         load_model_dir(run)
+    # An interrupted one has none yet.
+    (run / "checkpoints").mkdir()
+    (run / "model").rename(run / "checkpoints" / "step-3")
+    (run / "checkpoints" / "last").write_text("step-3\n")
+    newest = f"the newest checkpoint is {run / 'checkpoints' / 'step-3'}"
+    for folder in (run, run / "checkpoints"):
+        with pytest.raises(FileError, match=newest):
+            load_model_dir(folder)
 
 
 @pytest.mark.parametrize("size", [0, 5, 100, -1])

@@ -944,6 +944,13 @@ def load_model_dir(
     config_path = path / CONFIG_FILE
     if not config_path.is_file() and (path / "model" / CONFIG_FILE).is_file():
         raise FileError(f"{path}: the folder of a training; its model is {path / 'model'}")
+    if not config_path.is_file():
+        for what, folder in (
+            ("the folder of a training that has not ended", path / "checkpoints"),
+            ("the checkpoints of a training", path),
+        ):
+            if newest := _named_checkpoint(folder / "last"):
+                raise FileError(f"{path}: {what}; the newest checkpoint is {newest}")
     if not config_path.is_file() and (path / "modules.json").is_file():
         return _load_huggingface(path, {}, kind)
     values = read_json(config_path)
@@ -980,16 +987,19 @@ def refuse_pointer(path: str | Path) -> None:
         FileError: it is a file whose one line names a checkpoint beside it, as ``checkpoints/best``
             of a training.
     """
-    path = Path(path)
+    if named := _named_checkpoint(Path(path)):
+        raise FileError(f"{path}: is a file that names a checkpoint, expected that: {named}")
+
+
+def _named_checkpoint(path: Path) -> Path | None:
     if not path.is_file():
-        return
+        return None
     try:
         with open(path, encoding="utf-8") as file:
             name = file.read(100).strip()
     except (OSError, ValueError):
-        return
-    if name and (named := path.parent / name / CONFIG_FILE).is_file():
-        raise FileError(f"{path}: is a file that names a checkpoint, expected that: {named.parent}")
+        return None
+    return path.parent / name if name and (path.parent / name / CONFIG_FILE).is_file() else None
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import gzip
 import hashlib
 import heapq
 import io
+import itertools
 import json
 import lzma
 import os
@@ -532,7 +533,7 @@ def _columns(
         except BadLine as error:
             if bad_lines == "error":
                 number = chunk.first + place
-                raise refused_line(chunk.paths[0], number, line, str(error)) from None
+                raise refused_line(chunk.paths[0], number, str(error)) from None
             counts.malformed += 1
             pairs.append((None, None))
     return [[pair[0] for pair in pairs], [pair[1] for pair in pairs]]
@@ -542,18 +543,40 @@ class BadLine(ValueError):
     """A line that is not what it should be; the message does not say where."""
 
 
-def refused_line(path: str, number: int, line: str, why: str) -> CorpusError:
+def refused_line(path: str, number: int, why: str) -> CorpusError:
     """The error for a line that is not what it should be, for who wants no bad lines."""
-    begin = "".join(line[:100].split())
-    if number == 1 and text_format(path) == "jsonl" and begin[:2] in ("[", "{", "[{"):
-        array = begin[0] == "["
-        looks = "one array of all" if array else "objects over several lines"
-        tool = "jq -c '.[]'" if array else "jq -c ."
-        return CorpusError(
+    if layout := wrong_layout([path]):
+        return CorpusError(layout)
+    return CorpusError(f"{path}:{number}: {why}; --bad-lines skip leaves such lines out")
+
+
+def wrong_layout(paths: Iterable[str]) -> str:
+    """What is to be said of the first JSON file that has not one object a line, by its beginning.
+
+    Args:
+        paths: files of any format, of which no line, or not each, could be used.
+    """
+    for path in paths:
+        if text_format(path) != "jsonl":
+            continue
+        lines = list(itertools.islice((line for line in read_lines(path) if line.strip()), 3))
+        begin = b"".join(b"".join(lines)[:1000].split())[:2]
+        first = lines[0].strip() if lines else b""
+        if first == b"{":
+            looks, tool = "objects over several lines", "jq -c ."
+        elif len(lines) > 1 and first.endswith(b"]"):
+            continue  # An array a line.
+        elif begin in (b"[", b"[{", b"[]"):
+            looks, tool = "one array of all", "jq -c '.[]'"
+        elif begin == b'["':
+            looks, tool = "one array of texts", "jq -c '.[] | {text: .}'"
+        else:
+            continue
+        return (
             f"{path}: expected one JSON object a line; this looks like {looks} ({tool} writes one "
             "a line)"
         )
-    return CorpusError(f"{path}:{number}: {why}; --bad-lines skip leaves such lines out")
+    return ""
 
 
 def _tsv_pair(line: str) -> tuple[str, str]:
@@ -575,6 +598,8 @@ def json_texts(line: str, keys: Sequence[str], hint: str = "") -> list[str]:
     Raises:
         BadLine: it is no such object.
     """
+    if not line.strip():
+        raise BadLine("got an empty line, expected a JSON object")
     try:
         values = json.loads(line)
     except (ValueError, RecursionError) as error:

@@ -41,6 +41,7 @@ from transformer_ext.data.corpus import (
     read_pairs,
     shipped_corpus,
     text_hash,
+    wrong_layout,
 )
 from transformer_ext.data.dataset import (
     DATASET_VERSION,
@@ -522,7 +523,8 @@ class _Preparation:
         check.finish()
         if not counts.used:
             raise CorpusError(
-                f"{', '.join(self._paths)}: the training text has no usable sentence pair: "
+                wrong_layout(self._paths)
+                or f"{', '.join(self._paths)}: the training text has no usable sentence pair: "
                 f"{counts.describe()}"
             )
         held_out = choice.result(part_held_out, counts.used)
@@ -800,7 +802,8 @@ class _Preparation:
         pairs = list(read_pairs(text, self.config.bad_lines, skipped))
         if not pairs:
             raise CorpusError(
-                f"{', '.join(text.paths)}: the {name} text has no usable sentence pair"
+                wrong_layout(text.paths)
+                or f"{', '.join(text.paths)}: the {name} text has no usable sentence pair"
             )
         self.messages.append(f"{name} text: {skipped.describe()}")
         return pairs

@@ -74,19 +74,19 @@ class _Reader:
                     raise undecodable(path, number, error, "lines") from None
                 self.counts.undecodable += 1
 
-    def malformed(self, path: str, number: int, line: str, error: BadLine) -> None:
+    def malformed(self, path: str, number: int, error: BadLine) -> None:
         """A line that is not what it should be."""
-        self._refuse(path, number, line, str(error))
+        self._refuse(path, number, str(error))
         self.counts.malformed += 1
 
     def empty(self, path: str, number: int, part: str) -> None:
         """A line without one of its parts."""
-        self._refuse(path, number, "", f"empty {part}")
+        self._refuse(path, number, f"empty {part}")
         self.counts.empty += 1
 
-    def _refuse(self, path: str, number: int, line: str, why: str) -> None:
+    def _refuse(self, path: str, number: int, why: str) -> None:
         if self._bad_lines == "error":
-            raise refused_line(path, number, line, why) from None
+            raise refused_line(path, number, why) from None
 
 
 def read_texts(
@@ -109,7 +109,7 @@ def read_texts(
                 try:
                     text = one_line(*json_texts(line, ["text"]))
                 except BadLine as error:
-                    reader.malformed(path, number, line, error)
+                    reader.malformed(path, number, error)
                     continue
             if text.strip():
                 yield text, ""
@@ -133,7 +133,7 @@ def read_labelled(
             try:
                 label, text = split(line) if line.strip() else ("", "")
             except BadLine as error:
-                reader.malformed(path, number, line, error)
+                reader.malformed(path, number, error)
                 continue
             if label and text.strip():
                 yield text, label

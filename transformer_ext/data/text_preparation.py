@@ -20,6 +20,7 @@ from transformer_ext.data.corpus import (
     describe_held_out,
     file_digest,
     text_format,
+    wrong_layout,
 )
 from transformer_ext.data.dataset import (
     DATASET_VERSION,
@@ -138,7 +139,8 @@ def prepare_texts(
                 yield text, label
             if not counts.used:
                 raise CorpusError(
-                    f"{', '.join(files.train)}: the training text has nothing to use: "
+                    wrong_layout(files.train)
+                    or f"{', '.join(files.train)}: the training text has nothing to use: "
                     f"{counts.describe(what)}"
                 )
 
