@@ -269,6 +269,7 @@ def test_console_runs_a_command(capsys):
     [
         ({}, {"GOMP_SPINCOUNT": "2000"}),
         ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+        ({"GOMP_SPINCOUNT": ""}, {"GOMP_SPINCOUNT": "2000"}),
         ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
     ],
 )

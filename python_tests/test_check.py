@@ -187,6 +187,13 @@ def test_info_names_options_that_do_not_fit(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert info.main(["--check", "--device", "cuda"]) == 2
     assert "error: --device: got 'cuda', but torch sees no CUDA GPU" in capsys.readouterr().err
+    monkeypatch.setenv("TRANSFORMER_EXT_CUDA_ATTENTION", "foo")
+    assert info.main([]) == 2
+    error = "TRANSFORMER_EXT_CUDA_ATTENTION: expected auto, simple or tensor, got 'foo'"
+    assert capsys.readouterr() == ("", f"error: {error}\n")
+    monkeypatch.setattr(_check, "_GUARDED", "cpu")
+    with pytest.raises(ValueError, match=error):
+        _check.guard(CPU, torch.float32)
 
 
 def test_what_fails_before_a_training_runs_on_its_twin(only, monkeypatch, capsys):
@@ -244,7 +251,7 @@ def test_info_says_that_nothing_was_checked(monkeypatch, capsys):
     assert info.main(["--check", "--device", "cpu"]) == 1
     out = capsys.readouterr().out
     assert out.endswith("PROBLEM: --check: nothing was checked: the ops do not run: no image\n")
-    assert "0 of 0 agree" in out and " ok, " not in out
+    assert "check: nothing was checked\n" in out and " ok, " not in out
 
 
 def test_many_small_errors_are_found_where_no_single_one_is_great():

@@ -109,7 +109,8 @@ def test_interrupted_and_resumed_is_the_same_to_the_bit(tmp_path: Path) -> None:
         ),
         (
             ["--task", "sort", "--text-train", "a"],
-            "language_model.text_train: is an option of task language-model, but the task is sort",
+            "language_model.text_train: is an option of task language-model, but the task is sort; "
+            "--task language-model takes --text-train",
         ),
         (["--task", "sotr"], "did you mean 'sort'"),
     ],

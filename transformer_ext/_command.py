@@ -74,7 +74,7 @@ def limit_openmp_spin() -> None:
     environment, so processes that this one starts have it too: workers that read data, for which it
     changes nothing.
     """
-    if "torch" not in sys.modules and not any(name in os.environ for name in _WAITING):
+    if "torch" not in sys.modules and not any(map(os.environ.get, _WAITING)):
         os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
 
 

@@ -1411,7 +1411,7 @@ class TrainConfig:
                 if getattr(values, entry.name) != entry.default:
                     raise ConfigError(
                         f"{entry.key}: is an option of task {' or '.join(tasks)}, but the task is "
-                        f"{self.task}"
+                        f"{self.task}; --task {tasks[0]} takes {entry.flag}"
                     )
         if self.task == "translate":
             return

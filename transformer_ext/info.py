@@ -157,8 +157,10 @@ def _cuda_devices(torch: Any, ops: _native.LoadedOps) -> list[dict[str, Any]]:
 
 
 def _gemm() -> Any:
+    from transformer_ext.ops import _tensor_cores
     from transformer_ext.ops.linear import gemm_choices
 
+    _tensor_cores.asked()  # A wrong variable of the environment is an error on any machine.
     return gemm_choices()
 
 
@@ -249,6 +251,8 @@ def _check_row(row: Any) -> dict[str, Any]:
 
 
 def _check_lines(check: dict[str, Any]) -> list[str]:
+    if not check["rows"]:
+        return ["check: nothing was checked"]  # A problem says why.
     lines = [f"check on {check['device']}, the greatest error as a share of what is allowed:"]
     for row in check["rows"]:
         verdict = f"ok, {row['error_of_allowed']:.2f}" if row["agrees"] else "FAILED"

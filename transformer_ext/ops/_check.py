@@ -584,7 +584,10 @@ def guard(device: torch.device, dtype: torch.dtype) -> str:
     Raises:
         RuntimeError: an op has failed that the backend ``compiled`` has no twin for, or the device
             with it.
+        ValueError: the variable of the environment for attention is none of its values.
     """
+    if device.type == _GUARDED:
+        _tensor_cores.asked()
     if device.type != _GUARDED or backend() == "reference" or (device, dtype) in _guarded:
         return ""
     _guarded.add((device, dtype))

@@ -88,18 +88,26 @@ def what_takes_their_place() -> str:
     return "the simple kernels take its place"
 
 
+def asked() -> str:
+    """What the variable of the environment asks for.
+
+    Raises:
+        ValueError: it is none of its values.
+    """
+    choice = os.environ.get(VARIABLE) or "auto"
+    if choice not in ("auto", "simple", "tensor"):
+        raise ValueError(f"{VARIABLE}: expected auto, simple or tensor, got {choice!r}")
+    return choice
+
+
 # torch.compile cannot trace it; what is not known when a graph is made stays off in it.
 @torch.compiler.assume_constant_result
 def _known(index: int, dtype: str, head_dim: int) -> bool | None:
     forced: bool | None = getattr(_thread, "only", None)
     if forced is not None:
         return forced
-    choice = os.environ.get(VARIABLE) or "auto"
-    if choice == "auto":
-        return _verdicts.get((index, dtype, head_dim))
-    if choice not in ("simple", "tensor"):
-        raise ValueError(f"{VARIABLE}: expected auto, simple or tensor, got {choice!r}")
-    return choice == "tensor"
+    choice = asked()
+    return _verdicts.get((index, dtype, head_dim)) if choice == "auto" else choice == "tensor"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -47,7 +47,8 @@ class Machine:
         """Sets this process up for training, and joins the others.
 
         Raises:
-            ValueError: A device or a precision that is not to be had here.
+            ValueError: A device or a precision that is not to be had here, or a variable of the
+                environment that is none of its values.
         """
         keep_freed_memory()
         device = choose_device(config.training.device, distributed.local_rank())
