@@ -184,6 +184,8 @@ def test_empty(backend):
     [
         (-0.1, torch.tensor([1, 2, 3]), 0, "from 0 to 1, got -0.1"),
         (1.1, torch.tensor([1, 2, 3]), 0, "from 0 to 1, got 1.1"),
+        ("a", torch.tensor([1, 2, 3]), 0, "from 0 to 1, got 'a'"),
+        (0.5, [1, 2, 3], 0, "rng: expected a tensor, got list"),
         (0.5, torch.tensor([1, 2]), 0, "rng: expected an int64 tensor of shape"),
         (0.5, torch.tensor([1.0, 2, 3]), 0, "rng: expected an int64 tensor of shape"),
         (0.5, torch.tensor([1, 2, 3]), -1, "site: expected a number from 0 to 65535, got -1"),
@@ -191,7 +193,7 @@ def test_empty(backend):
     ],
 )
 def test_wrong_arguments_are_named(p, rng, site, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         dropout(torch.zeros(2, 3), p, rng, site)
 
 

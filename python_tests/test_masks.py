@@ -68,6 +68,6 @@ def test_masks_that_do_not_say_what_they_mean_are_refused():
     for wrong in (9, -1):
         with pytest.raises(IndexError, match=f"^lengths: got {wrong}, expected 0 to 3"):
             masks.key_padding_mask(torch.tensor([2, wrong]), 3)
-    for wrong in (-1, 2.5):
-        with pytest.raises(ValueError, match=f"^length: expected .*, got {wrong}"):
+    for wrong in (-1, 2.5, True, None, "3"):
+        with pytest.raises(ValueError, match=f"^length: expected .*, got {wrong!r}"):
             masks.causal_mask(wrong)

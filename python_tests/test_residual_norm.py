@@ -303,10 +303,24 @@ def test_compiles_to_one_graph(p):
         ((torch.zeros(2, 3), None, torch.ones(2)), {}, r"weight: expected shape \[3\]"),
         ((torch.zeros(2, 3), None, None, torch.ones(4)), {}, r"bias: expected shape \[3\]"),
         ((torch.zeros(2, 3),), {"kind": "batch"}, "kind: expected one of layer, rms, got 'batch'"),
-        ((torch.zeros(2, 3),), {"eps": -1.0}, "eps: expected a number from 0, got -1.0"),
+        ((torch.zeros(2, 3),), {"eps": -1.0}, "eps: expected a finite number from 0, got -1"),
+        (
+            (torch.zeros(2, 3),),
+            {"eps": float("inf")},
+            "eps: expected a finite number from 0, got inf",
+        ),
+        ((torch.zeros(2, 3),), {"eps": "a"}, "eps: expected a finite number from 0, got 'a'"),
+        (([1.0],), {}, "x: expected a tensor, got list"),
+        ((torch.zeros(2, 3), [1.0]), {}, "residual: expected a tensor, got list"),
+        ((torch.zeros(2, 3).long(),), {}, "x: expected a floating-point tensor, got torch.int64"),
+        (
+            (torch.zeros(2, 3), None, torch.zeros(3).double()),
+            {},
+            "weight: expected float32 for x of torch.float32, got torch.float64",
+        ),
         ((torch.zeros(2, 3),), {"dropout_p": 2.0, "rng": RNG}, "from 0 to 1, got 2.0"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, options, message, backend):
-    with set_backend(backend), pytest.raises(ValueError, match=message):
+    with set_backend(backend), pytest.raises((TypeError, ValueError), match=message):
         residual_norm(*arguments, **options)

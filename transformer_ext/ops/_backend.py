@@ -126,7 +126,13 @@ def use_compiled(op: str, *tensors: Tensor | None) -> bool:
         return False
     reason = ""
     for tensor in tensors:
-        if tensor is not None and (reason := why_not(op, tensor.device, tensor.dtype)):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            return False  # The twin says which argument it is.
+        if reason := why_not(op, tensor.device, tensor.dtype):
+            if not tensor.is_floating_point():
+                return False
             break
     if not reason:
         return True
@@ -135,6 +141,26 @@ def use_compiled(op: str, *tensors: Tensor | None) -> bool:
     if not torch.compiler.is_compiling():
         _say_once(reason)
     return False
+
+
+def check_tensors(**arguments: Tensor | None) -> None:
+    """Raise a TypeError for an argument that is neither a tensor nor None."""
+    for name, value in arguments.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise no_tensor(name, value)
+
+
+def no_tensor(name: str, value: object) -> TypeError:
+    """The error for an argument that is none; a check in a line of its own is the quickest."""
+    return TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+
+
+def check_floating(name: str, x: Tensor) -> None:
+    """Raise a TypeError for what is no tensor of a floating-point type."""
+    if not isinstance(x, Tensor):
+        raise no_tensor(name, x)
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
 
 
 def has_numbers(tensor: Tensor) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from transformer_ext.ops._backend import has_kernel, use_compiled
+from transformer_ext.ops._backend import check_floating, has_kernel, no_tensor, use_compiled
 from transformer_ext.ops.dropout import check_dropout, dropout_reference
 
 __all__ = ["KINDS", "activation", "activation_reference", "is_gated"]
@@ -35,6 +35,9 @@ def is_gated(kind: str) -> bool:
 def _check(x: Tensor, bias: Tensor | None, kind: str) -> None:
     if kind not in _NUMBER:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+    check_floating("x", x)
+    if bias is not None and not isinstance(bias, Tensor):
+        raise no_tensor("bias", bias)
     if x.dim() == 0:
         raise ValueError("x: expected at least one dimension, got a scalar")
     if is_gated(kind) and x.shape[-1] % 2:

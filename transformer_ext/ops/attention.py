@@ -33,7 +33,7 @@ from torch import Tensor
 
 from transformer_ext._native import load_ops
 from transformer_ext.ops import _tensor_cores
-from transformer_ext.ops._backend import use_compiled
+from transformer_ext.ops._backend import no_tensor, use_compiled
 from transformer_ext.ops.dropout import check_dropout, dropout_scale, keep_mask
 from transformer_ext.ops.masks import check_lengths, key_padding_mask
 from transformer_ext.packed import Packed
@@ -728,7 +728,11 @@ if load_ops():
 
 
 def _scale(scale: float | None, query: Tensor) -> float:
-    return 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    if scale is None:
+        return 1.0 / math.sqrt(query.shape[-1])
+    if isinstance(scale, str) or not -math.inf < scale < math.inf:
+        raise ValueError(f"scale: expected a finite number, got {scale!r}")
+    return scale
 
 
 def _split(tensor: Tensor, name: str, heads: tuple[int, ...]) -> list[Tensor]:
@@ -747,6 +751,8 @@ def _split(tensor: Tensor, name: str, heads: tuple[int, ...]) -> list[Tensor]:
 
 def _check_qkv(query: Tensor, key: Tensor, value: Tensor, layout: str) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise no_tensor(name, tensor)
         if tensor.dim() != layout.count(",") + 1:
             raise ValueError(f"{name}: expected {layout}, got {list(tensor.shape)}")
         if not tensor.is_floating_point():
@@ -756,13 +762,13 @@ def _check_qkv(query: Tensor, key: Tensor, value: Tensor, layout: str) -> None:
                 f"{name}: expected the query's dtype and device ({query.dtype}, {query.device}), "
                 f"got {tensor.dtype}, {tensor.device}"
             )
-    if key.shape != value.shape:
-        raise ValueError(
-            f"value: expected the key's shape {list(key.shape)}, got {list(value.shape)}"
-        )
     if query.shape[-1] != key.shape[-1]:
         raise ValueError(
             f"key: expected the query's head_dim {query.shape[-1]}, got {list(key.shape)}"
+        )
+    if key.shape != value.shape:
+        raise ValueError(
+            f"value: expected the key's shape {list(key.shape)}, got {list(value.shape)}"
         )
     if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
         raise ValueError(
@@ -779,6 +785,9 @@ def _check_padded(
     bias: Tensor | None,
 ) -> None:
     _check_qkv(query, key, value, "[batch, heads, length, head_dim]")
+    for name, tensor in (("key_lengths", key_lengths), ("mask", mask), ("bias", bias)):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise no_tensor(name, tensor)
     if key.shape[0] != query.shape[0]:
         raise ValueError(
             f"key: expected the query's batch size {query.shape[0]}, got {list(key.shape)}"

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from transformer_ext._native import load_ops
-from transformer_ext.ops._backend import use_compiled
+from transformer_ext.ops._backend import check_tensors, use_compiled
 from transformer_ext.ops.linear import product, product_input, product_weight, weight_for
 
 __all__ = [
@@ -124,6 +124,7 @@ def label_smoothing_loss(
     Raises:
         As `linear_cross_entropy`.
     """
+    check_tensors(logits=logits)
     _check_targets(logits.shape[:-1], "logits", targets, label_smoothing)
     if use_compiled("cross_entropy", logits):
         divisor = _divisor(normalizer, logits)
@@ -501,6 +502,7 @@ if load_ops():
 def _check_linear(
     x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, label_smoothing: float
 ) -> None:
+    check_tensors(x=x, weight=weight, bias=bias)
     if x.dim() != 2:
         raise ValueError(f"x: expected [tokens, d_model], got {list(x.shape)}")
     if weight.dim() != 2 or weight.shape[1] != x.shape[1]:
@@ -514,6 +516,7 @@ def _check_linear(
 
 
 def _check_targets(shape: torch.Size, of: str, targets: Tensor, label_smoothing: float) -> None:
+    check_tensors(targets=targets)
     if targets.dtype != torch.int64:
         raise TypeError(f"targets: expected int64, got {targets.dtype}")
     if targets.shape != shape:

@@ -20,6 +20,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from transformer_ext.ops._backend import no_tensor
+
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -32,7 +34,7 @@ def dropout_threshold(p: float) -> int:
     Raises:
         ValueError: ``p`` is not between 0 and 1.
     """
-    if not 0.0 <= p <= 1.0:
+    if p is None or isinstance(p, str) or not 0.0 <= p <= 1.0:
         raise ValueError(f"dropout probability: expected a number from 0 to 1, got {p!r}")
     return round(p * 65536)
 
@@ -57,6 +59,8 @@ def check_dropout(p: float, rng: Tensor | None, site: int) -> bool:
             f"rng: expected an int64 tensor of shape (3,) = (seed, step, microstep) for a dropout "
             f"probability of {p}, got None"
         )
+    if not isinstance(rng, Tensor):
+        raise no_tensor("rng", rng)
     if rng.dtype != torch.int64 or rng.shape != (3,):
         raise ValueError(
             "rng: expected an int64 tensor of shape (3,) = (seed, step, microstep), "

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transformer_ext.ops._backend import has_kernel, use_compiled
+from transformer_ext.ops._backend import check_tensors, has_kernel, use_compiled
 from transformer_ext.ops.dropout import check_dropout, dropout_reference
 
 __all__ = ["embedding", "embedding_reference", "sinusoidal_positions"]
@@ -63,6 +63,7 @@ def sinusoidal_positions(
 def _check(
     ids: Tensor, weight: Tensor, positions: Tensor | None, position_table: Tensor | None
 ) -> None:
+    check_tensors(ids=ids, weight=weight, positions=positions, position_table=position_table)
     if ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"ids: expected int64 or int32, got {ids.dtype}")
     if weight.dim() != 2:

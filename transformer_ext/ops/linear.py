@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from transformer_ext._native import load_ops, native
-from transformer_ext.ops._backend import has_kernel, use_compiled
+from transformer_ext.ops._backend import check_floating, has_kernel, no_tensor, use_compiled
 
 __all__ = [
     "convert_weights",
@@ -394,6 +394,9 @@ def _apply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    check_floating("x", x)
+    if not isinstance(weight, Tensor):
+        raise no_tensor("weight", weight)
     if weight.dim() != 2:
         raise ValueError(f"weight: expected 2 dimensions [out, in], got {list(weight.shape)}")
     if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
@@ -403,8 +406,6 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected [{weight.shape[0]}], got {list(bias.shape)}")
-    if not x.is_floating_point():
-        raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

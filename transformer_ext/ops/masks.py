@@ -66,7 +66,7 @@ def causal_mask(length: int, *, device: torch.device | str | None = None) -> Ten
     Raises:
         ValueError: ``length`` is negative, or not an integer.
     """
-    if isinstance(length, float) or length < 0:
+    if length is None or isinstance(length, (bool, float, str)) or length < 0:
         raise ValueError(f"length: expected an integer from 0, got {length!r}")
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()
 

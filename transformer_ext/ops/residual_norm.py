@@ -11,12 +11,13 @@ RMSNorm: B. Zhang, R. Sennrich, "Root mean square layer normalization", 2019, eq
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from transformer_ext.ops._backend import has_kernel, use_compiled
+from transformer_ext.ops._backend import check_floating, has_kernel, no_tensor, use_compiled
 from transformer_ext.ops.dropout import check_dropout, dropout_reference
 
 __all__ = [
@@ -36,12 +37,19 @@ def _check_norm(
 ) -> None:
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+    check_floating("x", x)
     if x.dim() == 0:
         raise ValueError("x: expected at least one dimension, got a scalar")
-    if not eps >= 0.0:
-        raise ValueError(f"eps: expected a number from 0, got {eps}")
+    if eps is None or isinstance(eps, str) or not 0.0 <= eps < math.inf:
+        raise ValueError(f"eps: expected a finite number from 0, got {eps!r}")
     for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None and parameter.shape != x.shape[-1:]:
+        if parameter is None:
+            continue
+        if not isinstance(parameter, Tensor):
+            raise no_tensor(name, parameter)
+        if parameter.dtype == torch.float64 != x.dtype:
+            raise TypeError(f"{name}: expected float32 for x of {x.dtype}, got {parameter.dtype}")
+        if parameter.shape != x.shape[-1:]:
             raise ValueError(
                 f"{name}: expected shape {list(x.shape[-1:])} for x of shape {list(x.shape)}, "
                 f"got {list(parameter.shape)}"
@@ -49,7 +57,11 @@ def _check_norm(
 
 
 def _check_residual(x: Tensor, residual: Tensor | None) -> None:
-    if residual is not None and residual.shape != x.shape:
+    if residual is None:
+        return
+    if not isinstance(residual, Tensor):
+        raise no_tensor("residual", residual)
+    if residual.shape != x.shape:
         raise ValueError(
             f"residual: expected the shape of x, {list(x.shape)}, got {list(residual.shape)}"
         )
@@ -92,6 +104,7 @@ def residual_dropout_reference(
     site: int = 0,
 ) -> Tensor:
     """:func:`residual_dropout` in plain PyTorch: any device, any floating dtype."""
+    check_floating("x", x)
     _check_residual(x, residual)
     dropped = dropout_reference(x, dropout_p, rng, site)
     return dropped if residual is None else residual + dropped
@@ -272,6 +285,7 @@ def residual_dropout(
             :func:`transformer_ext.ops.dropout.check_dropout`.
     """
     if not check_dropout(dropout_p, rng, site):
+        check_floating("x", x)
         _check_residual(x, residual)
         return x if residual is None else residual + x
     if not use_compiled("residual_dropout", x, residual):

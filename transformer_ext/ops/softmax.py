@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from transformer_ext._native import load_ops
-from transformer_ext.ops._backend import use_compiled
+from transformer_ext.ops._backend import check_floating, check_tensors, use_compiled
 from transformer_ext.ops.masks import check_lengths
 
 __all__ = [
@@ -163,8 +163,8 @@ if load_ops():
 
 
 def _check(x: Tensor, mask: Tensor | None, key_lengths: Tensor | None, causal: bool) -> None:
-    if not x.is_floating_point():
-        raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}")
+    check_floating("x", x)
+    check_tensors(mask=mask, key_lengths=key_lengths)
     if x.dim() < (2 if causal or key_lengths is not None else 1):
         raise ValueError(
             f"x: expected at least {2 if causal or key_lengths is not None else 1} dimensions, "
