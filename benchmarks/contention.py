@@ -42,6 +42,8 @@ import numpy
 a, b = numpy.zeros((2, 1 << 24))
 while True: a[:] = b
 """
+#: More processes or threads than this are a slip of the keyboard.
+MOST_BESIDE = 1000
 #: The scheduler's weight of a process at nice 0, and how much less each step of nice has.
 STEP_OF_NICE = 1.25
 
@@ -150,6 +152,14 @@ def main() -> None:
     parser.add_argument("--beam", type=int, default=4)
     parser.add_argument("--markdown", action="store_true", help="print a table for a document")
     options = parser.parse_args()
+    for name, given, least, most in (
+        ("--beside", options.beside, 0, MOST_BESIDE),
+        ("--nice", [options.nice], 0, 19),
+        ("--threads", [options.threads], 1, MOST_BESIDE),
+    ):
+        for value in given:
+            if not least <= value <= most:
+                parser.error(f"argument {name}: got {value}, expected {least} to {most}")
     prepare: Callable[..., Any]
     if options.decoding:
         import decoding as benchmark
