@@ -186,7 +186,10 @@ def test_a_broken_library_is_told(tmp_path):
 
 def test_a_gpu_that_no_kernel_was_built_for_takes_pytorch(monkeypatch, capsys):
     """Not a crash in the first op; said once for all ops of the GPU."""
-    x = SimpleNamespace(device=torch.device("cuda:1"), dtype=torch.float16)
+    x = SimpleNamespace(
+        device=torch.device("cuda:1"), dtype=torch.float16, is_floating_point=lambda: True
+    )
+    monkeypatch.setattr(_backend, "Tensor", SimpleNamespace)
     problems = {0: "", 1: "no kernel image"}
     monkeypatch.setattr(_backend, "cuda_problem", problems.get)
     monkeypatch.setattr(_backend, "has_kernel", lambda op, device: True)

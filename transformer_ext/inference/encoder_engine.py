@@ -37,10 +37,9 @@ class EncoderEngine(CompiledModel[TextEncoderConfig]):
 
     :class:`CompiledModel` has the arguments, and what all engines have in common.
 
-    All methods raise:
-        TypeError: no sequences of integers.
-        ValueError: a text without a token, an id that is not in the vocabulary, a token type that
-            the model does not have, a text longer than the model's positions.
+    All methods raise a TypeError for what is no sequences of integers, and a ValueError for a text
+    without a token, an id that is not in the vocabulary, a token type that the model does not have,
+    and a text longer than the model's positions.
     """
 
     _KIND = TextEncoderConfig
